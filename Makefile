@@ -1,0 +1,40 @@
+# make demo   train the digits baseline through papermill (builds .venv first)
+# make test   the quick tests          make slow    the ones that take minutes
+# make lab    JupyterLab               make bench   every benchmark
+# make train PARAMS=params/cifar10_baseline.yaml SET="-p data_dir /data/cifar10"   any recipe through papermill
+PYTHON ?= python3
+BIN := .venv/bin
+PARAMS ?= params/digits_baseline.yaml
+
+.PHONY: demo test slow lab bench train venv lint
+
+demo: venv
+	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb params/digits_baseline.yaml
+
+train: venv
+	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb $(PARAMS) $(SET)
+
+test: venv
+	$(BIN)/python -m pytest
+
+slow: venv
+	$(BIN)/python -m pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lab: venv
+	$(BIN)/jupyter lab notebooks
+
+bench: venv
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# .venv/installed is newer than pyproject.toml exactly when the environment is up to date
+venv: .venv/installed
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@
