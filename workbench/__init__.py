@@ -1,0 +1,21 @@
+"""United Perception's classification recipes as notebooks, overnight runs and honest comparisons."""
+
+import os
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+def _root() -> Path:
+    """The folder relative paths start from: Jupyter and papermill begin in different ones."""
+    if chosen := os.environ.get("WORKBENCH_ROOT"):
+        return Path(chosen).expanduser().resolve()
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "params").is_dir() else Path.cwd()
+
+
+ROOT = _root()
+CACHE = Path(
+    os.environ.get("WORKBENCH_CACHE")
+    or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "workbench"
+)

@@ -1,0 +1,762 @@
+"""Lists of pictures -> one data frame -> batches that depend on the recipe and the step alone.
+
+    data = open_data(recipe)                  # .train, .val: frames of file, label, path; .classes
+    for batch in batches(data.train, transform, seed=0, batch_size=256, steps=range(0, 1000)):
+        batch.images                          # uint8 (batch, 3, size, size)
+
+The order of an epoch is a function of (seed, epoch); what happens to picture i in it, of (seed,
+epoch, i). So batches are the same bytes for any number of workers, and from any step on.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from workbench import CACHE, ROOT, images
+
+COLUMNS = ["file", "label", "path", "list"]  # list: the number of the list an entry came from
+
+
+class DataError(ValueError):
+    """Lists or folders cannot be used; the text names the lines or files and the way out."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both sides of a data set: frames with COLUMNS, and the class names by label."""
+
+    train: pd.DataFrame
+    val: pd.DataFrame
+    classes: list[str]
+
+
+# ---- lists
+
+
+def open_data(recipe: Any, *, strict: bool = True) -> Data:
+    """The lists a recipe names, cheap checks done: entries, labels, roots. Reads no picture.
+
+    Raises DataError; with `strict` off, entries outside their root or with a label out of range
+    are let through, for `report` to name.
+    """
+    if recipe.dataset == "files":
+        sources = _files_sources(recipe)
+    else:
+        root = {"digits": digits, "letters": letters}[recipe.dataset]()
+        sources = {s: ([root / "meta" / f"{s}.txt"], [root / s]) for s in ("train", "val")}
+        names = (root / "classes.txt").read_text(encoding="utf-8").split()
+    frames, folders = {}, None
+    for side, (lists, roots) in sources.items():
+        if lists:
+            frames[side] = pd.concat(
+                [
+                    read_list(path, root, i)
+                    for i, (path, root) in enumerate(zip(lists, roots, strict=True))
+                ],
+                ignore_index=True,
+            )
+        else:
+            frames[side], folders = read_folders(roots, folders)
+    if recipe.dataset == "files":
+        names = _class_names(recipe, folders)
+    if recipe.val_fraction:
+        frames["train"], frames["val"] = hold_out(frames["train"], recipe.val_fraction)
+    if "val" not in frames:
+        raise DataError("no validation pictures: name val_list or val_root, or set val_fraction")
+    count = recipe.num_classes or (
+        len(names) if names else int(max(f.label.max() for f in frames.values())) + 1
+    )
+    if names and len(names) != count:
+        raise DataError(f"num_classes is {count} but there are {len(names)} class names")
+    for side, frame in frames.items() if strict else ():
+        _check_entries(side, frame, count, recipe.outside_root)
+    if recipe.fraction < 1:
+        frames["train"] = subset(frames["train"], recipe.fraction)
+    return Data(frames["train"], frames["val"], names or [str(i) for i in range(count)])
+
+
+def _files_sources(recipe: Any) -> dict[str, tuple[list[Path], list[Path]]]:
+    base = ROOT / Path(recipe.data_dir).expanduser()
+    if not base.is_dir():
+        raise DataError(f"data_dir {str(base)!r} is no folder; set data_dir to where the data lie")
+    sources = {}
+    for side in ("train", "val"):
+        lists = [base / path for path in getattr(recipe, f"{side}_list")]
+        roots = [base / path for path in getattr(recipe, f"{side}_root")]
+        if side == "val" and recipe.val_fraction:
+            continue
+        for root in roots:
+            if not root.is_dir():
+                have = sorted(p.name for p in base.iterdir() if p.is_dir())[:8]
+                raise DataError(
+                    f"{side}_root {str(root)!r} is no folder; data_dir holds {have}. Name the "
+                    "folder, or hold out part of train_root with val_fraction"
+                )
+        sources[side] = (lists, roots * len(lists) if len(roots) == 1 and lists else roots)
+    return sources
+
+
+def _class_names(recipe: Any, folders: list[str] | None) -> list[str] | None:
+    if not recipe.class_names:
+        return folders
+    path = ROOT / Path(recipe.data_dir).expanduser() / recipe.class_names
+    try:
+        names = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"class_names {str(path)!r} cannot be read: {error}") from None
+    names = [name.strip() for name in names]
+    while names and not names[-1]:
+        names.pop()
+    if folders is not None and sorted(names) != sorted(folders):
+        raise DataError(f"class_names {str(path)!r} and the class folders differ; leave it out")
+    return names
+
+
+def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFrame:
+    """The entries of one list file, in either of UP's formats, told apart by the first line.
+
+    imagenet:   relative/path with spaces.jpg 17      split at the last space
+    custom_cls: {"filename": "a.jpg", "label": 17}    one JSON object a line
+
+    Returns COLUMNS; `path` is file below root (an absolute file stays as it is). Blank lines are
+    passed over. Raises DataError that quotes the first bad lines and counts the rest.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"list {str(path)!r} is not there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"list {str(path)!r} cannot be read: {error}") from None
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"list {str(path)!r} is empty")
+    parse = _parse_custom_cls if lines[0][1].lstrip().startswith("{") else _parse_imagenet
+    files, labels, bad = [], [], []
+    for n, line in lines:
+        try:
+            file, label = parse(line.rstrip("\r"))
+        except ValueError as error:
+            bad.append(f"line {n}: {error}")
+            continue
+        files.append(file)
+        labels.append(label)
+    if bad:
+        more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise DataError(f"list {str(path)!r}:\n  " + "\n  ".join(bad[:5]) + more)
+    root = str(root)
+    paths = [os.path.join(root, file) for file in files]
+    frame = pd.DataFrame({"file": files, "label": np.array(labels, np.int64), "path": paths})
+    frame["list"] = number
+    frame["outside"] = [not _inside(p, root) for p in paths]
+    return frame
+
+
+def _parse_imagenet(line: str) -> tuple[str, int]:
+    file, _, label = line.rpartition(" ")
+    if not file.strip():
+        if "\t" in line:
+            raise ValueError(f"a tab in {_short(line)}; path and label are parted by one space")
+        raise ValueError(f"{_short(line)} is not `path label`")
+    if not re.fullmatch(r"[+-]?\d{1,9}", label):
+        raise ValueError(f"label {_short(label)} is no whole number in {_short(line)}")
+    if "\0" in file:
+        raise ValueError(f"a zero byte in {_short(line)}")
+    return file, int(label)
+
+
+def _parse_custom_cls(line: str) -> tuple[str, int]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON object: {error}") from None
+    if not isinstance(entry, dict) or "filename" not in entry or "label" not in entry:
+        raise ValueError(f'wanted {{"filename": ..., "label": ...}}, came {_short(line)}')
+    file, label = entry["filename"], entry["label"]
+    if isinstance(label, list):
+        if len(label) != 1:
+            raise ValueError(
+                f"{len(label)} labels for one picture; several heads are not supported"
+            )
+        label = label[0]
+    if isinstance(label, str) and re.fullmatch(r"[+-]?\d{1,9}", label):
+        label = int(label)
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise ValueError(f"filename {file!r} is no file name")
+    if isinstance(label, bool) or not isinstance(label, int) or abs(label) > 10**9:
+        raise ValueError(f"label {label!r} is no whole number")
+    return file, label
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _inside(path: str, root: str) -> bool:
+    """Judged by name: a link inside the root is the owner's own arrangement."""
+    root = os.path.normpath(root)
+    return os.path.normpath(path).startswith(root if root.endswith(os.sep) else root + os.sep)
+
+
+def read_folders(
+    roots: Sequence[str | Path], classes: list[str] | None = None
+) -> tuple[pd.DataFrame, list[str]]:
+    """Pictures in class folders (root/<class>/**), and the class names, sorted.
+
+    With `classes` given (those of the training side) labels follow them; another folder name is an
+    error. Files without a picture's suffix are left out, hidden ones too.
+    """
+    found: list[tuple[str, str, str, int]] = []
+    seen: set[str] = set()
+    for number, root in enumerate(map(str, roots)):
+        for name in sorted(os.listdir(root)):
+            if name.startswith(".") or not os.path.isdir(os.path.join(root, name)):
+                continue
+            seen.add(name)
+            for folder, below, files in os.walk(os.path.join(root, name), followlinks=True):
+                below[:] = sorted(b for b in below if not b.startswith("."))
+                for file in sorted(files):
+                    if file.startswith(".") or Path(file).suffix.lower() not in images.SUFFIXES:
+                        continue
+                    path = os.path.join(folder, file)
+                    found.append((os.path.relpath(path, root), name, path, number))
+    if not found:
+        raise DataError(
+            f"no pictures in class folders below {[str(r) for r in roots]}; wanted "
+            "<root>/<class name>/<picture>, or a list file in train_list and val_list"
+        )
+    names = sorted(seen)
+    if classes is not None:
+        if extra := sorted(seen - set(classes)):
+            raise DataError(f"class folders {extra[:8]} of validation are not in training")
+        names = classes
+    label = {name: i for i, name in enumerate(names)}
+    frame = pd.DataFrame(found, columns=["file", "class", "path", "list"])
+    frame["label"] = frame.pop("class").map(label).astype(np.int64)
+    frame["outside"] = False
+    return frame[[*COLUMNS, "outside"]], names
+
+
+def hold_out(frame: pd.DataFrame, share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The frame without, and only with, a fixed share of every class (at least one picture).
+
+    Which pictures depends on their names alone, so a folder that grows keeps most of its split.
+    """
+    rank = frame.file.map(lambda f: hashlib.sha256(f.encode("utf-8", "surrogateescape")).digest())
+    place = rank.groupby(frame.label).rank(method="first")
+    size = frame.groupby("label").label.transform("size")
+    held = place <= np.maximum(1, (size * share).round())
+    if single := sorted(set(frame.label[size < 2])):
+        raise DataError(f"classes {single[:8]} have one picture; val_fraction cannot split them")
+    return frame[~held].reset_index(drop=True), frame[held].reset_index(drop=True)
+
+
+def subset(frame: pd.DataFrame, fraction: float) -> pd.DataFrame:
+    """A fixed share of the rows, in their order; a smaller share lies inside a larger one."""
+    chosen = np.random.default_rng(0).permutation(len(frame))[
+        : max(1, round(len(frame) * fraction))
+    ]
+    return frame.iloc[np.sort(chosen)].reset_index(drop=True)
+
+
+def _check_entries(side: str, frame: pd.DataFrame, classes: int, outside_root: bool) -> None:
+    wrong = frame[(frame.label < 0) | (frame.label >= classes)]
+    if len(wrong):
+        raise DataError(
+            f"{side}: {len(wrong)} labels outside 0 to {classes - 1}, first "
+            f"{wrong.iloc[0].label} for {wrong.iloc[0].file!r}; labels count from 0"
+        )
+    out = frame[frame.outside]
+    if len(out) and not outside_root:
+        raise DataError(
+            f"{side}: {len(out)} entries lie outside their root, first {out.iloc[0].file!r}; "
+            "mend the list, or set outside_root: true if that is meant"
+        )
+
+
+# ---- examining pictures
+
+
+FACTS = ["bytes", "width", "height", "digest", "problem", "detail"]
+
+
+def examine(frame: pd.DataFrame, *, cache: bool = True, progress: bool = True) -> pd.DataFrame:
+    """Facts about every picture, from reading it whole: the frame with FACTS added.
+
+    problem is empty or one of images.REASONS; digest identifies the file's bytes. What was read
+    once is remembered under the cache folder until a file's size or time changes.
+    """
+    stats = [_stat(path) for path in frame.path]
+    store = CACHE / "facts" / (_hash("\n".join(sorted(set(frame.path))))[:24] + ".parquet")
+    known: dict[str, tuple] = {}
+    if cache and store.exists():
+        try:
+            rows = pd.read_parquet(store, columns=["path", "size", "time", *FACTS])
+            known = {r[0]: (tuple(r[1:3]), r[3:]) for r in rows.itertuples(index=False, name=None)}
+        except Exception:  # a damaged cache costs time, nothing else
+            known = {}
+    # Only what was found sound is remembered: a broken file may be whole again at the next look.
+    facts = [
+        known[path][1] if stat and known.get(path, (None,))[0] == stat else None
+        for path, stat in zip(frame.path, stats, strict=True)
+    ]
+    todo = [i for i, fact in enumerate(facts) if fact is None]
+    paths = frame.path.tolist()
+    with images.quiet(), ThreadPoolExecutor(max(2, cores())) as pool:
+        bar = tqdm(
+            pool.map(lambda i: _facts(paths[i]), todo),
+            total=len(todo),
+            desc="reading pictures",
+            unit="img",
+            delay=2,
+            disable=None if progress else True,
+            mininterval=0.5,
+        )
+        for i, fact in zip(todo, bar, strict=True):
+            facts[i] = fact
+    table = pd.DataFrame(facts, columns=FACTS, index=frame.index)
+    if cache and todo:
+        _remember(store, frame, stats, table)
+    return pd.concat([frame, table], axis=1)
+
+
+def _facts(path: str) -> tuple:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha1").hexdigest()
+        size = os.path.getsize(path)
+    except OSError as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        return 0, 0, 0, "", reason, error.strerror or str(error)
+    try:
+        return size, *images.decode(path).size, digest, "", ""
+    except images.ImageError as error:
+        return size, 0, 0, digest, error.reason, error.detail
+
+
+def _stat(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _remember(store: Path, frame: pd.DataFrame, stats: list, table: pd.DataFrame) -> None:
+    keep = [i for i, s in enumerate(stats) if s is not None and not table.problem.iloc[i]]
+    if not keep:
+        return
+    rows = table.iloc[keep].reset_index(drop=True)
+    rows.insert(0, "path", frame.path.iloc[keep].to_numpy())
+    rows.insert(1, "size", [stats[i][0] for i in keep])
+    rows.insert(2, "time", [stats[i][1] for i in keep])
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        temporary = store.with_suffix(f".{os.getpid()}")
+        rows.drop_duplicates("path").to_parquet(temporary, index=False)
+        os.replace(temporary, store)
+    except OSError:
+        pass  # no room or no permission for a cache is no reason to stop
+
+
+def sound(frame: pd.DataFrame, side: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """An examined frame without the pictures that cannot be read, and those, for the quarantine.
+
+    Raises DataError when none, or more than one in five, can be read: then the root is wrong.
+    """
+    bad = frame.problem != ""
+    if bad.any() and (bad.mean() > 0.2):
+        first = frame[bad].iloc[0]
+        raise DataError(
+            f"{side}: {bad.sum()} of {len(frame)} pictures cannot be read, first {first.path!r} "
+            f"({first.problem}: {first.detail}); check data_dir and the roots, then run "
+            "`workbench check-data` for the whole list"
+        )
+    out = frame[bad]
+    quarantine = pd.DataFrame(
+        {
+            "side": side,
+            "file": out.file,
+            "label": out.label,
+            "reason": out.problem,
+            "detail": out.detail,
+            "step": -1,
+        }
+    )
+    return frame[~bad].reset_index(drop=True), quarantine
+
+
+def report(data: Data, *, cache: bool = True, progress: bool = True) -> pd.DataFrame:
+    """Everything `check-data` finds, a row each: finding, side, file, label, detail.
+
+    Findings: images.REASONS, "label out of range", "outside root", "class without pictures",
+    "duplicate" (the same bytes twice on a side; detail says where, and whether labels differ) and
+    "in train and validation". Empty when there is nothing to say.
+    """
+    rows: list[tuple[str, str, str, Any, str]] = []
+    sides = {"train": data.train, "val": data.val}
+    examined = {s: examine(f, cache=cache, progress=progress) for s, f in sides.items()}
+    for side, frame in examined.items():
+        for r in frame[frame.problem != ""].itertuples():
+            rows.append((r.problem, side, r.file, r.label, r.detail))
+        for r in frame[frame.outside].itertuples():
+            rows.append(("outside root", side, r.file, r.label, r.path))
+        out = frame[(frame.label < 0) | (frame.label >= len(data.classes))]
+        for r in out.itertuples():
+            detail = f"there are {len(data.classes)} classes, counted from 0"
+            rows.append(("label out of range", side, r.file, r.label, detail))
+        for label in sorted(set(range(len(data.classes))) - set(frame.label)):
+            name = data.classes[label]
+            rows.append(("class without pictures", side, "", label, f"class {name!r}"))
+        read = frame[frame.problem == ""]
+        for _, group in read[read.digest.duplicated(keep=False)].groupby("digest", sort=False):
+            first = group.iloc[0]
+            for r in group.iloc[1:].itertuples():
+                other = "" if r.label == first.label else f", labelled {first.label} there"
+                rows.append(("duplicate", side, r.file, r.label, f"of {first.file}{other}"))
+    train, val = (f[f.problem == ""] for f in examined.values())
+    places = train.drop_duplicates("digest").set_index("digest").file
+    for r in val[val.digest.isin(places.index)].itertuples():
+        detail = f"in training as {places[r.digest]}"
+        rows.append(("in train and validation", "val", r.file, r.label, detail))
+    return pd.DataFrame(rows, columns=["finding", "side", "file", "label", "detail"])
+
+
+def check_data(recipe: Any, *, cache: bool = True, progress: bool = True) -> pd.DataFrame:
+    """`report` for a recipe; entries that training would refuse are rows here, not errors."""
+    return report(open_data(recipe, strict=False), cache=cache, progress=progress)
+
+
+def fingerprint(data: Data) -> str:
+    """Twelve hex digits over files, labels and (where examined) bytes of both sides."""
+    parts = []
+    for frame in (data.train, data.val):
+        digest = frame.digest if "digest" in frame else [""] * len(frame)
+        parts += map("|".join, zip(frame.file, frame.label.astype(str), digest, strict=True))
+    return _hash("\n".join(parts))[:12]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# ---- random by construction
+
+_ORDER, _DRAW, _STEP = range(3)  # what a stream is for; streams never overlap
+
+
+def stream(seed: int, purpose: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
+    """The random numbers of one purpose, epoch and index: a Philox counter block of its own.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    return np.random.Generator(np.random.Philox(counter=[0, index, epoch, purpose], key=seed))
+
+
+def order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The permutation (count,) of an epoch, a function of (seed, epoch) alone."""
+    return stream(seed, _ORDER, epoch).permutation(count)
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """64 bits for what the model draws in one step (dropout, drop path)."""
+    return int(stream(seed, _STEP, step, rank).bit_generator.random_raw())
+
+
+def steps_per_epoch(count: int, batch_size: int, drop_last: bool = False) -> int:
+    """Optimizer steps in an epoch; the incomplete last batch counts unless it is dropped."""
+    return count // batch_size if drop_last else -(-count // batch_size)
+
+
+# ---- batches
+
+
+class Batch(NamedTuple):
+    """One process's part of one step."""
+
+    images: torch.Tensor  # uint8 (n, 3, size, size), channels last in memory
+    labels: torch.Tensor  # int64 (n,)
+    indices: torch.Tensor  # int64 (n,), rows of the frame
+    step: int
+    last: bool  # whether the process's part of the step ends here
+    total: int  # pictures in the whole step, over all parts and processes
+    failures: list[tuple[int, str, str]]  # (row, reason, detail) of pictures that were left out
+
+
+def step_rows(
+    step: int, count: int, seed: int, batch_size: int, drop_last: bool = False
+) -> np.ndarray:
+    """The rows of the frame in a step, over all processes."""
+    epoch, slot = divmod(step, steps_per_epoch(count, batch_size, drop_last))
+    return _order_cached(seed, epoch, count)[slot * batch_size : (slot + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def _order_cached(seed: int, epoch: int, count: int) -> np.ndarray:
+    rows = order(seed, epoch, count)
+    rows.flags.writeable = False
+    return rows
+
+
+def batches(
+    frame: pd.DataFrame,
+    transform: Any,
+    *,
+    seed: int,
+    batch_size: int,
+    steps: range,
+    micro_batch_size: int | None = None,
+    drop_last: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Training batches of the steps asked for, in order.
+
+    `batch_size` counts over all processes; process `rank` of `world` gets every world-th row of a
+    step, in parts of at most `micro_batch_size`. A process without a row in a small last batch
+    gets a part of no pictures.
+    """
+    dataset = _Steps(frame, transform, seed, batch_size, micro_batch_size, drop_last, rank, world)
+    return _loader(dataset, dataset.keys(steps), workers, pin_memory)
+
+
+def eval_batches(
+    frame: pd.DataFrame,
+    transform: Any,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Every world-th row from `rank` on, in the order of the frame, none doubled or dropped."""
+    rows = np.arange(len(frame))[rank::world]
+    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return _loader(_Rows(frame, transform), parts, workers, pin_memory)
+
+
+class _Rows(Dataset):
+    """Reads rows of a frame into a Batch. Held by every worker, so the paths are one array."""
+
+    def __init__(self, frame: pd.DataFrame, transform: Any):
+        self.paths = np.array([os.fsencode(path) for path in frame.path])
+        self.labels = frame.label.to_numpy(np.int64)
+        self.transform = transform
+
+    def __getitem__(self, rows: np.ndarray) -> Batch:
+        return self.read(rows, None, step=0, last=True, total=len(rows))
+
+    def read(
+        self, rows: np.ndarray, seed_epoch: tuple[int, int] | None, *, step, last, total
+    ) -> Batch:
+        pictures, kept, failures = [], [], []
+        with images.quiet():
+            for row in rows.tolist():
+                try:
+                    picture = images.decode(os.fsdecode(self.paths[row]))
+                except images.ImageError as error:
+                    failures.append((row, error.reason, error.detail))
+                    continue
+                if seed_epoch is None:
+                    picture = self.transform(picture)
+                else:
+                    seed, epoch = seed_epoch
+                    picture = self.transform(picture, stream(seed, _DRAW, epoch, row))
+                pictures.append(np.asarray(picture))
+                kept.append(row)
+        if pictures:
+            block = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        else:
+            block = torch.zeros(0, 3, self.transform.size, self.transform.size, dtype=torch.uint8)
+        kept = np.array(kept, np.int64)
+        labels = torch.from_numpy(self.labels[kept])
+        return Batch(block, labels, torch.from_numpy(kept), step, last, total, failures)
+
+
+class _Steps(_Rows):
+    def __init__(self, frame, transform, seed, batch_size, micro, drop_last, rank, world):
+        super().__init__(frame, transform)
+        self.seed, self.batch_size, self.drop_last = seed, batch_size, drop_last
+        self.micro, self.rank, self.world = micro, rank, world
+
+    def parts(self, step: int) -> list[np.ndarray]:
+        rows = step_rows(step, len(self.labels), self.seed, self.batch_size, self.drop_last)
+        own = rows[self.rank :: self.world]
+        size = self.micro or max(1, len(own))
+        return [own[i : i + size] for i in range(0, len(own), size)] or [own]
+
+    def keys(self, steps: range) -> "_Keys":
+        # The number of parts follows from the size of the step alone, not from its order.
+        return _Keys(self, steps)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        step, part = key
+        parts = self.parts(step)
+        epoch = step // steps_per_epoch(len(self.labels), self.batch_size, self.drop_last)
+        total = len(step_rows(step, len(self.labels), self.seed, self.batch_size, self.drop_last))
+        last = part == len(parts) - 1
+        return self.read(parts[part], (self.seed, epoch), step=step, last=last, total=total)
+
+
+@dataclass
+class _Keys:
+    """(step, part) of everything to read; made one at a time, a long training has millions."""
+
+    dataset: _Steps
+    steps: range
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in self.steps:
+            yield from ((step, part) for part in range(len(self.dataset.parts(step))))
+
+
+def _loader(dataset: Dataset, keys: Any, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            collate_fn=_same,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # its own, so the global one is left alone
+        )
+    )
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the main process decides what to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- the embedded sets
+
+
+def digits() -> Path:
+    """The folder of scikit-learn's 1,797 handwritten digits as 8x8 PNG files, made when first asked.
+
+    1,297 to train and 500 (50 a class) to validate, a split that never changes. Source: Alpaydin
+    and Kaynak, "Optical recognition of handwritten digits", UCI 1998, its test part.
+    """
+    return _embedded("digits-1", _write_digits)
+
+
+def _write_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    place = np.random.Generator(np.random.Philox(key=0)).permutation(len(pixels))
+    entries: dict[str, list] = {"train": [], "val": []}
+    taken = [0] * 10
+    for i in sorted(range(len(pixels)), key=place.__getitem__):
+        label = int(bunch.target[i])
+        side = "val" if taken[label] < 50 else "train"
+        taken[label] += 1
+        entries[side].append((f"{label}/{i:04d}.png", label, Image.fromarray(pixels[i])))
+    _write_set(folder, entries, [str(d) for d in range(10)])
+
+
+# Families are whole: no face of a validation family is seen in training.
+_LETTER_FONTS = {
+    "train": (
+        "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono "
+        "DejaVuSansMono-Bold DejaVuSansMono-Oblique STIXGeneral STIXGeneralBol STIXGeneralItalic "
+        "STIXGeneralBolIta cmb10 cmtt10"
+    ),
+    "val": "DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic cmss10",
+}
+
+
+def letters() -> Path:
+    """The folder of 26 letters, upper and lower case, drawn from matplotlib's fonts as 32x32 PNG.
+
+    Training and validation have no font family in common, so it measures new handwriting, so to
+    speak, not new copies.
+    """
+    return _embedded("letters-1", _write_letters)
+
+
+def _write_letters(folder: Path) -> None:
+    import matplotlib
+
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    entries: dict[str, list] = {"train": [], "val": []}
+    for side, names in _LETTER_FONTS.items():
+        for name in names.split():
+            for size in (18, 22, 26):
+                font = ImageFont.truetype(fonts / f"{name}.ttf", size)
+                for label in range(26):
+                    for case, letter in (("u", chr(65 + label)), ("l", chr(97 + label))):
+                        picture = Image.new("L", (32, 32), 255)
+                        pen = ImageDraw.Draw(picture)
+                        pen.text((16, 16), letter, fill=0, font=font, anchor="mm")
+                        file = f"{chr(97 + label)}/{name}-{size}-{case}.png"
+                        entries[side].append((file, label, picture))
+    _write_set(folder, entries, [chr(97 + i) for i in range(26)])
+
+
+def _write_set(folder: Path, entries: dict[str, list], classes: list[str]) -> None:
+    (folder / "meta").mkdir()
+    for side, rows in entries.items():
+        for file, _, picture in rows:
+            path = folder / side / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+        lines = [f"{file} {label}\n" for file, label, _ in rows]
+        (folder / "meta" / f"{side}.txt").write_text("".join(lines), encoding="utf-8")
+    (folder / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+
+
+def _embedded(name: str, write: Any) -> Path:
+    """The finished folder; made beside its place and moved there whole, by whoever comes first."""
+    folder = CACHE / name
+    if folder.is_dir():
+        return folder
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=CACHE, prefix=f".{name}."))
+    except OSError as error:
+        raise DataError(
+            f"cannot write {CACHE}: {error.strerror}; name another folder in WORKBENCH_CACHE"
+        ) from None
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o755)
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

@@ -1,0 +1,211 @@
+"""timm models by name, United Perception's ResNet variants, and weights from wherever they lie.
+
+model = create("resnet50", num_classes=196)
+print(load(model, "runs/imagenet-seed0"))     # what was loaded, left as it was, ignored
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from workbench import ROOT
+
+
+class ModelError(ValueError):
+    """A model or its weights cannot be had; the text says what is allowed or what was in the file."""
+
+
+def create(
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int = 224,
+    deep_stem: bool = False,
+    avg_down: bool = False,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    pretrained: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """A timm model with initial weights drawn from `seed` (the global stream is left alone).
+
+    deep_stem and avg_down are UP's flags for resnet18 to resnet152; both together give timm's
+    resnet*d (BoT, section 4, "ResNet-D", with a stem 32 wide). Raises ModelError.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:6] or _near(name)
+        raise ModelError(f"timm has no model {name!r}; close names: {', '.join(near) or 'none'}")
+    options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": dropout}
+    if deep_stem:
+        options |= {"stem_type": "deep", "stem_width": 32}
+    if avg_down:
+        options["avg_down"] = True
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    if timm.get_pretrained_cfg(name) and timm.get_pretrained_cfg(name).fixed_input_size:
+        options["img_size"] = image_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        except TypeError as error:
+            raise ModelError(f"{name} does not take these options: {error}") from None
+        except Exception as error:
+            if not pretrained:
+                raise ModelError(f"{name} cannot be built: {error}") from None
+            raise ModelError(
+                f"the published weights of {name} could not be had "
+                f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); fetch the file "
+                "elsewhere and name it in weights, or set pretrained: false"
+            ) from None
+
+
+def _near(name: str) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.5)
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of trainable values."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@dataclass
+class Loaded:
+    """What became of every tensor when weights were loaded; str() is the sentence to print."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    initial: dict[str, str] = field(default_factory=dict)  # tensor of the model -> why
+    ignored: list[str] = field(default_factory=list)  # tensors of the file
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {len(self.loaded)} tensors loaded"
+        if self.initial:
+            listed = [f"{name} ({why})" for name, why in self.initial.items()]
+            text += f"; {len(listed)} left at their initial value: {_some(listed)}"
+        if self.ignored:
+            text += f"; {len(self.ignored)} in the file ignored: {_some(self.ignored)}"
+        return text
+
+
+def load(model: nn.Module, source: str | Path) -> Loaded:
+    """Loads what fits from a run folder or a weights file into the model, and says what.
+
+    Understood: a run folder (EMA weights where the run kept them), safetensors, a plain state
+    dict, {"model": ...}, {"state_dict": ...} or {"ema"/"state_dict_ema": ...} (preferred), with
+    or without `module.`, in timm's, torchvision's or UP's names. Raises ModelError for a file
+    that cannot be read, holds other Python objects, or whose tensors fit less than half of what
+    is not the classifier.
+    """
+    path = ROOT / Path(source).expanduser()
+    label, tensors = read_weights(path)
+    own = model.state_dict()
+    tensors = {k: v for k, v in _renamed(tensors).items() if not k.endswith("num_batches_tracked")}
+    wanted = [name for name in own if not name.endswith("num_batches_tracked")]
+    result = Loaded(label)
+    take = {}
+    for name in wanted:
+        if name not in tensors:
+            result.initial[name] = "not in the file"
+        elif tensors[name].shape != own[name].shape:
+            came, want = tuple(tensors[name].shape), tuple(own[name].shape)
+            result.initial[name] = f"file has {came}, model {want}"
+        elif not torch.isfinite(tensors[name]).all():
+            raise ModelError(f"{label}: {name} holds nan or infinity; the file is of no use")
+        else:
+            take[name] = tensors[name]
+            result.loaded.append(name)
+    result.ignored = [name for name in tensors if name not in own]
+    head = _classifier(model)
+    body = [name for name in wanted if not name.startswith(head)]
+    fits = sum(name in take for name in body)
+    if 2 * fits < len(body) or not take:
+        raise ModelError(
+            f"{label} fits {fits} of the model's {len(body)} tensors before the classifier: it is "
+            f"of another model. It holds {_some(list(tensors))}; wanted {_some(body)}"
+        )
+    model.load_state_dict(take, strict=False)
+    return result
+
+
+def read_weights(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """(what was read, its tensors by name) of a run folder or a file. Never runs code from it."""
+    if path.is_dir():
+        for name in ("last.pt", "best.safetensors"):
+            if (path / name).exists():
+                return read_weights(path / name)
+        raise ModelError(
+            f"{path} is no run folder with weights: neither last.pt nor best.safetensors"
+        )
+    if not path.exists():
+        raise ModelError(f"weights {str(path)!r} are not there")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return str(path), load_file(path)
+        except Exception as error:
+            raise ModelError(f"{path} is no readable safetensors file: {error}") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        why = str(error).split("\n")[0][:200]
+        raise ModelError(
+            f"{path} is truncated, no PyTorch file, or holds Python objects beside tensors, which "
+            f"are not run here ({type(error).__name__}: {why}); save its state dict as safetensors"
+        ) from None
+    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):
+        inner = content.get(key) if isinstance(content, Mapping) else None
+        if isinstance(inner, Mapping):
+            deeper = next((inner[k] for k in ("state_dict", "model") if k in inner), inner)
+            if tensors := _tensors(deeper):
+                return f"{path} [{key}]", tensors
+    if isinstance(content, Mapping) and (tensors := _tensors(content)):
+        return str(path), tensors
+    held = list(content) if isinstance(content, Mapping) else type(content).__name__
+    raise ModelError(f"{path} holds no state dict, but {held!r:.200}")
+
+
+def _tensors(mapping: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(mapping, Mapping):
+        return {}
+    return {str(k): v for k, v in mapping.items() if isinstance(v, torch.Tensor)}
+
+
+# United Perception: backbone.layer0.0 is the stem's convolution(s), layer0.1 its norm.
+_UP_NAMES = (
+    (re.compile(r"^backbone\.layer0\.0\."), "conv1."),
+    (re.compile(r"^backbone\.layer0\.1\."), "bn1."),
+    (re.compile(r"^backbone\."), ""),
+    (re.compile(r"^head\.classifier\."), "fc."),
+)
+
+
+def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names without `module.`, UP's turned into timm's (torchvision's ResNets share those)."""
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    if any(name.startswith("backbone.layer0.") for name in tensors):
+        for pattern, name in _UP_NAMES:
+            tensors = {pattern.sub(name, key): value for key, value in tensors.items()}
+    return dict(tensors)
+
+
+def _classifier(model: nn.Module) -> str:
+    """The prefix of the classifier's tensors."""
+    name = getattr(model, "default_cfg", {}).get("classifier", "fc")
+    return name if isinstance(name, str) else name[0]
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )

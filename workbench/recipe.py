@@ -1,0 +1,570 @@
+"""One recipe: every knob of a training run, typed, checked and flat.
+
+    recipe = Recipe.read("params/resnet50_100e.yaml", data_dir="/data/imagenet", seed=1)
+
+A params file, the tagged cell of a notebook and the command line hold flat subsets of the same
+fields. What a recipe does not name is off; the sizes default to the embedded digits, so that
+`Recipe()` trains. Nothing heavy is imported here: a recipe is judged within a second.
+"""
+
+import ast
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from workbench import ROOT
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, one line per problem."""
+
+    def __init__(self, problems: list[str], source: str = "recipe"):
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {text}" for text in problems))
+
+
+def knob(default: Any, text: str, *, place: bool = False, **limits) -> Any:
+    """A field with its one-line description; `place` marks what never changes the weights."""
+    return Field(default, description=text, json_schema_extra={"place": place}, **limits)
+
+
+class Recipe(BaseModel):
+    """The knobs, in the order data, model, optimisation, loss, augmentation, run.
+
+    Sources: UP is United Perception's classification task; BoT is arXiv 1812.01187; RSB is
+    arXiv 2110.00476. Raises RecipeError, never a bare pydantic error.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str = knob("baseline", "run folder is runs_dir/<name>-seed<seed>", pattern=r"^[^/\\]+$")
+
+    # data
+    dataset: Literal["digits", "letters", "files"] = knob(
+        "digits", "digits and letters are embedded; files reads data_dir"
+    )
+    data_dir: str = knob("", "folder that the lists and roots below lie in", place=True)
+    train_list: list[str] = knob([], "list files, imagenet or custom_cls; none: class folders")
+    train_root: list[str] = knob(["train"], "folders the entries start from, one per list or one")
+    val_list: list[str] = knob([], "as train_list")
+    val_root: list[str] = knob(["val"], "as train_root")
+    val_fraction: float = knob(
+        0.0, "share of every class held out when there is no validation list", ge=0, lt=1
+    )
+    class_names: str = knob("", "text file with one class name per line")
+    num_classes: int | None = knob(None, "None counts them in the data", ge=2)
+    fraction: float = knob(1.0, "share of the training list that is used", gt=0, le=1)
+    outside_root: bool = knob(False, "list entries may leave their root")
+    verify_data: bool = knob(True, "decode every picture once before training, cached", place=True)
+    image_size: int = knob(32, "pixels, side of the square training crop", ge=8, le=4096)
+    val_image_size: int | None = knob(
+        None, "pixels, side of the centre crop; None is image_size", ge=8, le=4096
+    )
+    val_resize: int = knob(32, "pixels, short side before the centre crop", ge=8, le=8192)
+    interpolation: Interpolation = knob("bilinear", "of both resizes, antialiased")
+    mean: list[Fraction] = knob(
+        [0.485, 0.456, 0.406], "RGB, 0 to 1, subtracted", min_length=3, max_length=3
+    )
+    std: list[Annotated[float, Field(gt=0, le=1)]] = knob(
+        [0.229, 0.224, 0.225], "RGB, 0 to 1, divided by", min_length=3, max_length=3
+    )
+
+    # model
+    model: str = knob("test_resnet", "timm name, or resnet18 to resnet152", min_length=1)
+    deep_stem: bool = knob(False, "three 3x3 convolutions for the 7x7; with avg_down a ResNet-D")
+    avg_down: bool = knob(False, "average pool and 1x1 in the shortcuts, BoT section 4")
+    drop_path: float = knob(
+        0.0, "highest stochastic depth rate, grows along the blocks", ge=0, lt=1
+    )
+    dropout: float = knob(0.0, "before the classifier", ge=0, lt=1)
+    pretrained: bool = knob(False, "start from timm's published weights")
+    weights: str = knob("", "start from this weights file or run folder")
+
+    # optimisation
+    epochs: int = knob(8, "passes over the training list", ge=1, le=100_000)
+    batch_size: int = knob(32, "images per optimizer step, all devices together", ge=1)
+    micro_batch_size: int | None = knob(
+        None, "images per forward on a device; gradients add up to the step", ge=1
+    )
+    drop_last: bool = knob(False, "leave out the incomplete last batch of an epoch")
+    optimizer: Literal["sgd", "adamw"] = knob("sgd", "sgd or adamw")
+    lr: float = knob(0.1, "peak learning rate, used as it stands", gt=0)
+    momentum: float = knob(0.9, "of sgd", ge=0, lt=1)
+    nesterov: bool = knob(False, "of sgd")
+    weight_decay: float = knob(0.0, "per step and lr, on what decay_all says", ge=0)
+    decay_all: bool = knob(True, "False leaves norms and biases (one dimension) undecayed")
+    schedule: Literal["constant", "multistep", "cosine"] = knob("cosine", "after the warm-up")
+    milestones: list[int] = knob([], "epochs at which multistep multiplies by gamma")
+    gamma: float = knob(0.1, "of multistep", gt=0, lt=1)
+    lr_min: float = knob(0.0, "where cosine ends", ge=0)
+    warmup_epochs: float = knob(0.0, "linear climb to lr, in epochs", ge=0)
+    warmup_ratio: float = knob(0.0, "share of lr that the warm-up starts from", ge=0, le=1)
+    clip_grad_norm: float | None = knob(None, "largest norm of all gradients together", gt=0)
+    ema_decay: float | None = knob(None, "share of the average kept per step", gt=0, lt=1)
+
+    # loss
+    label_smoothing: float = knob(0.0, "share of the target spread over all classes", ge=0, lt=1)
+
+    # augmentation
+    crop_scale: list[Annotated[float, Field(gt=0, le=1)]] = knob(
+        [1.0, 1.0], "share of the picture's area a random crop keeps", min_length=2, max_length=2
+    )
+    crop_ratio: list[Annotated[float, Field(gt=0)]] = knob(
+        [0.75, 1.3333333333333333], "width over height of a crop", min_length=2, max_length=2
+    )
+    flip: Fraction = knob(0.0, "probability of a left-right flip")
+    brightness: Fraction = knob(0.0, "factor 1 - x to 1 + x")
+    contrast: Fraction = knob(0.0, "factor 1 - x to 1 + x")
+    saturation: Fraction = knob(0.0, "factor 1 - x to 1 + x")
+    hue: float = knob(0.0, "shift -x to x, in turns of the colour circle", ge=0, le=0.5)
+
+    # run
+    seed: int = knob(0, "order, draws and initial weights follow from it", ge=0, lt=2**32)
+    resume_from: str = knob("", "run folder whose last.pt is continued here")
+    auto_resume: bool = knob(True, "go on where this run folder stopped", place=True)
+    val_every: int = knob(1, "epochs between evaluations; the last is always evaluated", ge=1)
+    checkpoint_minutes: float = knob(
+        10.0, "between checkpoints inside an epoch; 0 is every step", ge=0, place=True
+    )
+    log_every: int = knob(10, "steps per row of steps.csv", ge=1, place=True)
+    device: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "auto takes a GPU", place=True)
+    precision: Literal["auto", "fp32", "bf16"] = knob("auto", "auto is bf16 where it is native")
+    channels_last: bool = knob(True, "memory layout of images and weights")
+    workers: int | None = knob(
+        None, "processes that decode, per device; None is one per core, at most 8", ge=0, place=True
+    )
+    runs_dir: str = knob("runs", "where run folders lie", place=True, min_length=1)
+
+    def __init__(self, **values: Any):
+        values, problems = _typed(values)
+        problems += _contradictions(values, {key for key, _ in problems})
+        if problems:
+            raise RecipeError([text for _, text in problems])
+        super().__init__(**values)
+
+    @classmethod
+    def read(cls, path: str | Path, **overrides: Any) -> "Recipe":
+        """The recipe in a YAML file, with overrides as `-p` gives them.
+
+        Raises RecipeError for a file that is missing, is no flat mapping or holds a bad knob.
+        """
+        return cls._named(str(path), {**read_params(path), **overrides})
+
+    @classmethod
+    def collect(cls, namespace: Mapping[str, Any]) -> "Recipe":
+        """The recipe in a notebook's `globals()`, or in any mapping of plain values.
+
+        In a notebook every name assigned in the cells that begin with `# Parameters` counts (the
+        tagged cell, and the one papermill injects), so an injected misspelling is found; other
+        variables are left alone.
+        """
+        cells = [text for text in namespace.get("In") or [] if text.startswith("# Parameters")]
+        if not cells:
+            values = {k: v for k, v in namespace.items() if not k.startswith("_") and _plain(v)}
+            return cls._named("parameters", values)
+        names = [name for cell in cells for name in _assigned(cell)]
+        return cls._named("parameters", {name: namespace[name] for name in names})
+
+    @classmethod
+    def _named(cls, source: str, values: Mapping[str, Any]) -> "Recipe":
+        try:
+            return cls(**values)
+        except RecipeError as error:
+            raise RecipeError(error.problems, source) from None
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """This recipe with other values, checked again."""
+        return Recipe(**{**self.changed(), **changes})
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from the defaults."""
+        return {
+            k: v for k, v in self.model_dump().items() if v != type(self).model_fields[k].default
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Every field as YAML, each with its description; `read` gives an equal recipe."""
+        lines = [f"# workbench recipe, fingerprint {self.fingerprint}"]
+        for key, value in self.model_dump().items():
+            lines.append(f"{key}: {_yaml(value)}  # {type(self).model_fields[key].description}")
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    @classmethod
+    def cell(cls) -> str:
+        """The source of the notebooks' parameters cell: every default, one per line."""
+        lines = [
+            "# Parameters. What a recipe does not name is off; papermill overrides any of them."
+        ]
+        for key, field in cls.model_fields.items():
+            lines.append(f"{key} = {_python(field.default)}  # {field.description}")
+        return "\n".join(lines)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return ROOT / self.runs_dir / f"{self.name}-seed{self.seed}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits over every field that can change the trained weights."""
+        text = json.dumps({k: v for k, v in self.model_dump().items() if k not in PLACE})
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# Fields that say where and how often, not what: a run may be resumed with others.
+PLACE = frozenset(
+    key for key, field in Recipe.model_fields.items() if field.json_schema_extra["place"]
+) | {"name"}
+
+
+def read_params(path: str | Path) -> dict[str, Any]:
+    """The flat mapping of a params file.
+
+    Raises RecipeError naming the line of a syntax error, a repeated key, or what came instead of
+    a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError([f"cannot be read: {error}"], str(path)) from None
+    if len(text) > 1_000_000:
+        raise RecipeError([f"{len(text):,} characters; a recipe is a page of YAML"], str(path))
+    try:
+        values = yaml.load(text, Loader=_FlatLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError([" ".join(str(error).split())], str(path)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(
+            [f"holds a {type(values).__name__}; wanted lines of `knob: value`"], str(path)
+        )
+    return values
+
+
+class _FlatLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases (no billion laughs) and with an error on doubled keys."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"line {mark.line + 1}: aliases have no place in a flat recipe")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key_node, _), key in zip(node.value, keys, strict=True):
+            if isinstance(key, list | dict) or keys.count(key) > 1:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: {key!r} stands twice or is no plain name")
+        return super().construct_mapping(node, deep)
+
+
+# Dates stay text (`name: 2026-01-02`), as papermill has it too.
+_FlatLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Values with number-like strings understood, and what is wrong: (field, sentence)."""
+    good, problems = {}, []
+    for key, value in values.items():
+        if key not in Recipe.model_fields:
+            problems.append((str(key), f"{key}: no such knob; {_nearest(str(key))}"))
+        else:
+            good[key] = _understood(value, Recipe.model_fields[key].annotation)
+    try:
+        Recipe.__pydantic_validator__.validate_python(good, self_instance=Recipe.model_construct())
+    except ValidationError as error:
+        bad: dict[str, str] = {}
+        for item in error.errors():
+            key = item["loc"][0]
+            bad.setdefault(key, f"{key}: {_sentence(key, values[key], item)}")
+        problems += bad.items()
+        good = {k: v for k, v in good.items() if k not in bad}
+    return good, problems
+
+
+# What other tools call a knob, for the hint beside an unknown one.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_epoch": "epochs",
+    "num_epochs": "epochs",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "arch": "model",
+    "backbone": "model",
+    "img_size": "image_size",
+    "input_size": "image_size",
+    "optim": "optimizer",
+    "opt": "optimizer",
+    "scheduler": "schedule",
+    "lr_scheduler": "schedule",
+    "smoothing": "label_smoothing",
+    "smooth_ratio": "label_smoothing",
+    "model_ema_decay": "ema_decay",
+    "clip_grad": "clip_grad_norm",
+    "max_grad_norm": "clip_grad_norm",
+    "num_workers": "workers",
+    "random_seed": "seed",
+    "amp": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "pretrain_model": "weights",
+    "checkpoint": "weights",
+    "resume": "resume_from",
+    "crop_pct": "val_resize",
+    "hflip": "flip",
+    "meta_file": "train_list",
+    "image_dir": "train_root",
+    "accumulate": "micro_batch_size",
+}
+
+
+def _nearest(key: str) -> str:
+    names = {**{name: name for name in Recipe.model_fields}, **_ELSEWHERE}
+    close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
+    return f"the nearest is {names[close[0]]!r}" if close else "Recipe.cell() prints all of them"
+
+
+def _understood(value: Any, annotation: Any) -> Any:
+    """YAML 1.1 and the command line give `3e-4`, `true` or `[1, 2]` as text; read what it means."""
+    kinds = set(get_args(annotation)) | {annotation}
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, str) and value.strip().lower() in ("none", "null") and type(None) in kinds:
+        return None
+    if _is_list(annotation):
+        if isinstance(value, str) and value.strip().startswith("["):
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                return value
+        inner = get_args(annotation)[0]
+        if not isinstance(value, list):
+            value = [value]  # `train_list: meta/train.txt` is a list of one
+        return [_understood(item, _base(inner)) for item in value]
+    if isinstance(value, str) and bool in kinds and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if isinstance(value, str) and kinds & {int, float}:
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if int in kinds and number.is_integer() else number
+    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
+        return int(value)
+    return value
+
+
+def _base(annotation: Any) -> Any:
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
+def _is_list(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is list
+
+
+def _sentence(key: str, came: Any, item: dict[str, Any]) -> str:
+    """What came and what is allowed, for one pydantic error."""
+    text = item["msg"][0].lower() + item["msg"][1:]
+    where = (
+        f" at position {item['loc'][1]}" if len(item["loc"]) > 1 and item["loc"][1] != key else ""
+    )
+    return f"{came!r}{where}: {text} ({Recipe.model_fields[key].description})"
+
+
+# (knobs, rule): a rule returns why these knobs would change nothing under the other ones, or False.
+_UNUSED = [
+    (
+        "data_dir train_list train_root val_list val_root val_fraction class_names num_classes"
+        " outside_root",
+        lambda r: (
+            r.dataset != "files"
+            and f"since dataset is {r.dataset}, which is embedded; say dataset: files"
+        ),
+    ),
+    ("deep_stem avg_down", lambda r: r.model not in RESNETS and f"since model is {r.model}"),
+    (
+        "micro_batch_size",
+        lambda r: (
+            (r.micro_batch_size or 0) >= r.batch_size and f"since batch_size is {r.batch_size}"
+        ),
+    ),
+    ("momentum nesterov", lambda r: r.optimizer != "sgd" and f"since optimizer is {r.optimizer}"),
+    ("decay_all", lambda r: r.weight_decay == 0 and "since weight_decay is 0"),
+    ("milestones gamma", lambda r: r.schedule != "multistep" and f"since schedule is {r.schedule}"),
+    ("lr_min", lambda r: r.schedule != "cosine" and f"since schedule is {r.schedule}"),
+    ("warmup_ratio", lambda r: r.warmup_epochs == 0 and "since warmup_epochs is 0"),
+    ("val_every", lambda r: r.val_every > r.epochs and f"since there are {r.epochs} epochs"),
+]
+
+# (knob, rule): a rule returns what is wrong with the knob beside the other ones, or False.
+_WRONG = [
+    ("name", lambda r: r.name in (".", "..") and "must be the name of a folder"),
+    (
+        "data_dir",
+        lambda r: (
+            r.dataset == "files"
+            and not r.data_dir
+            and not _absolute(r)
+            and "missing; dataset: files needs the folder that holds the pictures"
+        ),
+    ),
+    ("train_root", lambda r: _roots(r.train_list, r.train_root)),
+    ("val_root", lambda r: _roots(r.val_list, r.val_root)),
+    (
+        "val_fraction",
+        lambda r: (
+            r.val_fraction > 0
+            and (r.val_list or r.val_root != ["val"])
+            and "there is a validation list or root already; leave out one of the two"
+        ),
+    ),
+    (
+        "val_resize",
+        lambda r: (
+            r.val_resize < (r.val_image_size or r.image_size)
+            and f"{r.val_resize} is smaller than the {r.val_image_size or r.image_size} pixel crop"
+        ),
+    ),
+    ("weights", lambda r: r.weights and r.pretrained and "pretrained asks for other weights"),
+    (
+        "resume_from",
+        lambda r: (
+            r.resume_from
+            and (r.weights or r.pretrained)
+            and "a resumed run brings its own weights; leave out weights and pretrained"
+        ),
+    ),
+    (
+        "nesterov",
+        lambda r: (
+            r.optimizer == "sgd" and r.nesterov and r.momentum == 0 and "needs momentum above 0"
+        ),
+    ),
+    (
+        "milestones",
+        lambda r: (
+            r.schedule == "multistep"
+            and (
+                (not r.milestones and "empty; multistep needs the epochs to step at")
+                or (
+                    not all(1 <= m < r.epochs for m in r.milestones)
+                    and f"{r.milestones} has an epoch outside 1 to {r.epochs - 1}: it would do nothing"
+                )
+                or (sorted(set(r.milestones)) != r.milestones and f"{r.milestones} must climb")
+            )
+        ),
+    ),
+    ("lr_min", lambda r: r.lr_min > r.lr and f"{r.lr_min} is above lr {r.lr}"),
+    (
+        "warmup_epochs",
+        lambda r: (
+            r.warmup_epochs >= r.epochs
+            and f"{r.warmup_epochs} of {r.epochs} epochs would leave no training at lr"
+        ),
+    ),
+    *[
+        (key, lambda r, k=key: getattr(r, k)[0] > getattr(r, k)[1] and f"{getattr(r, k)} falls")
+        for key in ("crop_scale", "crop_ratio")
+    ],
+]
+
+
+def _contradictions(values: Mapping[str, Any], bad: set[str]) -> list[tuple[str, str]]:
+    """Knobs that exclude each other, and knobs that are set and would change nothing.
+
+    A rule that reads a knob with a bad value is skipped: that knob is reported already.
+    """
+
+    class Known:
+        def __getattr__(self, key: str) -> Any:
+            if key in bad:
+                raise LookupError(key)
+            return values.get(key, Recipe.model_fields[key].default)
+
+    problems = []
+    for keys, rule in _UNUSED:
+        for key in keys.split():
+            if values.get(key, default := Recipe.model_fields[key].default) == default:
+                continue
+            if why := _asked(rule, Known()):
+                problems.append((key, f"{key}: {values[key]!r} would change nothing {why}"))
+    for key, rule in _WRONG:
+        if why := _asked(rule, Known()):
+            problems.append((key, f"{key}: {why}"))
+    return problems
+
+
+def _asked(rule: Callable[[Any], Any], recipe: Any) -> Any:
+    try:
+        return rule(recipe)
+    except LookupError:
+        return False
+
+
+def _roots(lists: list[str], roots: list[str]) -> str | bool:
+    if not roots:
+        return "empty; name the folder, '.' is data_dir itself"
+    return (
+        bool(lists)
+        and len(roots) not in (1, len(lists))
+        and f"{len(roots)} roots for {len(lists)} lists; give one, or one for each list"
+    )
+
+
+def _absolute(recipe: "Recipe") -> bool:
+    """Whether every list or root says by itself where it lies."""
+    sides = [recipe.train_list or recipe.train_root, recipe.val_list or recipe.val_root]
+    return all(Path(path).is_absolute() for side in sides for path in side)
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list | tuple)
+
+
+def _assigned(source: str) -> list[str]:
+    targets = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            targets += [name.id for name in node.targets if isinstance(name, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            targets.append(node.target.id)
+    return list(dict.fromkeys(targets))
+
+
+def _yaml(value: Any) -> str:
+    """One YAML value on one line that every YAML 1.1 reader takes for what it is."""
+    if isinstance(value, float):
+        return repr(value) if "." in repr(value) else _dotted(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _dotted(value: float) -> str:
+    """5e-05 as 5.0e-05: without the dot YAML 1.1 reads text."""
+    assert math.isfinite(value)
+    mantissa, _, exponent = repr(value).partition("e")
+    sign = "" if exponent.startswith("-") else "+"
+    return f"{mantissa}.0e{sign}{exponent}" if exponent else f"{mantissa}.0"
+
+
+def _python(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)

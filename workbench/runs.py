@@ -1,0 +1,385 @@
+"""The run folder: what a training leaves behind, in files that pandas opens.
+
+    runs/<name>/  recipe.yaml          every knob
+                  environment.json     versions, commit, device, seconds, memory, data fingerprint
+                  metrics.csv          a row per epoch; the same bytes again after a kill and resume
+                  steps.csv            a row per log_every steps, with speed
+                  predictions.parquet  a row per validation picture and set of weights (raw, ema)
+                  quarantine.csv       pictures that could not be read, if there are any
+                  status.json          running, stopped, finished or failed, and the step
+                  last.pt              where a resume begins
+                  best.safetensors     weights of the best validated epoch (chosen on that list)
+
+Files are replaced whole (temporary file, fsync, rename) or appended to by line; an exclusive lock
+keeps a second writer out and dies with its process.
+"""
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+STATES = ("new", "running", "interrupted", "stopped", "failed", "finished", "unreadable")
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be used as asked; the text says why and what to do."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; at the end it takes its place, synced, or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; a run is there to be read
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Run:
+    """One run folder. Making a Run touches nothing; `writing` creates and locks the folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock: int | None = None
+        self._columns: dict[str, list[str]] = {}
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def file(self, name: str) -> Path:
+        """The path of one of the folder's files, there or not."""
+        return self.path / name
+
+    # ---- reading: works on live, finished, stopped and broken runs
+
+    def status(self) -> dict[str, Any]:
+        """state (one of STATES), step, steps, epoch, message; `running` only if a writer lives."""
+        status = {"state": "new", "step": 0, "steps": None, "message": ""}
+        if self.file("status.json").exists():
+            try:
+                status |= json.loads(self.file("status.json").read_text())
+            except (OSError, ValueError) as error:
+                return status | {"state": "unreadable", "message": str(error)}
+        if status["state"] == "running" and not self.locked():
+            status["state"] = "interrupted"
+        return status
+
+    def recipe(self) -> dict[str, Any]:
+        """The knobs in recipe.yaml."""
+        import yaml
+
+        try:
+            return yaml.safe_load(self.file("recipe.yaml").read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise RunError(f"{self.path} is no readable run: {error}") from None
+
+    def environment(self) -> dict[str, Any]:
+        """environment.json, empty when it is not there."""
+        if not self.file("environment.json").exists():
+            return {}
+        return json.loads(self.file("environment.json").read_text())
+
+    def metrics(self) -> pd.DataFrame:
+        """A row per finished epoch, empty before the first."""
+        return self._frame("metrics.csv")
+
+    def steps(self) -> pd.DataFrame:
+        """A row per log_every steps, empty before the first."""
+        return self._frame("steps.csv")
+
+    def quarantine(self) -> pd.DataFrame:
+        """The pictures that could not be read: list, file, label, reason."""
+        return self._frame("quarantine.csv")
+
+    def predictions(self, weights: str | None = None) -> pd.DataFrame:
+        """A row per validation picture of the last evaluation; `weights` picks raw or ema."""
+        path = self.file("predictions.parquet")
+        if not path.exists():
+            raise RunError(f"{self.path} has no predictions; it was not evaluated yet")
+        frame = pd.read_parquet(path)
+        return frame if weights is None else frame[frame.weights == weights].reset_index(drop=True)
+
+    def _frame(self, name: str) -> pd.DataFrame:
+        try:
+            text = self.file(name).read_text(encoding="utf-8")
+        except OSError:
+            return pd.DataFrame()
+        whole = text[: text.rfind("\n") + 1]  # a writer that was killed may leave half a line
+        return pd.read_csv(io.StringIO(whole)) if whole else pd.DataFrame()
+
+    # ---- writing: one process at a time
+
+    def locked(self) -> bool:
+        """Whether some process is writing this run."""
+        try:
+            handle = os.open(self.file("lock"), os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator["Run"]:
+        """Creates the folder and holds it alone. Raises RunError when another process does."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror}; choose another runs_dir"
+            ) from None
+        try:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+                raise RunError(
+                    f"{self.path} is being written by {owner or 'another process'}; wait for it, "
+                    f"stop it (touch {self.file('STOP')}), or give this run another name"
+                ) from None
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            for leftover in self.path.glob(".*.*"):  # of a writer that was killed while replacing
+                if leftover.name.split(".")[1] in ("last", "best", "status", "metrics", "steps"):
+                    leftover.unlink(missing_ok=True)
+            yield self
+        finally:
+            os.close(self._lock)
+            self._lock = None
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Replaces a JSON file."""
+        with self._replacing(name) as temporary:
+            temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+    def set_status(self, state: str, **values: Any) -> None:
+        """Replaces status.json, keeping what is not named."""
+        old = {k: v for k, v in self.status().items() if k != "state"}
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.write_json("status.json", {**old, **values, "state": state, "updated": now})
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Adds a line to a CSV file, in one write; the first row decides the columns.
+
+        Floats stand as their shortest exact text, None as nothing.
+        """
+        path = self.file(name)
+        lines = []
+        if name not in self._columns:
+            if path.exists() and path.stat().st_size:
+                with open(path, newline="", encoding="utf-8") as file:
+                    self._columns[name] = next(csv.reader(file))
+            else:
+                self._columns[name] = list(row)
+                lines.append(self._columns[name])
+        columns = self._columns[name]
+        if set(row) != set(columns):
+            raise RunError(f"{path}: row of {sorted(row)} under columns {sorted(columns)}")
+        lines.append(["" if row[c] is None else row[c] for c in columns])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        handle = self._guarded(os.open, path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            data = text.getvalue().encode()
+            if self._guarded(os.write, handle, data) != len(data):
+                raise RunError(f"{path}: the disk took half a line; free space and start again")
+        finally:
+            os.close(handle)
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows of the tables that lie after `step`, and half lines."""
+        self._columns.clear()
+        for name in ("metrics.csv", "steps.csv", "quarantine.csv"):
+            path = self.file(name)
+            if not path.exists():
+                continue
+            header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+            column = header.strip().split(",").index("step") if "step" in header else None
+            kept = [
+                line
+                for line in lines
+                if line.endswith("\n") and column is not None and _step(line, column) <= step
+            ]
+            if kept:
+                with self._replacing(name) as temporary:
+                    temporary.write_text(header + "".join(kept), encoding="utf-8")
+            else:
+                path.unlink()
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replaces last.pt, then syncs the tables up to it."""
+        import torch
+
+        for name in ("metrics.csv", "steps.csv", "quarantine.csv"):
+            if self.file(name).exists():
+                with open(self.file(name), "rb") as file:
+                    os.fsync(file.fileno())
+        with self._replacing("last.pt") as temporary:
+            torch.save(dict(state), temporary)
+
+    def load_checkpoint(self, map_location: Any = "cpu") -> dict[str, Any] | None:
+        """What save_checkpoint wrote, None when there is none. Never runs code from the file."""
+        import torch
+
+        path = self.file("last.pt")
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:
+            raise RunError(
+                f"{path} cannot be read ({_first_line(error)}); move it away to start this run "
+                "from the beginning, or name another run in resume_from"
+            ) from None
+
+    def save_weights(self, name: str, tensors: Mapping[str, Any], metadata: Mapping) -> None:
+        """Replaces a safetensors file; metadata values become text."""
+        from safetensors.torch import save_file
+
+        contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        with self._replacing(name) as temporary:
+            save_file(contiguous, temporary, {k: str(v) for k, v in metadata.items()})
+
+    def save_frame(self, name: str, frame: pd.DataFrame) -> None:
+        """Replaces a parquet or CSV file."""
+        with self._replacing(name) as temporary:
+            if name.endswith(".parquet"):
+                frame.to_parquet(temporary, index=False)
+            else:
+                frame.to_csv(temporary, index=False)
+
+    def stop_requested(self) -> bool:
+        """Whether somebody put a file named STOP into the folder."""
+        return self.file("STOP").exists()
+
+    def clear_stop(self) -> None:
+        """Takes the STOP file away."""
+        self.file("STOP").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        if self._lock is None:
+            raise RunError(f"{self.path}: write inside `with run.writing():`")
+        try:
+            with replacing(self.file(name)) as temporary:
+                yield temporary
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            raise self._failure(error, name) from error
+
+    def _guarded(self, call: Any, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            raise self._failure(error, "a table") from error
+
+    def _failure(self, error: Exception, name: str) -> RunError:
+        import shutil
+
+        try:
+            free = f"{shutil.disk_usage(self.path).free / 1e6:,.0f} MB free there"
+        except OSError:
+            free = "the folder is gone"
+        return RunError(
+            f"{self.path}: {name} was not written ({_first_line(error)}; {free}). What was written "
+            "before is intact; the same command goes on from the last checkpoint"
+        )
+
+
+def _step(line: str, column: int) -> float:
+    try:
+        return float(line.strip().split(",")[column])
+    except (IndexError, ValueError):
+        return float("inf")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def table(root: str | Path = "runs") -> pd.DataFrame:
+    """One row per run folder below `root`, newest first; empty when there is none.
+
+    A folder that cannot be read gets a row that says so; nothing is raised.
+    """
+    rows = []
+    for path in sorted(Path(root).glob("*/recipe.yaml")) if Path(root).is_dir() else []:
+        run = Run(path.parent)
+        row: dict[str, Any] = {"run": run.path.name, "updated": path.stat().st_mtime}
+        try:
+            status, recipe, metrics = run.status(), run.recipe(), run.metrics()
+            last = metrics.iloc[-1].to_dict() if len(metrics) else {}
+            row |= {k: recipe.get(k) for k in ("model", "dataset", "seed", "epochs")}
+            row |= {"state": status["state"], "epoch": int(last.get("epoch", 0))}
+            row |= {k: last.get(k) for k in ("top1", "top5", "ema_top1", "train_loss")}
+            environment = run.environment()
+            row |= {"minutes": environment.get("seconds", 0) / 60, "n": last.get("val_images")}
+            row |= {"device": environment.get("device"), "updated": status.get("updated")}
+        except Exception as error:
+            row |= {"state": "unreadable", "message": _first_line(error)}
+        rows.append(row)
+    columns = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_loss minutes"
+    frame = pd.DataFrame(rows, columns=[*columns.split(), "device", "updated"])
+    return frame.sort_values("updated", ascending=False, key=lambda c: c.astype(str)).reset_index(
+        drop=True
+    )
+
+
+def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
+    """The rows `training.fit` yields, read from the files of a run in any process, until it ends.
+
+    Yields the rows that are there, then new ones as they come; returns when the run is no longer
+    being written.
+    """
+    seen = {"steps.csv": 0, "metrics.csv": 0}
+    while True:
+        live = run.locked()  # asked first, so rows written before the end are still read below
+        rows = []
+        for name, kind in (("steps.csv", "step"), ("metrics.csv", "epoch")):
+            frame = run._frame(name)
+            if len(frame) < seen[name]:
+                seen[name] = 0  # the run was rewound
+            new = frame.iloc[seen[name] :].astype(object).where(frame.notna(), None)
+            rows += [{"kind": kind, **row} for row in new.to_dict("records")]
+            seen[name] = len(frame)
+        yield from sorted(rows, key=lambda row: row["step"])
+        if not live:
+            return
+        time.sleep(poll)

@@ -1,0 +1,842 @@
+"""Training as a generator: the caller keeps the loop, plots, logs, stops by leaving it.
+
+    run = runs.Run(recipe.folder)
+    for row in fit(recipe, run):
+        print(row)                       # kind "step" every log_every steps, kind "epoch" at its end
+
+The same function runs on a CPU, on one GPU and, started by torchrun, on many; rank 0 yields. A
+step depends on the recipe, its number and the weights alone, so a killed run goes on bit for bit
+(on a CPU, with the same number of threads).
+"""
+
+import contextlib
+import copy
+import math
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from workbench import ROOT, augmentation, data, evaluation, models, runs, schedule
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the text says where it stood and what to try."""
+
+
+# ---- what a recipe means, as values a notebook can look at before it trains
+
+
+def train_transform(recipe: Any) -> augmentation.TrainTransform:
+    """The recipe's training transform."""
+    return augmentation.TrainTransform(
+        size=recipe.image_size,
+        crop_scale=tuple(recipe.crop_scale),
+        crop_ratio=tuple(recipe.crop_ratio),
+        interpolation=recipe.interpolation,
+        flip=recipe.flip,
+        brightness=recipe.brightness,
+        contrast=recipe.contrast,
+        saturation=recipe.saturation,
+        hue=recipe.hue,
+    )
+
+
+def test_transform(recipe: Any) -> augmentation.TestTransform:
+    """The recipe's validation transform."""
+    size = recipe.val_image_size or recipe.image_size
+    return augmentation.TestTransform(size, recipe.val_resize, recipe.interpolation)
+
+
+test_transform.__test__ = False  # pytest: no test
+
+
+def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step, counted from 0."""
+    warmup = schedule.Warmup(round(recipe.warmup_epochs * steps_per_epoch), recipe.warmup_ratio)
+    if recipe.schedule == "multistep":
+        milestones = tuple(m * steps_per_epoch for m in recipe.milestones)
+        return schedule.MultiStep(recipe.lr, milestones, recipe.gamma, warmup)
+    if recipe.schedule == "cosine":
+        return schedule.Cosine(recipe.lr, recipe.epochs * steps_per_epoch, recipe.lr_min, warmup)
+    return schedule.Constant(recipe.lr, warmup)
+
+
+def create_model(recipe: Any, num_classes: int) -> nn.Module:
+    """The recipe's model at its initial weights (timm's published ones with `pretrained`)."""
+    return models.create(
+        recipe.model,
+        num_classes,
+        image_size=recipe.image_size,
+        deep_stem=recipe.deep_stem,
+        avg_down=recipe.avg_down,
+        drop_path=recipe.drop_path,
+        dropout=recipe.dropout,
+        pretrained=recipe.pretrained,
+        seed=recipe.seed,
+    )
+
+
+def create_optimizer(recipe: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer; its lr is set anew before every step."""
+    decayed = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": decayed}]
+    if not recipe.decay_all:
+        groups = [
+            {"params": [p for p in decayed if p.ndim > 1]},
+            {"params": [p for p in decayed if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    shared = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **shared, fused=fused)
+    return torch.optim.SGD(
+        groups, **shared, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused
+    )
+
+
+class Normalize:
+    """uint8 (n, 3, h, w) on a device -> float32, mean subtracted, divided by std (0-1 scale)."""
+
+    def __init__(self, recipe: Any, device: torch.device):
+        shape = (1, 3, 1, 1)
+        self.mean = torch.tensor(recipe.mean, device=device).mul(255).reshape(shape)
+        self.std = torch.tensor(recipe.std, device=device).mul(255).reshape(shape)
+        self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.layout)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a recipe's `device`; under torchrun each process has its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise TrainingError("device is cuda, but torch sees no GPU; set device: auto or cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise TrainingError("device is mps, but torch sees none; set device: auto or cpu")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16: `auto` takes bf16 where the processor computes in it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return "bf16" if any(getattr(torch.cpu, p, bool)() for p in probes) else "fp32"
+    return "fp32"
+
+
+def pick_workers(workers: int | None, world: int = 1) -> int:
+    """Loader processes on this machine for one training process."""
+    return workers if workers is not None else max(1, min(8, data.cores() // world))
+
+
+def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, norm statistics included, counters copied.
+
+    Constant decay from the first step on, as UP's `linear` EMA with its default warmup.
+    """
+    averaged, current = [], []
+    for kept, value in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            averaged.append(kept)
+            current.append(value)
+        else:
+            kept.copy_(value)
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+# ---- fit
+
+_live: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
+
+
+def fit(
+    recipe: Any,
+    run: runs.Run,
+    *,
+    prepared: data.Data | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Trains a recipe into a run folder, yielding flat rows; goes on where the folder stopped.
+
+    Step rows: kind, step, steps, epoch, lr, loss (mean since the last row), seconds (training time
+    so far), images_per_second, data_wait (share of the time). Epoch rows: kind and the columns of
+    metrics.csv: epoch, step, lr, train_loss, train_top1, images, val_loss, top1, top5, val_images,
+    and ema_val_loss, ema_top1, ema_top5 where EMA is on; validation is None in epochs without.
+
+    Starting point, first that applies: the folder's last.pt (auto_resume), `resume_from`,
+    `weights` or `pretrained`, initial weights from the seed. A finished run yields nothing.
+
+    Ctrl-C, SIGTERM, a STOP file in the folder, `stop` and leaving the loop end it at the next
+    step: last.pt is written, the state is "stopped", and fit returns normally. A second Ctrl-C
+    interrupts at once. `prepared` saves reading the lists again. Raises RunError, DataError,
+    ModelError or TrainingError, mostly before the first step.
+    """
+    key = str(run.path.resolve())
+    previous = _live.get(key)
+    if previous is not None:  # a loop over this run that an error left open in this process
+        try:
+            previous.close()
+        except ValueError:
+            raise TrainingError(
+                f"{run.path} is being trained by another thread; stop that first"
+            ) from None
+    rows = _fit(recipe, run, prepared, stop or threading.Event())
+    _live[key] = rows
+    return rows
+
+
+def _fit(
+    recipe: Any, run: runs.Run, prepared: data.Data | None, stop: threading.Event
+) -> Iterator[dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        team = stack.enter_context(_Team.of(recipe))
+        if team.first:
+            stack.enter_context(run.writing())
+            already = _check_folder(recipe, run)
+        if team.any(team.first and already):
+            return
+        asked = stack.enter_context(_Asked(run if team.first else None, stop))
+        try:
+            yield from _train(recipe, run, prepared, team, asked)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            if team.first:
+                with contextlib.suppress(Exception):  # a full disk must not hide the real error
+                    run.set_status("failed", message=f"{type(error).__name__}: {error}"[:2000])
+            raise
+
+
+def _check_folder(recipe: Any, run: runs.Run) -> bool:
+    """Whether the run is finished; raises RunError when the folder holds something else."""
+    from workbench.recipe import PLACE
+
+    run.clear_stop()
+    has_work = run.file("last.pt").exists()
+    if has_work and not recipe.auto_resume:
+        raise runs.RunError(
+            f"{run.path} holds a run and auto_resume is false; give this one another name"
+        )
+    if has_work and run.file("recipe.yaml").exists():
+        there, here = run.recipe(), recipe.model_dump()
+        differ = [
+            f"{k}: {there.get(k)!r} there, {here[k]!r} here"
+            for k in here
+            if k not in PLACE and k in there and there[k] != here[k]
+        ]
+        if differ:
+            raise runs.RunError(
+                f"{run.path} holds a run of another recipe ({'; '.join(differ)}); give this one "
+                "another name, or go on from it with resume_from"
+            )
+    return has_work and run.status()["state"] == "finished"
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds beside weights and optimizer, and what an epoch adds up."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    loss_sum: float = 0.0  # of the epoch so far, natural log, summed over pictures
+    correct: int = 0
+    images: int = 0
+    window_sum: float = 0.0  # of the steps since the last row
+    window_steps: int = 0
+
+
+def _train(
+    recipe: Any, run: runs.Run, prepared: data.Data | None, team: "_Team", asked: "_Asked"
+) -> Iterator[dict[str, Any]]:
+    device = team.device
+    precision = pick_precision(recipe.precision, device)
+    workers = pick_workers(recipe.workers, team.local_world)
+
+    # Data: lists, every picture read once (cached), the unreadable set aside by name.
+    content = prepared or data.open_data(recipe)
+    train, val, quarantined = content.train, content.val, []
+    if recipe.verify_data:
+        train, bad = data.sound(data.examine(train, progress=team.first), "train")
+        val, bad_val = data.sound(data.examine(val, progress=team.first), "val")
+        quarantined = [bad, bad_val]
+    steps_per_epoch = data.steps_per_epoch(len(train), recipe.batch_size, recipe.drop_last)
+    if steps_per_epoch == 0:
+        raise TrainingError(
+            f"batch_size {recipe.batch_size} is above the {len(train)} training pictures and "
+            "drop_last leaves none; lower batch_size"
+        )
+    steps = recipe.epochs * steps_per_epoch
+
+    # Model, optimizer and where they start.
+    model = create_model(recipe, len(content.classes))
+    smallest = _smallest_part(len(train), recipe, team.world)
+    if smallest == 1 and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
+    ):
+        raise TrainingError(
+            "the last forward of an epoch would hold one picture, which batch norm cannot "
+            f"normalise ({len(train)} pictures, batch_size {recipe.batch_size}); set drop_last: "
+            "true or another batch_size"
+        )
+    said = "timm's published weights" if recipe.pretrained else f"drawn from seed {recipe.seed}"
+    state = run.load_checkpoint()
+    if state is None and recipe.resume_from:
+        state = runs.Run(ROOT / recipe.resume_from).load_checkpoint()
+        if state is None:
+            raise runs.RunError(f"resume_from {recipe.resume_from!r} has no last.pt")
+    if state is None and recipe.weights:
+        said = str(models.load(model, recipe.weights))
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    model.to(device, memory_format=layout)
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
+    optimizer = create_optimizer(recipe, model)
+    progress = _Progress()
+    if state is not None:
+        _restore(state, model, ema, optimizer, progress, steps, steps_per_epoch)
+    wrapped = team.wrap(model)
+    rate = lr_schedule(recipe, steps_per_epoch)
+    normalize = Normalize(recipe, device)
+    autocast = lambda: torch.autocast(  # noqa: E731
+        device.type, torch.bfloat16, enabled=precision == "bf16"
+    )
+
+    environment = {
+        **_environment(device),
+        "precision": precision,
+        "processes": team.world,
+        "workers": workers,
+        "threads": torch.get_num_threads(),
+        "parameters": models.parameters(model),
+        "train_images": len(train),
+        "val_images": len(val),
+        "classes": content.classes,
+        "data": data.fingerprint(data.Data(train, val, content.classes)),
+        "recipe": recipe.fingerprint,
+        "steps_per_epoch": steps_per_epoch,
+        "start": said,
+    }
+    if team.first:
+        before = run.environment()
+        if state is not None and before.get("data", environment["data"]) != environment["data"]:
+            raise runs.RunError(
+                f"the data changed since {run.path} was started (fingerprint {before['data']}, now "
+                f"{environment['data']}); put the pictures back, or give this run another name"
+            )
+        run.rewind(progress.step)
+        with runs.replacing(run.file("recipe.yaml")) as temporary:
+            recipe.write(temporary)
+        if not run.file("quarantine.csv").exists():
+            columns = ["side", "file", "label", "reason", "detail", "step"]
+            run.save_frame("quarantine.csv", _concat([pd.DataFrame(columns=columns), *quarantined]))
+        run.write_json("environment.json", {**environment, "seconds": progress.seconds})
+        run.set_status("running", step=progress.step, steps=steps, message="")
+
+    def checkpoint() -> None:
+        if not team.first:
+            return
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            _not_finite(run, train, recipe, progress.step - 1, float("nan"))
+        run.save_checkpoint(
+            {
+                "model": model.state_dict(),
+                "ema": ema.state_dict() if ema else None,
+                "optimizer": optimizer.state_dict(),
+                "progress": dict(vars(progress)),
+                "steps_per_epoch": steps_per_epoch,
+            }
+        )
+        run.write_json("environment.json", {**environment, **_usage(device, progress.seconds)})
+        run.set_status("running", step=progress.step, steps=steps)
+
+    def validate() -> dict[str, Any]:
+        """The validation columns; predictions.parquet and best.safetensors on the way."""
+        team.average_buffers(model)
+        frames, columns = {}, {}
+        for weights, network in {"raw": model, **({"ema": ema} if ema else {})}.items():
+            batches = data.eval_batches(
+                val,
+                test_transform(recipe),
+                batch_size=max(1, min(256, recipe.batch_size)),
+                rank=team.rank,
+                world=team.world,
+                workers=workers if len(val) > 2000 else 0,
+                pin_memory=device.type == "cuda",
+            )
+            own = evaluation.predict(network, batches, normalize, device)
+            _quarantine(run, "val", val, own.attrs.pop("failures"), named_val, progress.step)
+            frames[weights] = team.gather(own)
+            result = evaluation.summary(frames[weights])
+            prefix = "ema_" if weights == "ema" else ""
+            columns |= {f"{prefix}{k}": v for k, v in result.items() if k != "val_images"}
+            columns["val_images"] = result["val_images"]
+        if team.first:
+            for weights, frame in frames.items():
+                frame.insert(0, "file", val.file.to_numpy()[frame.row])
+                frame.insert(0, "weights", weights)
+            run.save_frame("predictions.parquet", _concat(frames.values()))
+            top1, network = max(
+                [(columns["top1"], "raw")] + ([(columns["ema_top1"], "ema")] if ema else [])
+            )
+            if top1 > progress.best:
+                progress.best = top1
+                chosen = ema if network == "ema" else model
+                metadata = {"weights": network, "top1": top1, "step": progress.step}
+                run.save_weights("best.safetensors", chosen.state_dict(), metadata)
+        return columns
+
+    reader = data.batches(
+        train,
+        train_transform(recipe),
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        steps=range(progress.step, steps),
+        micro_batch_size=recipe.micro_batch_size,
+        drop_last=recipe.drop_last,
+        rank=team.rank,
+        world=team.world,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+    # Losses stay on the device until a row is due: asking for one earlier would stall a GPU.
+    pending: list[torch.Tensor] = []  # (3,) per step: loss / pictures of the step, correct, read
+    seen = waited = 0.0
+    named: set[int] = set()
+    named_val: set[int] = set()
+    mark = clock = saved = time.monotonic()
+    saved_step = -1
+
+    def settle() -> None:
+        """Adds the pending steps to the sums. Raises TrainingError when a loss is not finite."""
+        if not pending:
+            return
+        values = team.sum(torch.stack(pending).double().cpu()).tolist()
+        first = progress.step - len(pending)
+        for step, (loss, correct, images) in enumerate(values, first):
+            if not math.isfinite(loss):
+                _not_finite(run if team.first else None, train, recipe, step, loss)
+            progress.window_sum += loss
+            progress.window_steps += 1
+            progress.loss_sum += loss * images
+            progress.correct += round(correct)
+            progress.images += round(images)
+        pending.clear()
+
+    model.train()
+    try:
+        while progress.step < steps:
+            # One optimizer step: read, forward, backward, clip, update, average.
+            step = progress.step
+            lr = rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(data.step_seed(recipe.seed, step, team.rank))  # dropout, drop path
+            counted = torch.zeros(3, device=device)
+            last = False
+            while not last:
+                before = time.monotonic()
+                batch = next(reader)
+                waited += time.monotonic() - before
+                last = batch.last
+                _quarantine(run, "train", train, batch.failures, named, step)
+                labels = batch.labels.to(device, non_blocking=True)
+                with wrapped.no_sync() if team.world > 1 and not last else _nothing:
+                    if len(labels):
+                        images = normalize(batch.images.to(device, non_blocking=True))
+                        with autocast():
+                            logits = wrapped(images).float()
+                        loss = F.cross_entropy(
+                            logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum"
+                        )
+                        loss = loss / batch.total
+                        counted[0] += loss.detach()
+                        counted[1] += (logits.detach().argmax(1) == labels).sum()
+                        counted[2] += len(labels)
+                    else:  # no picture for this process in a small last batch: gradients of zero
+                        loss = _zero(wrapped, model, recipe, device)
+                    (loss * team.world).backward()  # DDP divides by the number of processes
+            if recipe.clip_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema_update(ema, model, recipe.ema_decay)
+            pending.append(counted)
+            seen += batch.total
+            progress.step = step = step + 1
+
+            # Bookkeeping: now and then a row, at the end of an epoch validation, then the
+            # checkpoint. Rows are handed out last, so whoever leaves the loop there loses nothing.
+            epoch, epoch_ends = -(-step // steps_per_epoch), step % steps_per_epoch == 0
+            row_due = epoch_ends or step % recipe.log_every == 0
+            save_due = epoch_ends or time.monotonic() - saved >= 60 * recipe.checkpoint_minutes
+            code = team.max(2 if asked.reason() else 1 if save_due else 0)
+            if not (row_due or code):
+                continue
+            settle()
+            now = time.monotonic()
+            progress.seconds += now - clock
+            clock = now
+            rows = []
+            if row_due:
+                row = {
+                    "step": step,
+                    "epoch": epoch,
+                    "lr": lr,
+                    "loss": progress.window_sum / progress.window_steps,
+                    "seconds": round(progress.seconds, 3),
+                    "images_per_second": round(seen / max(1e-9, now - mark), 1),
+                    "data_wait": round(waited / max(1e-9, now - mark), 3),
+                }
+                rows.append(("steps.csv", {"kind": "step", "steps": steps, **row}))
+                progress.window_sum, progress.window_steps = 0.0, 0
+                seen = waited = 0.0
+            if epoch_ends:
+                row = {
+                    "epoch": epoch,
+                    "step": step,
+                    "lr": lr,
+                    "train_loss": progress.loss_sum / max(1, progress.images),
+                    "train_top1": 100 * progress.correct / max(1, progress.images),
+                    "images": progress.images,
+                    **_no_validation(ema is not None),
+                }
+                if epoch % recipe.val_every == 0 or step == steps:
+                    row |= validate()
+                rows.append(("metrics.csv", {"kind": "epoch", "steps": steps, **row}))
+                progress.loss_sum, progress.correct, progress.images = 0.0, 0, 0
+                progress.seconds += time.monotonic() - clock
+            if team.first:
+                for name, row in rows:
+                    run.append(name, {k: v for k, v in row.items() if k not in ("kind", "steps")})
+            if code:
+                checkpoint()
+                saved, saved_step = time.monotonic(), step
+            if team.first:
+                for _, row in rows:
+                    yield row
+            if code == 2 and step < steps:
+                if team.first:
+                    _stopped(run, asked.reason(), step, steps, epoch)
+                return
+            clock = time.monotonic()
+            mark = clock if row_due else mark
+        if team.first:
+            _finished(run, steps, recipe)
+    except GeneratorExit:
+        if team.first:
+            if saved_step != progress.step:
+                checkpoint()
+            if progress.step < steps:
+                epoch = -(-progress.step // steps_per_epoch)
+                _stopped(run, "leaving the loop", progress.step, steps, epoch)
+            else:
+                _finished(run, steps, recipe)
+        raise
+    finally:
+        reader = None  # ends the loader's processes, also while a traceback holds this frame
+
+
+_nothing = contextlib.nullcontext()
+
+
+def _smallest_part(count: int, recipe: Any, world: int) -> int:
+    """The fewest pictures any forward of an epoch gets."""
+    last = recipe.batch_size if recipe.drop_last else count % recipe.batch_size or recipe.batch_size
+    sizes = []
+    for total in {min(count, recipe.batch_size), last}:
+        for own in {total // world, -(-total // world)} - {0}:
+            sizes.append(own % (recipe.micro_batch_size or own) or recipe.micro_batch_size or own)
+    return min(sizes)
+
+
+def _zero(wrapped: nn.Module, model: nn.Module, recipe: Any, device: torch.device) -> torch.Tensor:
+    """A zero that depends on every weight, without touching the norms' running statistics."""
+    model.eval()
+    try:
+        blank = torch.zeros(1, 3, recipe.image_size, recipe.image_size, device=device)
+        return wrapped(blank).float().sum() * 0.0
+    finally:
+        model.train()
+
+
+def _no_validation(ema: bool) -> dict[str, Any]:
+    columns = ["val_loss", "top1", "top5", "val_images"]
+    return dict.fromkeys(columns + (["ema_val_loss", "ema_top1", "ema_top5"] if ema else []))
+
+
+def _concat(frames: Any) -> Any:
+    return pd.concat([f for f in frames if len(f)] or list(frames)[:1], ignore_index=True)
+
+
+def _restore(
+    state: dict[str, Any],
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    progress: _Progress,
+    steps: int,
+    steps_per_epoch: int,
+) -> None:
+    try:
+        if state["steps_per_epoch"] != steps_per_epoch:
+            raise ValueError(
+                f"an epoch had {state['steps_per_epoch']} steps, now {steps_per_epoch}"
+            )
+        model.load_state_dict(state["model"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"] if state["ema"] is not None else state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        vars(progress).update(state["progress"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise runs.RunError(
+            f"last.pt does not fit this recipe ({str(error).splitlines()[0]}); use `weights` to "
+            "start from another model's weights, or another name to start anew"
+        ) from None
+    if progress.step > steps:
+        raise runs.RunError(
+            f"last.pt stands at step {progress.step}, this recipe ends at {steps}; use `weights`"
+        )
+
+
+def _quarantine(
+    run: runs.Run, side: str, frame: Any, failures: list, named: set[int], step: int
+) -> None:
+    """A picture that was sound before training and is not now: left out, named, never swapped."""
+    for row, reason, detail in failures:
+        if row in named:
+            continue
+        named.add(row)
+        file, label = frame.file.iloc[row], int(frame.label.iloc[row])
+        entry = {"side": side, "file": file, "label": label, "reason": reason, "detail": detail}
+        run.append("quarantine.csv", {**entry, "step": step})
+
+
+def _not_finite(run: runs.Run | None, train: Any, recipe: Any, step: int, loss: float) -> None:
+    """Names the step and its pictures. The weights are spoilt from there on: nothing is saved."""
+    rows = data.step_rows(step, len(train), recipe.seed, recipe.batch_size, recipe.drop_last)
+    batch = train.iloc[rows]
+    if run is not None:
+        run.save_frame("nonfinite.csv", batch[["file", "label"]].assign(step=step))
+    first = ", ".join(repr(f) for f in batch.file.head(3))
+    raise TrainingError(
+        f"the loss is {loss} at step {step}; its {len(batch)} pictures ({first}, ...) are listed "
+        "in nonfinite.csv. Nothing was saved since the last checkpoint. Most often lr is too high "
+        "or the warm-up too short; try a smaller lr, clip_grad_norm, or precision: fp32, under "
+        "another name"
+    )
+
+
+def _stopped(run: runs.Run, why: str | None, step: int, steps: int, epoch: int) -> None:
+    message = (
+        f"stopped by {why or 'another process'} after step {step} of {steps} (epoch {epoch}); "
+        "the same command goes on from there"
+    )
+    run.clear_stop()
+    run.set_status("stopped", step=step, steps=steps, message=message)
+
+
+def _finished(run: runs.Run, steps: int, recipe: Any) -> None:
+    run.clear_stop()
+    metrics = run.metrics().iloc[-1]
+    ema = f", EMA {metrics.ema_top1:.2f} %" if "ema_top1" in metrics else ""
+    message = (
+        f"finished: top-1 {metrics.top1:.2f} %{ema} of {int(metrics.val_images)} validation "
+        f"pictures after {recipe.epochs} epochs"
+    )
+    run.set_status("finished", step=steps, steps=steps, message=message)
+
+
+# ---- who asks for a stop
+
+
+class _Asked:
+    """Notices Ctrl-C, SIGTERM, the STOP file and an event, without interrupting a step."""
+
+    def __init__(self, run: runs.Run | None, event: threading.Event):
+        self.run, self.event = run, event
+        self.signal: str | None = None
+        self.looked = 0.0
+        self.file = False
+        self.old: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Asked":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old[number] = signal.signal(number, self._noted)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _noted(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:  # the second Ctrl-C means now
+            raise KeyboardInterrupt
+        self.signal = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+
+    def reason(self) -> str | None:
+        """What asked for a stop, None when nothing did."""
+        if self.signal:
+            return self.signal
+        if self.event.is_set():
+            return "the stop event"
+        now = time.monotonic()
+        if self.run is not None and now - self.looked > 0.2:  # a look costs more on a network disk
+            self.looked, self.file = now, self.run.stop_requested()
+        return "the STOP file" if self.file else None
+
+
+# ---- one process or many
+
+
+class _Team:
+    """The processes torchrun started, or this one alone. Small things are agreed over gloo."""
+
+    def __init__(self, device: torch.device, rank: int, world: int, local_world: int):
+        self.device, self.rank, self.world, self.local_world = device, rank, world, local_world
+        self.first = rank == 0
+        self.side: Any = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, recipe: Any) -> Iterator["_Team"]:
+        device = pick_device(recipe.device)
+        if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+            yield cls(device, 0, 1, 1)
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            team = cls(device, dist.get_rank(), dist.get_world_size(), local_world)
+            if team.world > recipe.batch_size:
+                raise TrainingError(
+                    f"batch_size {recipe.batch_size} cannot be shared by {team.world} processes"
+                )
+            team.side = dist.new_group(backend="gloo")
+            yield team
+        finally:
+            dist.destroy_process_group()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        if self.world == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+    def max(self, code: int) -> int:
+        """The largest of all processes' codes: they stop and save at the same step."""
+        if self.world == 1:
+            return code
+        value = torch.tensor(code)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.side)
+        return int(value)
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.max(int(flag)))
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over processes of a CPU tensor."""
+        if self.world > 1:
+            dist.all_reduce(values, group=self.side)
+        return values
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Norm statistics: each process saw its own pictures, the mean stands for all."""
+        if self.world == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.world
+
+    def gather(self, frame: Any) -> Any:
+        """All processes' rows, in the order of the validation list."""
+        if self.world == 1:
+            return frame
+        frames: list[Any] = [None] * self.world
+        dist.all_gather_object(frames, frame, group=self.side)
+        return _concat(frames).sort_values("row", ignore_index=True)
+
+
+# ---- the record
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and device; nothing that would name a user."""
+    import PIL
+    import timm
+    import torchvision
+
+    from workbench import __version__
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "workbench": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "platform": platform.platform(terse=True),
+        "device": name,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {data.cores()} cores"
+
+
+def _commit() -> str:
+    """The checkout's commit, with "+changes" when files differ from it; empty outside of git."""
+    try:
+        call = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return call("rev-parse", "HEAD") + ("+changes" if call("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _usage(device: torch.device, seconds: float) -> dict[str, Any]:
+    import resource
+
+    usage = {"seconds": round(seconds, 3)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    usage["peak_memory_mb"] = round(peak / (1024 if platform.system() == "Linux" else 1024**2))
+    if device.type == "cuda":
+        usage["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
+    return usage
