@@ -671,6 +671,29 @@ def _finished(run: runs.Run, steps: int, recipe: Any) -> None:
     run.set_status("finished", step=steps, steps=steps, message=message)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks, under torchrun or alone."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def first_loss(recipe: Any, content: data.Data, model: nn.Module, pictures: int = 64) -> float:
+    """The loss of the model on the first pictures of step 0; near log(classes) for a fresh one."""
+    batch = next(
+        data.batches(
+            content.train,
+            train_transform(recipe),
+            seed=recipe.seed,
+            batch_size=min(pictures, len(content.train)),
+            steps=range(1),
+        )
+    )
+    device = next(model.parameters()).device
+    model = copy.deepcopy(model).train()
+    with torch.no_grad():
+        logits = model(Normalize(recipe, device)(batch.images.to(device)))
+    return F.cross_entropy(logits.float(), batch.labels.to(device)).item()
+
+
 # ---- who asks for a stop
 
 

@@ -1,0 +1,146 @@
+"""The commands a notebook cannot be: `workbench --help`."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workbench import ROOT
+
+app = typer.Typer(
+    help="Recipes, runs and checks for image classifiers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Params = Annotated[Path, typer.Argument(help="a params file")]
+Overrides = Annotated[
+    list[str], typer.Option("-p", "--set", metavar="KNOB=VALUE", help="overrides one knob")
+]
+STOPPED = 3  # exit code of a run that was stopped and can be resumed
+
+
+def main() -> None:
+    """Runs a command; what a person can mend is one message and exit code 1, not a traceback."""
+    from workbench.recipe import RecipeError
+
+    try:
+        app()
+    except RecipeError as error:
+        sys.exit(str(error))
+    except (ValueError, RuntimeError, OSError) as error:
+        names = {"DataError", "ModelError", "RunError", "TrainingError"}
+        if type(error).__name__ not in names:
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _recipe(params: Path, overrides: list[str]):
+    from workbench.recipe import Recipe, RecipeError
+
+    bad = [text for text in overrides if "=" not in text]
+    if bad:
+        raise RecipeError([f"-p {text}: wanted KNOB=VALUE" for text in bad], "command line")
+    return Recipe.read(params, **dict(text.split("=", 1) for text in overrides))
+
+
+@app.command()
+def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads it, never writes
+    """Train a recipe, or go on with it. Exit code 0 finished, 3 stopped and resumable.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS
+    """
+    recipe = _recipe(params, p)
+    from workbench import runs, training, widgets
+
+    run = runs.Run(recipe.folder)
+    progress = widgets.Progress(run)
+    for row in training.fit(recipe, run):
+        progress.show(row)
+    if training.is_first():
+        progress.close()
+        print(f"run folder: {run.path}")
+    if run.status()["state"] == "stopped":
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def notebook(
+    notebook: Annotated[Path, typer.Argument(help="a notebook of notebooks/")],
+    params: Params,
+    p: Overrides = [],  # noqa: B006
+) -> None:
+    """Run a notebook through papermill into the run folder of a recipe."""
+    recipe = _recipe(params, p)
+    from workbench import runs
+
+    folder = recipe.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise runs.RunError(f"cannot write {folder}: {error.strerror}; choose runs_dir") from None
+    output = folder / notebook.name
+    values = [word for text in p for word in ("-p", *text.split("=", 1))]
+    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-f", str(params)]
+    command += [*values, "-k", "python3", "--no-progress-bar", "--log-output"]
+    print(f"papermill {notebook} -> {output}", flush=True)
+    code = subprocess.run(command).returncode
+    status = runs.Run(folder).status()
+    print(f"\n{status['message'] or status['state']}\nrun folder: {folder}")
+    if code:
+        print("the same command goes on from the last checkpoint")
+        sys.exit(code)
+    if status["state"] == "stopped":
+        raise typer.Exit(STOPPED)
+    print(f"next: open {output} in JupyterLab (make lab), or train another file of params/")
+
+
+@app.command("check-data")
+def check_data(
+    params: Params,
+    p: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="write every finding to this CSV file")] = None,
+) -> None:
+    """Read every picture of a recipe's lists and report what is wrong. Exit code 1 if anything is."""
+    recipe = _recipe(params, p)
+    from workbench import data
+
+    content = data.open_data(recipe, strict=False)
+    findings = data.report(content)
+    print(
+        f"{len(content.train):,} training and {len(content.val):,} validation pictures, "
+        f"{len(content.classes)} classes"
+    )
+    if out:
+        findings.to_csv(out, index=False)
+    if findings.empty:
+        print("every picture can be read; no duplicates, nothing in both lists")
+        return
+    for (finding, side), rows in findings.groupby(["finding", "side"], sort=False):
+        print(f"\n{finding}, {side}: {len(rows):,}")
+        for row in rows.head(5).itertuples():
+            print("  " + "  ".join(str(v) for v in (row.file, row.detail) if v))
+        if len(rows) > 5:
+            print(f"  ... {len(rows) - 5:,} more" + ("" if out else "; --out FILE.csv lists all"))
+    raise typer.Exit(1)
+
+
+@app.command("runs")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="where run folders lie")] = ROOT / "runs",
+) -> None:
+    """List the runs in a folder, newest first."""
+    from workbench import runs
+
+    table = runs.table(folder)
+    if table.empty:
+        print(f"no runs in {folder}; make demo trains one")
+        return
+    print(table.drop(columns=["device", "train_loss"]).to_string(index=False, na_rep="-"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Figures as functions: tables and pictures in, a figure out, nothing shown or kept.
+
+Colours are Okabe and Ito's, told apart with any colour vision; lines differ in style as well.
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import ticker
+from matplotlib.figure import Figure as _Figure
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLES = ["-", "--", "-.", ":"]
+
+
+class Figure(_Figure):
+    """A matplotlib figure that a notebook shows by itself, white in dark themes too."""
+
+    def __init__(self, width: float = 9, height: float = 3.2):
+        super().__init__(figsize=(width, height), layout="constrained", facecolor="white")
+
+    def png(self) -> bytes:
+        """The figure as a PNG file."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=90)
+        return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def grid(
+    pictures: Sequence[Any],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    heading: str = "",
+    rows: Sequence[str] | None = None,
+) -> Figure:
+    """Pictures (PIL or height x width x 3) in rows, a title above each, `rows` names at the left."""
+    columns = min(columns, max(1, len(pictures)))
+    count = max(1, math.ceil(len(pictures) / columns))
+    lines = max((str(t).count("\n") + 1 for t in titles or [""]), default=1)
+    figure = Figure(1.15 * columns, (1.1 + 0.17 * lines) * count + (0.3 if heading else 0))
+    axes = figure.subplots(count, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_frame_on(False)
+    for i, picture in enumerate(pictures):
+        ax = axes.flat[i]
+        ax.imshow(np.asarray(picture), interpolation="nearest", vmin=0, vmax=255)
+        if titles is not None:
+            ax.set_title(titles[i], fontsize=8)
+    for i, name in enumerate(rows or ()):
+        axes[i][0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+    if heading:
+        figure.suptitle(heading, fontsize=10)
+    return figure
+
+
+def strips(rows: Mapping[str, tuple[Sequence[Any], Sequence[str]]], heading: str = "") -> Figure:
+    """One row of (pictures, titles) for every name, each as long as it needs to be."""
+    columns = max(len(pictures) for pictures, _ in rows.values())
+    figure = Figure(1.25 * columns + 0.8, 1.35 * len(rows) + (0.3 if heading else 0))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_frame_on(False)
+    for line, (name, (pictures, titles)) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+        for ax, picture, title in zip(line, pictures, titles, strict=False):
+            ax.imshow(np.asarray(picture), interpolation="nearest", vmin=0, vmax=255)
+            ax.set_title(title, fontsize=8)
+    if heading:
+        figure.suptitle(heading, fontsize=10)
+    return figure
+
+
+def lr_curves(
+    schedules: Mapping[str, tuple[Callable[[int], float], int, int]], *, log: bool = False
+) -> Figure:
+    """Learning rate over epochs; each schedule comes with (its function, steps, steps per epoch).
+
+    With several schedules the rates are shares of their peaks over shares of the training, so
+    that shapes can be compared.
+    """
+    figure = Figure()
+    ax = figure.subplots()
+    many = len(schedules) > 1
+    for i, (name, (rate, steps, per_epoch)) in enumerate(schedules.items()):
+        at = np.unique(np.linspace(0, steps - 1, min(steps, 2000)).astype(int))
+        values = np.array([rate(int(step)) for step in at])
+        x = at / max(1, steps - 1) * 100 if many else at / per_epoch
+        y = values / values.max() if many else values
+        style = STYLES[i // len(COLOURS) % len(STYLES)]
+        ax.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=name)
+    ax.set_xlabel("share of the training (%)" if many else "epoch")
+    ax.set_ylabel("lr, share of its peak" if many else "lr")
+    if log:
+        ax.set_yscale("log")
+    if many:
+        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def curves(steps: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
+    """Loss by step and epoch at the left, top-1 by epoch at the right; empty tables give axes."""
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    if len(steps):
+        per_epoch = _steps_per_epoch(steps, metrics)
+        left.plot(
+            steps.step / per_epoch, steps.loss, "-", color=COLOURS[5], lw=1, label="training, steps"
+        )
+    if len(metrics):
+        left.plot(
+            metrics.epoch, metrics.train_loss, ".-", color=COLOURS[0], label="training, epoch"
+        )
+        right.plot(
+            metrics.epoch,
+            metrics.train_top1,
+            ".--",
+            color=COLOURS[5],
+            label="training (augmented pictures)",
+        )
+        seen = metrics.dropna(subset=["top1"])
+        left.plot(seen.epoch, seen.val_loss, ".--", color=COLOURS[1], label="validation")
+        right.plot(seen.epoch, seen.top1, ".-", color=COLOURS[1], label="validation")
+        if "ema_top1" in metrics:
+            left.plot(
+                seen.epoch, seen.ema_val_loss, ".:", color=COLOURS[2], label="validation, EMA"
+            )
+            right.plot(seen.epoch, seen.ema_top1, ".:", color=COLOURS[2], label="validation, EMA")
+    for ax, name in ((left, "loss (nats)"), (right, "top-1 (%)")):
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(name)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8, frameon=False)
+        else:
+            ax.text(0.5, 0.5, "no epoch yet", ha="center", transform=ax.transAxes)
+    if len(steps):
+        left.set_ylim(0, max(1e-3, float(np.nanpercentile(steps.loss, 99)) * 1.1))
+    return figure
+
+
+def _steps_per_epoch(steps: pd.DataFrame, metrics: pd.DataFrame) -> float:
+    if len(metrics):
+        return metrics.step.iloc[-1] / metrics.epoch.iloc[-1]
+    return max(1.0, float(steps.step.iloc[-1]))
+
+
+def class_counts(train: pd.DataFrame, val: pd.DataFrame, classes: Sequence[str]) -> Figure:
+    """Pictures per class on both sides; over 40 classes sorted by count, without names."""
+    figure = Figure(height=2.6)
+    ax = figure.subplots()
+    counts = [
+        f.label.value_counts().reindex(range(len(classes)), fill_value=0) for f in (train, val)
+    ]
+    order = np.arange(len(classes))
+    if len(classes) > 40:
+        order = np.argsort(-counts[0].to_numpy(), kind="stable")
+    for i, (count, name) in enumerate(zip(counts, ("training", "validation"), strict=True)):
+        x = np.arange(len(classes)) + 0.4 * i - 0.2
+        label = f"{name}, {count.sum():,} pictures"
+        ax.bar(x, count.to_numpy()[order], 0.4, color=COLOURS[i], label=label)
+    if len(classes) <= 40:
+        ax.set_xticks(
+            range(len(classes)), classes, rotation=90 if _long(classes) else 0, fontsize=8
+        )
+        ax.set_xlabel("class")
+    else:
+        ax.set_xlabel(f"{len(classes)} classes, by pictures in training")
+    ax.set_ylabel("pictures")
+    ax.legend(fontsize=8, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def _long(names: Sequence[str]) -> bool:
+    return sum(map(len, names)) + 2 * len(names) > 90
+
+
+def confusion(table: pd.DataFrame, most: int = 30) -> Figure:
+    """Counts of predicted against true classes; of more than `most`, those confused most."""
+    wrong = table.to_numpy() - np.diag(np.diag(table))
+    keep = np.arange(len(table))
+    if len(table) > most:
+        keep = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:most])
+    part = table.iloc[keep, keep]
+    size = min(9.0, 2.2 + 0.28 * len(part))
+    figure = Figure(size + 1.2, size)
+    ax = figure.subplots()
+    shares = part.to_numpy() / np.maximum(1, table.sum(axis=1).to_numpy()[keep, None])
+    shown = ax.imshow(100 * shares, cmap="cividis", vmin=0, vmax=100)
+    figure.colorbar(shown, ax=ax, label="share of the true class (%)", shrink=0.8)
+    ax.set_xticks(range(len(part)), part.columns, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(part)), part.index, fontsize=8)
+    ax.set_xlabel("predicted")
+    ax.set_ylabel("true")
+    if len(part) <= 15:
+        for (i, j), count in np.ndenumerate(part.to_numpy()):
+            if count:
+                ink = "black" if shares[i, j] > 0.55 else "white"
+                ax.text(j, i, count, ha="center", va="center", fontsize=8, color=ink)
+    if len(part) < len(table):
+        ax.set_title(f"the {len(part)} of {len(table)} classes confused most", fontsize=9)
+    return figure
+
+
+def per_class(table: pd.DataFrame, most: int = 30) -> Figure:
+    """Top-1 of the weakest classes, worst first, with their most frequent mistake."""
+    part = table.dropna(subset=["top1"]).sort_values("top1", kind="stable").head(most)
+    figure = Figure(8, 0.8 + 0.22 * len(part))
+    ax = figure.subplots()
+    ax.barh(range(len(part)), part.top1, color=COLOURS[0])
+    ax.set_yticks(range(len(part)), part["class"], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("top-1 (%)")
+    ax.xaxis.set_major_locator(ticker.MultipleLocator(10))
+    for i, (top1, images, wrong) in enumerate(
+        zip(part.top1, part.images, part["mistaken for"], strict=True)
+    ):
+        text = f"{top1:.1f} of {images}" + (f", taken for {wrong}" if wrong else "")
+        inside = top1 > 60
+        ax.text(
+            top1 - 1 if inside else top1 + 1,
+            i,
+            text,
+            va="center",
+            ha="right" if inside else "left",
+            fontsize=7,
+            color="white" if inside else "black",
+        )
+    return figure

@@ -1,0 +1,106 @@
+"""What is alive in a notebook: views that show what a plain function also returns."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from workbench import plots, runs
+
+
+def watched() -> str:
+    """Who looks: "jupyter", "terminal", or "nobody" (papermill, a pipe, a batch queue)."""
+    if "ipykernel" in sys.modules:
+        import psutil
+
+        # papermill and nbconvert start the kernel themselves; JupyterLab's parent is its server.
+        parents = [" ".join(p.cmdline()[:3]) for p in psutil.Process().parents()[:2]]
+        headless = any(word in text for text in parents for word in ("papermill", "nbconvert"))
+        return (
+            "nobody" if headless or any("workbench notebook" in t for t in parents) else "jupyter"
+        )
+    return "terminal" if sys.stderr.isatty() else "nobody"
+
+
+class Progress:
+    """Shows the rows of a training as they come.
+
+    In Jupyter a bar and curves that redraw; in a terminal a bar and a line per epoch; where nobody
+    looks a flushed line per epoch, and per minute inside a long one.
+    """
+
+    def __init__(self, run: runs.Run, viewer: str | None = None):
+        self.run = run
+        self.viewer = viewer or watched()
+        self.bar: tqdm | None = None
+        self.image: Any = None
+        self.drawn = self.said = time.monotonic()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Takes one row of `training.fit` or `runs.follow`."""
+        if self.viewer != "nobody":
+            self._move_bar(row)
+        now = time.monotonic()
+        if row["kind"] == "epoch":
+            self._say(_epoch_line(row))
+            self.said = now
+        elif self.viewer == "nobody" and now - self.said > 60:
+            self._say(_step_line(row))
+            self.said = now
+        if self.viewer == "jupyter" and (row["kind"] == "epoch" or now - self.drawn > 5):
+            self._draw()
+            self.drawn = time.monotonic()
+
+    def close(self) -> None:
+        """Ends the bar and says how the run stands."""
+        if self.bar is not None:
+            self.bar.close()
+        print(self.run.status()["message"] or f"{self.run.path}: {self.run.status()['state']}")
+
+    def _move_bar(self, row: dict[str, Any]) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=row.get("steps"), initial=0, unit="step", desc=self.run.path.name)
+            self.bar.n = self.bar.initial = max(0, row["step"] - 1)
+        self.bar.update(row["step"] - self.bar.n)
+        if row["kind"] == "step":
+            self.bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {row['images_per_second']:.0f} img/s, "
+                f"{row['data_wait']:.0%} waiting for data",
+                refresh=False,
+            )
+
+    def _say(self, text: str) -> None:
+        if self.viewer == "terminal":
+            tqdm.write(text)
+        elif self.viewer == "nobody":
+            print(text, flush=True)
+
+    def _draw(self) -> None:
+        import ipywidgets
+        from IPython.display import display
+
+        picture = plots.curves(self.run.steps(), self.run.metrics()).png()
+        if self.image is None:
+            self.image = ipywidgets.Image(value=picture, format="png", layout={"width": "810px"})
+            display(self.image)
+        else:
+            self.image.value = picture
+
+
+def _epoch_line(row: dict[str, Any]) -> str:
+    text = f"epoch {row['epoch']:3d}  step {row['step']}/{row['steps']}  lr {row['lr']:.4g}  "
+    text += f"train loss {row['train_loss']:.4f} top-1 {row['train_top1']:.2f}"
+    if row["top1"] is not None:
+        text += f"  val loss {row['val_loss']:.4f} top-1 {row['top1']:.2f} (n={row['val_images']})"
+    if row.get("ema_top1") is not None:
+        text += f"  EMA top-1 {row['ema_top1']:.2f}"
+    return text
+
+
+def _step_line(row: dict[str, Any]) -> str:
+    left = (row["steps"] - row["step"]) * row["seconds"] / max(1, row["step"])
+    return (
+        f"step {row['step']}/{row['steps']}  loss {row['loss']:.4f}  "
+        f"{row['images_per_second']:.0f} img/s  about {left / 60:.0f} min left"
+    )
