@@ -1,4 +1,4 @@
-"""United Perception's classification recipes as notebooks, overnight runs and honest comparisons."""
+"""United Perception's classification recipes as notebooks, overnight runs, fair comparisons."""
 
 import os
 from pathlib import Path

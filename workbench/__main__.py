@@ -104,7 +104,7 @@ def check_data(
     p: Overrides = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="write every finding to this CSV file")] = None,
 ) -> None:
-    """Read every picture of a recipe's lists and report what is wrong. Exit code 1 if anything is."""
+    """Read every picture of a recipe and report what is wrong. Exit code 1 if anything is."""
     recipe = _recipe(params, p)
     from workbench import data
 

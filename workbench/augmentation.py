@@ -20,7 +20,7 @@ _ATTEMPTS = 10  # as torchvision's RandomResizedCrop before it falls back to the
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random crop and resize, flip, colour jitter (UP's T-std with 0.08-1, 0.5 and 0.2/0.2/0.2/0.1).
+    """Random crop and resize, flip, colour jitter (UP's T-std: 0.08-1, 0.5, 0.2/0.2/0.2/0.1).
 
     Szegedy et al., arXiv 1409.4842, section 6, for the crop; the operations are torchvision's.
     """

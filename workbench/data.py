@@ -93,6 +93,9 @@ def open_data(recipe: Any, *, strict: bool = True) -> Data:
 
 
 def _files_sources(recipe: Any) -> dict[str, tuple[list[Path], list[Path]]]:
+    sides = (recipe.train_list or recipe.train_root, recipe.val_list or recipe.val_root)
+    if not recipe.data_dir and not all(Path(p).is_absolute() for side in sides for p in side):
+        raise DataError("data_dir is missing; dataset: files needs the folder the pictures lie in")
     base = ROOT / Path(recipe.data_dir).expanduser()
     if not base.is_dir():
         raise DataError(f"data_dir {str(base)!r} is no folder; set data_dir to where the data lie")
@@ -458,7 +461,7 @@ def _hash(text: str) -> str:
 
 # ---- random by construction
 
-_ORDER, _DRAW, _STEP = range(3)  # what a stream is for; streams never overlap
+ORDER, DRAW, STEP = range(3)  # what a stream is for; streams never overlap
 
 
 def stream(seed: int, purpose: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
@@ -471,12 +474,12 @@ def stream(seed: int, purpose: int, epoch: int = 0, index: int = 0) -> np.random
 
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The permutation (count,) of an epoch, a function of (seed, epoch) alone."""
-    return stream(seed, _ORDER, epoch).permutation(count)
+    return stream(seed, ORDER, epoch).permutation(count)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """64 bits for what the model draws in one step (dropout, drop path)."""
-    return int(stream(seed, _STEP, step, rank).bit_generator.random_raw())
+    return int(stream(seed, STEP, step, rank).bit_generator.random_raw())
 
 
 def steps_per_epoch(count: int, batch_size: int, drop_last: bool = False) -> int:
@@ -580,7 +583,7 @@ class _Rows(Dataset):
                     picture = self.transform(picture)
                 else:
                     seed, epoch = seed_epoch
-                    picture = self.transform(picture, stream(seed, _DRAW, epoch, row))
+                    picture = self.transform(picture, stream(seed, DRAW, epoch, row))
                 pictures.append(np.asarray(picture))
                 kept.append(row)
         if pictures:
@@ -663,7 +666,7 @@ def cores() -> int:
 
 
 def digits() -> Path:
-    """The folder of scikit-learn's 1,797 handwritten digits as 8x8 PNG files, made when first asked.
+    """The folder of scikit-learn's 1,797 handwritten digits as 8x8 PNG, made when first asked.
 
     1,297 to train and 500 (50 a class) to validate, a split that never changes. Source: Alpaydin
     and Kaynak, "Optical recognition of handwritten digits", UCI 1998, its test part.

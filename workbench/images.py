@@ -79,7 +79,7 @@ def _decode(path: str | Path) -> Image.Image:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings from Pillow about damaged metadata: the pixels decide. Not for use in a thread."""
+    """No warnings from Pillow about damaged metadata: the pixels decide. Not in threads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         yield

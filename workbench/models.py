@@ -18,7 +18,7 @@ from workbench import ROOT
 
 
 class ModelError(ValueError):
-    """A model or its weights cannot be had; the text says what is allowed or what was in the file."""
+    """A model or its weights cannot be had; the text says what is allowed or what was found."""
 
 
 def create(

@@ -39,9 +39,8 @@ def grid(
     *,
     columns: int = 8,
     heading: str = "",
-    rows: Sequence[str] | None = None,
 ) -> Figure:
-    """Pictures (PIL or height x width x 3) in rows, a title above each, `rows` names at the left."""
+    """Pictures (PIL or height x width x 3) in rows of `columns`, a title above each."""
     columns = min(columns, max(1, len(pictures)))
     count = max(1, math.ceil(len(pictures) / columns))
     lines = max((str(t).count("\n") + 1 for t in titles or [""]), default=1)
@@ -56,8 +55,6 @@ def grid(
         ax.imshow(np.asarray(picture), interpolation="nearest", vmin=0, vmax=255)
         if titles is not None:
             ax.set_title(titles[i], fontsize=8)
-    for i, name in enumerate(rows or ()):
-        axes[i][0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
     if heading:
         figure.suptitle(heading, fontsize=10)
     return figure

@@ -256,7 +256,7 @@ def read_params(path: str | Path) -> dict[str, Any]:
 
 
 class _FlatLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases (no billion laughs) and with an error on doubled keys."""
+    """PyYAML's safe loader without aliases (no billion laughs), with an error on doubled keys."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -466,7 +466,7 @@ _WRONG = [
                 (not r.milestones and "empty; multistep needs the epochs to step at")
                 or (
                     not all(1 <= m < r.epochs for m in r.milestones)
-                    and f"{r.milestones} has an epoch outside 1 to {r.epochs - 1}: it would do nothing"
+                    and f"{r.milestones} leaves 1 to {r.epochs - 1}, where it would do nothing"
                 )
                 or (sorted(set(r.milestones)) != r.milestones and f"{r.milestones} must climb")
             )
