@@ -417,15 +417,6 @@ _UNUSED = [
 # (knob, rule): a rule returns what is wrong with the knob beside the other ones, or False.
 _WRONG = [
     ("name", lambda r: r.name in (".", "..") and "must be the name of a folder"),
-    (
-        "data_dir",
-        lambda r: (
-            r.dataset == "files"
-            and not r.data_dir
-            and not _absolute(r)
-            and "missing; dataset: files needs the folder that holds the pictures"
-        ),
-    ),
     ("train_root", lambda r: _roots(r.train_list, r.train_root)),
     ("val_root", lambda r: _roots(r.val_list, r.val_root)),
     (
@@ -527,12 +518,6 @@ def _roots(lists: list[str], roots: list[str]) -> str | bool:
         and len(roots) not in (1, len(lists))
         and f"{len(roots)} roots for {len(lists)} lists; give one, or one for each list"
     )
-
-
-def _absolute(recipe: "Recipe") -> bool:
-    """Whether every list or root says by itself where it lies."""
-    sides = [recipe.train_list or recipe.train_root, recipe.val_list or recipe.val_root]
-    return all(Path(path).is_absolute() for side in sides for path in side)
 
 
 def _plain(value: Any) -> bool:

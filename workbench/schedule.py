@@ -3,7 +3,7 @@
     lr = Cosine(0.8, steps=125_200, warmup=Warmup(3130, ratio=0.25))
     lr(0), lr(3129), lr(125_199)        # 0.2, 0.8, 1.3e-10
 
-A step is counted from 0. Nothing is remembered between calls, so a resumed run needs the step alone.
+A step is counted from 0. Nothing is remembered between calls: a resumed run needs only the step.
 """
 
 import math

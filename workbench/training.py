@@ -2,7 +2,7 @@
 
     run = runs.Run(recipe.folder)
     for row in fit(recipe, run):
-        print(row)                       # kind "step" every log_every steps, kind "epoch" at its end
+        print(row)                   # kind "step" every log_every steps, "epoch" at its end
 
 The same function runs on a CPU, on one GPU and, started by torchrun, on many; rank 0 yields. A
 step depends on the recipe, its number and the weights alone, so a killed run goes on bit for bit
