@@ -81,7 +81,8 @@ class TrainTransform:
             rows["crop"] = [{"area": a} for a in np.linspace(*self.crop_scale[::-1], count)]
         if self.crop_ratio[0] != self.crop_ratio[1]:
             logs = np.linspace(*np.log(self.crop_ratio), count)
-            rows["aspect"] = [{"area": self.crop_scale[0], "ratio": math.exp(x)} for x in logs]
+            area = sum(self.crop_scale) / 2
+            rows["aspect"] = [{"area": area, "ratio": math.exp(x)} for x in logs]
         if self.flip:
             rows["flip"] = [{"flip": False}, {"flip": True}]
         for name in JITTER:

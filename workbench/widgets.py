@@ -1,9 +1,13 @@
 """What is alive in a notebook: views that show what a plain function also returns."""
 
+import base64
+import html
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import ipywidgets
 from tqdm.auto import tqdm
 
 from workbench import plots, runs
@@ -77,7 +81,6 @@ class Progress:
             print(text, flush=True)
 
     def _draw(self) -> None:
-        import ipywidgets
         from IPython.display import display
 
         picture = plots.curves(self.run.steps(), self.run.metrics()).png()
@@ -104,3 +107,34 @@ def _step_line(row: dict[str, Any]) -> str:
         f"step {row['step']}/{row['steps']}  loss {row['loss']:.4f}  "
         f"{row['images_per_second']:.0f} img/s  about {left / 60:.0f} min left"
     )
+
+
+class Explorer(ipywidgets.VBox):
+    """Controls above the figure they choose; on paper (papermill, GitHub) the figure alone.
+
+    `draw` takes the controls' values by name and returns a plots.Figure. The figure is one Image
+    that is replaced, without ipywidgets' Output, whose messages can leave a headless run waiting.
+    """
+
+    def __init__(self, draw: Callable[..., plots.Figure], **controls: ipywidgets.ValueWidget):
+        self._draw, self._controls = draw, controls
+        self._image = ipywidgets.Image(format="png")
+        self._error = ipywidgets.HTML()
+        for control in controls.values():
+            control.observe(self._redraw, names="value")
+        self._redraw()
+        super().__init__([*controls.values(), self._error, self._image])
+
+    def _redraw(self, _: Any = None) -> None:
+        try:
+            figure = self._draw(**{name: c.value for name, c in self._controls.items()})
+            self._image.value, self._error.value = figure.png(), ""
+        except Exception as error:  # a widget's callback has nobody else to tell
+            text = html.escape(f"{type(error).__name__}: {error}")
+            self._error.value = f"<b style='color:#D55E00'>{text}</b>"
+
+    def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(**keywords)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        data["image/png"] = base64.b64encode(self._image.value).decode()
+        return bundle
