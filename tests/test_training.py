@@ -1,0 +1,382 @@
+"""Training: exact after any interruption, equal to the plain loop it stands for, clear when it ends."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from workbench import data, models, runs, training
+from workbench.recipe import Recipe
+
+# A fresh process that has imported everything and computed nothing: children are forked from it in
+# milliseconds, and killing one is killing a training.
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["workbench.training", "workbench.recipe"])
+
+
+def small(folder, **changes) -> Recipe:
+    """Eleven steps an epoch on real digits, with everything on that could leak state."""
+    knobs = {
+        "fraction": 0.25,
+        "epochs": 3,
+        "crop_scale": [0.5, 1.0],
+        "flip": 0.5,
+        "brightness": 0.4,
+        "hue": 0.1,
+        "dropout": 0.2,
+        "drop_path": 0.1,
+        "ema_decay": 0.9,
+        "label_smoothing": 0.1,
+        "nesterov": True,
+        "weight_decay": 1e-3,
+        "warmup_epochs": 1.0,
+        "clip_grad_norm": 1.0,
+        "log_every": 1,
+        "workers": 0,
+        "runs_dir": str(folder),
+    }
+    return Recipe(**{**knobs, **changes})
+
+
+def train(recipe, **options) -> runs.Run:
+    run = runs.Run(recipe.folder)
+    list(training.fit(recipe, run, **options))
+    return run
+
+
+def _train_in_child(knobs):
+    train(Recipe(**knobs))
+
+
+def assert_same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    different = [k for k in ours if not torch.equal(ours[k], theirs[k])]
+    assert not different, f"differ: {different[:5]}"
+
+
+def assert_same_run(one: runs.Run, other: runs.Run):
+    first, second = one.load_checkpoint(), other.load_checkpoint()
+    for part in ("model", "ema"):
+        assert_same_tensors(first[part], second[part])
+    momentum = [
+        {i: s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
+        for state in (first, second)
+    ]
+    assert_same_tensors(*momentum)
+    assert one.file("metrics.csv").read_bytes() == other.file("metrics.csv").read_bytes()
+    ignore = ["seconds", "images_per_second", "data_wait"]
+    pd.testing.assert_frame_equal(
+        one.steps().drop(columns=ignore), other.steps().drop(columns=ignore), check_exact=True
+    )
+    pd.testing.assert_frame_equal(one.predictions(), other.predictions(), check_exact=True)
+
+
+def stood_at(run: runs.Run) -> int:
+    try:
+        lines = run.file("steps.csv").read_bytes().split(b"\n")[1:-1]
+    except OSError:
+        return 0
+    return int(lines[-1].split(b",")[0]) if lines else 0
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_minutes", "how"),
+    [
+        (0.0, "SIGKILL"),  # a checkpoint after every step: resumes in the middle of epochs
+        (10.0, "SIGKILL"),  # checkpoints at the ends of epochs: whole steps are done again
+        (10.0, "SIGTERM"),
+        (10.0, "STOP"),
+    ],
+)
+def test_a_run_stopped_anywhere_ends_bit_for_bit_as_the_undisturbed_one(
+    tmp_path, checkpoint_minutes, how
+):
+    undisturbed = train(small(tmp_path / "undisturbed"))
+    rng = random.Random(f"{checkpoint_minutes} {how}")
+    stops, workers = 0, [0, 2, 1]
+    for attempt in range(12):
+        recipe = small(
+            tmp_path / "disturbed",
+            checkpoint_minutes=checkpoint_minutes,
+            workers=workers[attempt % 3],  # another number after every resume
+        )
+        run = runs.Run(recipe.folder)
+        child = _server.Process(target=_train_in_child, args=(recipe.model_dump(),))
+        child.start()
+        target = stood_at(run) + rng.randint(1, 9) if attempt < 4 else 10**9
+        while child.is_alive() and stood_at(run) < target:
+            time.sleep(0.002)
+        if not child.is_alive():
+            break
+        if how == "STOP":
+            run.file("STOP").touch()
+        else:
+            os.kill(child.pid, getattr(signal, how))
+        child.join(60)
+        assert child.exitcode == (-signal.SIGKILL if how == "SIGKILL" else 0)
+        assert run.status()["state"] == ("interrupted" if how == "SIGKILL" else "stopped")
+        stops += 1
+    child.join(60)
+    assert child.exitcode == 0
+    assert stops >= 3
+    assert run.status()["state"] == "finished"
+    assert_same_run(undisturbed, run)
+
+
+def test_leaving_the_loop_keeps_the_step_and_the_next_loop_goes_on(tmp_path):
+    undisturbed = train(small(tmp_path / "undisturbed"))
+    recipe = small(tmp_path / "left")
+    run = runs.Run(recipe.folder)
+    for limit in (4, 11, 17):  # inside an epoch, at the end of one, inside the next
+        for row in training.fit(recipe, run):
+            if row["kind"] == "step" and row["step"] == limit:
+                break
+        del row
+        assert run.status()["state"] in ("stopped", "running")
+    rows = list(training.fit(recipe, run))
+    assert rows[0]["step"] == 18
+    assert_same_run(undisturbed, run)
+
+
+def test_an_error_in_the_loops_body_does_not_lock_the_run_for_the_next_try(tmp_path):
+    recipe = small(tmp_path)
+    run = runs.Run(recipe.folder)
+    rows = training.fit(recipe, run)
+    with pytest.raises(ZeroDivisionError):
+        for row in rows:
+            row["step"] / 0
+    kept_alive_by_a_traceback = rows
+    assert list(training.fit(recipe, run))[-1]["step"] == 33
+    assert kept_alive_by_a_traceback is not None
+
+
+def test_a_finished_run_started_again_says_so_and_does_not_train(tmp_path):
+    recipe = small(tmp_path, epochs=1, warmup_epochs=0.0)
+    run = train(recipe)
+    before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+    assert list(training.fit(recipe, run)) == []
+    assert run.status()["message"].startswith("finished")
+    assert {p.name: p.read_bytes() for p in run.path.iterdir()} == before
+
+
+def test_ctrl_c_ends_at_the_next_step_and_the_process_lives(tmp_path):
+    recipe = small(tmp_path)
+    run = runs.Run(recipe.folder)
+    handler = signal.getsignal(signal.SIGINT)
+    rows = []
+    for row in training.fit(recipe, run):
+        rows.append(row)
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert rows[-1]["step"] == 6
+    assert "Ctrl-C" in run.status()["message"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_stop_event_ends_a_training_in_a_thread(tmp_path):
+    recipe, stop = small(tmp_path), threading.Event()
+    run = runs.Run(recipe.folder)
+
+    def loop():
+        for row in training.fit(recipe, run, stop=stop):
+            if row["step"] == 3:
+                stop.set()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    thread.join(60)
+    assert run.status()["state"] == "stopped"
+    assert run.status()["step"] == 4
+
+
+def test_fit_is_the_plain_loop_it_stands_for(tmp_path):
+    """The same batches through textbook PyTorch give the same weights, bit for bit."""
+    recipe = small(
+        tmp_path,
+        epochs=2,
+        dropout=0.0,
+        drop_path=0.0,
+        ema_decay=None,
+        clip_grad_norm=None,
+        precision="fp32",
+        warmup_epochs=0.0,
+    )
+    run = train(recipe)
+
+    content = data.open_data(recipe)
+    model = training.create_model(recipe, 10).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3, fused=True
+    )
+    steps = 2 * 11
+    mean, std = torch.tensor(recipe.mean) * 255, torch.tensor(recipe.std) * 255
+    for batch in data.batches(
+        content.train,
+        training.train_transform(recipe),
+        seed=0,
+        batch_size=32,
+        steps=range(steps),
+    ):
+        # cosine, half a period over all steps
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + np.cos(np.pi * batch.step / steps))
+        images = (batch.images.float() - mean[:, None, None]) / std[:, None, None]
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        F.cross_entropy(logits, batch.labels, label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours = run.load_checkpoint()["model"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(ours[name], value, rtol=2e-4, atol=2e-5, msg=name)
+
+
+def test_ema_is_timms_with_the_same_decay():
+    model = models.create("test_resnet", 10, seed=1)
+    theirs = timm.utils.ModelEmaV3(model, decay=0.9, use_warmup=False)
+    theirs.update(model)  # its first update copies, ours starts as a copy
+    ours = models.create("test_resnet", 10, seed=1)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                if value.is_floating_point():
+                    value.add_(torch.randn(value.shape, generator=generator))
+                else:
+                    value.add_(1)
+        training.ema_update(ours, model, 0.9)
+        theirs.update(model)
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.module.state_dict()[name], msg=name)
+
+
+NO_BATCH_STATISTICS = {
+    "model": "test_convnext",
+    "precision": "fp32",
+    "dropout": 0.0,
+    "drop_path": 0.0,
+    "epochs": 1,
+    "warmup_epochs": 0.0,
+    "lr": 0.01,
+}
+
+
+def test_accumulated_parts_make_the_same_step_as_one_batch(tmp_path):
+    whole = train(small(tmp_path / "whole", **NO_BATCH_STATISTICS))
+    parts = train(small(tmp_path / "parts", micro_batch_size=5, **NO_BATCH_STATISTICS))
+    np.testing.assert_allclose(whole.steps().loss, parts.steps().loss, rtol=1e-4)
+    first, second = whole.load_checkpoint()["model"], parts.load_checkpoint()["model"]
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_two_processes_follow_the_batches_of_one(tmp_path):
+    """torchrun with gloo; 324 pictures at 64 a step leave a last batch of 4, or 2 each."""
+    knobs = {**NO_BATCH_STATISTICS, "batch_size": 64}
+    one = train(small(tmp_path / "one", **knobs))
+    recipe = small(tmp_path / "two", **knobs)
+    recipe.write(tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--standalone", "-m", "workbench", "train", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = runs.Run(recipe.folder)
+    assert two.environment()["processes"] == 2
+    np.testing.assert_allclose(one.steps().loss, two.steps().loss, rtol=1e-4)
+    assert (one.metrics().images == two.metrics().images).all()
+    first, second = one.load_checkpoint()["model"], two.load_checkpoint()["model"]
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5, msg=name)
+    ours, theirs = one.predictions("raw"), two.predictions("raw")
+    assert (ours.file == theirs.file).all()  # every validation picture once, in order
+    np.testing.assert_allclose(ours.p_label, theirs.p_label, rtol=1e-2, atol=1e-4)
+
+
+def test_no_decay_leaves_norms_and_biases_alone():
+    recipe = Recipe(weight_decay=0.5, decay_all=False, lr=0.1)
+    model = training.create_model(recipe, 10)
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    optimizer = training.create_optimizer(recipe, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, value in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if value.ndim > 1 else 1.0
+        torch.testing.assert_close(value, before[name] * factor, msg=name)
+
+
+def test_raw_and_ema_weights_are_both_evaluated_and_differ(tmp_path):
+    run = train(small(tmp_path, epochs=1, warmup_epochs=0.0))
+    predictions = run.predictions()
+    assert set(predictions.weights) == {"raw", "ema"}
+    for weights, column in (("raw", "top1"), ("ema", "ema_top1")):
+        part = predictions[predictions.weights == weights]
+        assert len(part) == 500
+        share = 100 * (part.label == part.class1).mean()
+        assert share == pytest.approx(run.metrics()[column].iloc[-1])
+    assert not np.allclose(run.predictions("raw").p1, run.predictions("ema").p1)
+
+
+def test_best_weights_are_those_of_the_best_validated_epoch(tmp_path):
+    run = train(small(tmp_path))
+    from safetensors import safe_open
+
+    with safe_open(run.file("best.safetensors"), "pt") as file:
+        best = file.metadata()
+    metrics = run.metrics()
+    assert float(best["top1"]) == max(metrics.top1.max(), metrics.ema_top1.max())
+
+
+def test_the_global_seed_before_training_changes_nothing(tmp_path):
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002  the very thing that must not matter
+    one = train(small(tmp_path / "one", epochs=1, warmup_epochs=0.0))
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    assert_same_run(one, train(small(tmp_path / "two", epochs=1, warmup_epochs=0.0)))
+
+
+def test_another_seed_is_another_training(tmp_path):
+    one = train(small(tmp_path, epochs=1, warmup_epochs=0.0))
+    two = train(small(tmp_path, epochs=1, warmup_epochs=0.0, seed=1))
+    assert one.path != two.path
+    assert one.steps().loss[0] != two.steps().loss[0]
+
+
+def test_validation_runs_when_it_was_asked_for_and_at_the_end(tmp_path):
+    metrics = train(small(tmp_path, epochs=5, val_every=2)).metrics()
+    assert metrics.top1.notna().tolist() == [False, True, False, True, True]
+
+
+def test_the_record_says_what_trained_where_on_what(tmp_path):
+    recipe = small(tmp_path, epochs=1, warmup_epochs=0.0)
+    run = train(recipe)
+    environment = json.loads(run.file("environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["train_images"] == 324
+    assert environment["seconds"] > 0
+    assert environment["recipe"] == recipe.fingerprint
+    assert Recipe.read(run.file("recipe.yaml")) == recipe
+
+
+def test_the_rows_that_are_yielded_are_the_rows_that_are_written(tmp_path):
+    recipe = small(tmp_path, epochs=2)
+    run = runs.Run(recipe.folder)
+    rows = list(training.fit(recipe, run))
+    for kind, written in (("step", run.steps()), ("epoch", run.metrics())):
+        yielded = pd.DataFrame([r for r in rows if r["kind"] == kind])
+        pd.testing.assert_frame_equal(
+            yielded.drop(columns=["kind", "steps"]), written, check_dtype=False, check_exact=True
+        )
