@@ -19,7 +19,7 @@ CLASSES = ("a", "b", "c")
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder with train/<a|b|c>/0..5.png and val/<a|b|c>/0..1.png, 40 x 32 pixels, all distinct."""
+    """A folder with train/<a|b|c>/0..5.png and val/<a|b|c>/0..1.png, 40 x 32 pixels."""
     root = tmp_path / "pictures"
     for part, count in (("train", 6), ("val", 2)):
         for label, name in enumerate(CLASSES):

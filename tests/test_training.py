@@ -202,7 +202,7 @@ def test_a_stop_event_ends_a_training_in_a_thread(tmp_path):
 
 
 def test_fit_is_the_plain_loop_it_stands_for(tmp_path):
-    """The same batches through textbook PyTorch give the same weights, bit for bit."""
+    """The same batches through textbook PyTorch give the same weights, up to rounding."""
     recipe = small(
         tmp_path,
         epochs=2,

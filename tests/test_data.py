@@ -1,0 +1,783 @@
+"""Lists become frames, frames become batches that depend on the recipe and the step alone."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import CLASSES, save_noise, write_list
+from PIL import Image
+
+from workbench import data, images
+from workbench.augmentation import TestTransform, TrainTransform
+from workbench.data import DataError
+from workbench.recipe import Recipe
+
+TRAIN = TrainTransform(16, flip=0.5, brightness=0.4)
+TEST = TestTransform(16, 20)
+
+
+def opened(pictures: Path, **knobs) -> data.Data:
+    return data.open_data(Recipe(dataset="files", data_dir=str(pictures), **knobs))
+
+
+def listed(tmp_path: Path, *rows: str) -> pd.DataFrame:
+    return data.read_list(write_list(tmp_path / "list.txt", *rows), tmp_path)
+
+
+# ---- lists
+
+
+@pytest.mark.parametrize(
+    "row, file, label",
+    [
+        ("a/0.png 17", "a/0.png", 17),
+        ("a/with some spaces.jpg 3", "a/with some spaces.jpg", 3),
+        ("a/2 3.jpg 4", "a/2 3.jpg", 4),
+        ("a/two  spaces.jpg  4", "a/two  spaces.jpg ", 4),
+        ("ä/猫 1.png 0", "ä/猫 1.png", 0),
+        ("a/0.png 007", "a/0.png", 7),
+        ("a/0.png -1", "a/0.png", -1),
+        ('{"filename": "a/0.png", "label": 17}', "a/0.png", 17),
+        ('{"filename": "a b/ä 猫.png", "label": 3}', "a b/ä 猫.png", 3),
+        ('{"filename": "a/0.png", "label": "3"}', "a/0.png", 3),
+        ('{"filename": "a/0.png", "label": [5]}', "a/0.png", 5),
+        ('{"filename": "a/0.png", "label": ["5"]}', "a/0.png", 5),
+        ('{"label": 1, "extra": {"x": []}, "filename": "a 7"}', "a 7", 1),
+        ('{"filename": "\\u732b.png", "label": 1}', "猫.png", 1),
+    ],
+)
+def test_a_row_of_either_format_is_read_as_the_reference_says(tmp_path, row, file, label):
+    frame = listed(tmp_path, row)
+    assert (frame.file[0], frame.label[0]) == (file, label)
+    assert frame.path[0] == str(tmp_path / file) and frame.label.dtype == np.int64
+
+
+@pytest.mark.parametrize("lines", [["a 1", "b 2"], ['{"filename": "a", "label": 1}'] * 2])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_windows_line_ends_a_bom_and_blank_lines_do_not_matter(tmp_path, lines, end, mark):
+    plain = listed(tmp_path, *lines)
+    text = mark + end + lines[0] + end + "   " + end + end + lines[1]  # no end of the last line
+    (tmp_path / "list.txt").write_bytes(text.encode("utf-8"))
+    pd.testing.assert_frame_equal(data.read_list(tmp_path / "list.txt", tmp_path), plain)
+
+
+def test_only_a_newline_ends_a_row(tmp_path):
+    odd = "a\u2028b\x0c\x85c.png"
+    assert listed(tmp_path, f"{odd} 3").file.tolist() == [odd]
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ("a/0.png", "is not `path label`"),
+        ("17", "is not `path label`"),
+        (" 17", "is not `path label`"),
+        ("a/0.png\t17", "tab"),
+        ("a/0.png 1.5", "'1.5' is no whole number"),
+        ("a/0.png cat", "'cat' is no whole number"),
+        ("a/0.png ", "no whole number"),
+        ("a/0.png 99999999999999999999", "no whole number"),
+        ("a\x00.png 1", "zero byte"),
+        ('{"filename": "a.png"}', "wanted"),
+        ('{"filename": "a.png", "label": [1, 2]}', "2 labels"),
+        ('{"filename": "a.png", "label": []}', "0 labels"),
+        ('{"filename": "a.png", "label": 1.5}', "1.5"),
+        ('{"filename": "a.png", "label": true}', "True"),
+        ('{"filename": "a.png", "label": null}', "None"),
+        ('{"filename": "", "label": 1}', "no file name"),
+        ('{"filename": 5, "label": 1}', "no file name"),
+        ('{"filename": "a.png", "label": 1', "JSON"),
+        ('{"filename": "a.png", "label": 1} {}', "JSON"),
+    ],
+)
+def test_a_bad_row_is_quoted_with_its_line(tmp_path, row, says):
+    good = '{"filename": "a", "label": 0}' if row.startswith("{") else "a 0"
+    with pytest.raises(DataError, match=f"(?s)list.txt.*line 2: .*{says}"):
+        listed(tmp_path, good, row)
+
+
+def test_many_bad_rows_are_counted_not_all_quoted(tmp_path):
+    with pytest.raises(DataError) as caught:
+        listed(tmp_path, *["bad"] * 20)
+    assert str(caught.value).count("\n  line ") == 5 and "and 15 more" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf", b"caf\xe9.jpg 1\n"])
+def test_a_list_without_readable_rows_is_an_error(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(DataError, match="is empty|cannot be read"):
+        data.read_list(tmp_path / "list.txt", tmp_path)
+    with pytest.raises(DataError, match="is not there"):
+        data.read_list(tmp_path / "none.txt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file, outside",
+    [
+        ("a/0.png", False),
+        ("./a/../b/0.png", False),
+        ("..a/0.png", False),
+        ("../0.png", True),
+        ("a/../../x/0.png", True),
+        ("/etc/passwd", True),
+        ("../root2/0.png", True),
+    ],
+)
+@pytest.mark.parametrize("root", ["absolute", "relative", "."])
+def test_entries_that_leave_their_root_are_marked(tmp_path, monkeypatch, file, outside, root):
+    (tmp_path / "root").mkdir()
+    monkeypatch.chdir(tmp_path / "root" if root == "." else tmp_path)
+    root = {"absolute": tmp_path / "root", "relative": "root", ".": "."}[root]
+    frame = data.read_list(write_list(tmp_path / "list.txt", f"{file} 0"), root)
+    assert frame.outside.tolist() == [outside]
+
+
+def test_an_absolute_entry_inside_its_root_is_at_home(tmp_path):
+    frame = listed(tmp_path, f"{tmp_path}/a.png 0")
+    assert not frame.outside[0] and frame.path[0] == f"{tmp_path}/a.png"
+
+
+# ---- a recipe's data
+
+
+def test_class_folders_are_labelled_in_alphabetical_order(pictures):
+    found = opened(pictures)
+    assert found.classes == list(CLASSES)
+    assert len(found.train) == 18 and len(found.val) == 6
+    for frame, side in ((found.train, "train"), (found.val, "val")):
+        assert [CLASSES[label] for label in frame.label] == [f[0] for f in frame.file]
+        assert frame.path.tolist() == [str(pictures / side / f) for f in frame.file]
+
+
+def test_only_visible_pictures_of_class_folders_count(pictures):
+    extra = pictures / "train" / "a" / "deeper" / "still"
+    extra.mkdir(parents=True)
+    save_noise(extra / "upper.JPEG", 1)
+    for name in ("notes.txt", ".hidden.png", "Thumbs.db"):
+        (pictures / "train" / "a" / name).write_bytes(b"x")
+    (pictures / "train" / "loose.png").write_bytes(b"x")
+    (pictures / "train" / ".git").mkdir()
+    shutil.copy(pictures / "train/a/0.png", pictures / "train/.git/0.png")
+    found = opened(pictures)
+    assert len(found.train) == 19 and found.classes == list(CLASSES)
+    assert "a/deeper/still/upper.JPEG" in set(found.train.file)
+
+
+def test_a_class_missing_in_validation_keeps_the_labels_of_training(pictures):
+    shutil.rmtree(pictures / "val" / "b")
+    found = opened(pictures)
+    assert sorted(set(found.val.label)) == [0, 2]
+
+
+def test_a_class_only_in_validation_is_an_error(pictures):
+    (pictures / "train" / "b").rename(pictures / "train" / "x")
+    with pytest.raises(DataError, match=r"\['b'\] of validation"):
+        opened(pictures)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX only")
+def test_a_file_name_that_is_no_text_is_read_or_named_in_an_error(pictures):
+    shutil.copy(pictures / "train/a/0.png", os.fsencode(pictures / "train" / "a") + b"/caf\xe9.png")
+    try:
+        frame = opened(pictures).train
+    except DataError as error:
+        assert "caf" in str(error)
+    else:
+        assert len(frame) == 19 and (data.examine(frame).problem == "").all()
+
+
+def test_lists_may_have_roots_of_their_own(pictures):
+    first = write_list(pictures / "one.txt", *[f"a/{i}.png 0" for i in range(6)])
+    second = write_list(pictures / "two.txt", *[f"{i}.png 1" for i in range(6)])
+    val = write_list(pictures / "val.txt", "a/0.png 0", "b/0.png 1")
+    found = opened(
+        pictures,
+        train_list=[first.name, second.name],
+        train_root=["train", "train/b"],
+        val_list=val.name,
+    )
+    assert found.classes == ["0", "1"]
+    assert found.train.list.tolist() == [0] * 6 + [1] * 6
+    assert all(Path(path).exists() for path in [*found.train.path, *found.val.path])
+    assert found.train.path[6] == str(pictures / "train/b/0.png")
+    again = opened(
+        pictures, train_list=[first.name, first.name], train_root="train", val_list=val.name
+    )
+    assert again.train.path[6] == again.train.path[0]
+
+
+def with_lists(pictures: Path) -> dict:
+    for side, count in (("train", 6), ("val", 2)):
+        rows = [f"{c}/{i}.png {n}" for n, c in enumerate(CLASSES) for i in range(count)]
+        write_list(pictures / f"{side}.txt", *rows)
+    return dict(train_list="train.txt", val_list="val.txt")
+
+
+def test_class_names_come_from_a_file_and_must_be_as_many_as_the_classes(pictures):
+    knobs = with_lists(pictures)
+    (pictures / "names.txt").write_bytes("\ufeffApfel\r\nBirne gelb\r\n猫\r\n\r\n".encode())
+    assert opened(pictures, class_names="names.txt", **knobs).classes == [
+        "Apfel",
+        "Birne gelb",
+        "猫",
+    ]
+    with pytest.raises(DataError, match="num_classes is 5 but there are 3"):
+        opened(pictures, class_names="names.txt", num_classes=5, **knobs)
+    write_list(pictures / "names.txt", "only", "two")
+    with pytest.raises(DataError, match="label"):
+        opened(pictures, class_names="names.txt", **knobs)
+    with pytest.raises(DataError, match="none.txt.*cannot be read"):
+        opened(pictures, class_names="none.txt", **knobs)
+    with pytest.raises(DataError, match="class folders differ"):
+        opened(pictures, class_names="names.txt")
+
+
+def test_the_number_of_classes_is_counted_or_given(pictures):
+    knobs = with_lists(pictures)
+    assert opened(pictures, **knobs).classes == ["0", "1", "2"]
+    assert len(opened(pictures, num_classes=10, **knobs).classes) == 10
+    with pytest.raises(DataError, match=r"labels outside 0 to 1.*'c/0.png'"):
+        opened(pictures, num_classes=2, **knobs)
+
+
+def test_entries_outside_their_root_are_refused_unless_meant(pictures):
+    write_list(pictures / "train.txt", "../val/a/0.png 0", "b/0.png 1")
+    write_list(pictures / "val.txt", "a/0.png 0")
+    knobs = dict(train_list="train.txt", val_list="val.txt")
+    with pytest.raises(DataError, match="outside_root"):
+        opened(pictures, **knobs)
+    assert len(opened(pictures, outside_root=True, **knobs).train) == 2
+
+
+@pytest.mark.parametrize(
+    "knobs, says",
+    [
+        (dict(train_root="training"), r"training' is no folder.*'train', 'val'"),
+        (dict(val_root="validation"), "val_fraction"),
+        (dict(train_list="none.txt"), "none.txt' is not there"),
+    ],
+)
+def test_a_wrong_place_says_what_is_there(pictures, knobs, says):
+    with pytest.raises(DataError, match=f"(?s){says}"):
+        opened(pictures, **knobs)
+    with pytest.raises(DataError, match="no folder; set data_dir"):
+        opened(pictures / "none")
+    with pytest.raises(DataError, match="data_dir is missing"):
+        data.open_data(Recipe(dataset="files"))
+
+
+def test_folders_without_pictures_are_an_error(tmp_path):
+    for side in ("train", "val"):
+        (tmp_path / side / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="no pictures in class folders"):
+        opened(tmp_path)
+
+
+def names(frame: pd.DataFrame) -> set[str]:
+    return set(frame.file)
+
+
+def many(per_class: int, classes: int = 4) -> pd.DataFrame:
+    rows = [(f"{c}/{i:05d}.png", c) for c in range(classes) for i in range(per_class)]
+    return pd.DataFrame(rows, columns=["file", "label"])
+
+
+def test_a_smaller_fraction_lies_inside_a_larger_one():
+    frame = many(250)
+    shares = {f: data.subset(frame, f) for f in (0.1, 0.3, 0.31, 1.0)}
+    assert [len(s) for s in shares.values()] == [100, 300, 310, 1000]
+    assert names(shares[0.1]) < names(shares[0.3]) < names(shares[0.31]) < names(shares[1.0])
+    for share in shares.values():
+        assert share.file.is_monotonic_increasing  # in the order of the list
+    # drawn at random, not cut off at the front: every class is there
+    assert shares[0.1].label.value_counts().between(10, 45).all()
+
+
+def test_fraction_shortens_training_only(pictures):
+    found = opened(pictures, fraction=0.5)
+    assert len(found.train) == 9 and len(found.val) == 6
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.2, 0.5])
+def test_val_fraction_takes_its_share_of_every_class(share):
+    frame = many(40)
+    train, val = data.hold_out(frame, share)
+    assert (val.label.value_counts() == max(1, round(40 * share))).all()
+    assert not names(train) & names(val) and names(train) | names(val) == names(frame)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.99])
+@pytest.mark.parametrize("per_class", [2, 3, 5])
+def test_val_fraction_leaves_every_class_a_picture_to_train_on(share, per_class):
+    train, val = data.hold_out(many(per_class), share)
+    assert set(train.label) == set(val.label) == set(range(4))
+
+
+def test_val_fraction_is_the_same_in_any_order_and_stable_when_pictures_are_added():
+    frame = many(50)
+    _, val = data.hold_out(frame, 0.2)
+    shuffled = frame.sample(frac=1, random_state=1)
+    assert names(data.hold_out(shuffled, 0.2)[1]) == names(val)
+    _, grown = data.hold_out(many(55), 0.2)
+    assert len(names(val) & names(grown)) >= 0.85 * len(val)
+
+
+def test_val_fraction_needs_two_pictures_of_a_class(pictures):
+    frame = pd.concat([many(5), pd.DataFrame({"file": ["x"], "label": [9]})])
+    with pytest.raises(DataError, match=r"\[9\] have one picture"):
+        data.hold_out(frame, 0.2)
+    found = opened(pictures, val_fraction=0.34)
+    assert len(found.val) == 6 and len(found.train) == 12
+    assert all("/train/" in path for path in found.val.path)
+
+
+# ---- order and draws
+
+
+def test_an_order_is_a_permutation_that_differs_by_seed_and_epoch():
+    orders = [tuple(data.order(seed, epoch, 200)) for seed in range(4) for epoch in range(4)]
+    assert all(sorted(o) == list(range(200)) for o in orders)
+    assert len(set(orders)) == 16
+    assert tuple(data.order(3, 2, 200)) == orders[14]
+
+
+def test_every_place_of_the_order_is_equally_likely():
+    from scipy import stats
+
+    first = [int(data.order(0, epoch, 10)[0]) for epoch in range(1000)]
+    assert stats.chisquare(np.bincount(first, minlength=10)).pvalue > 1e-3
+
+
+def test_streams_are_functions_of_their_names_and_never_overlap():
+    asked = [
+        (seed, purpose, epoch, index)
+        for seed in (0, 1, 2**32 - 1)
+        for purpose in (data.ORDER, data.DRAW, data.STEP)
+        for epoch in (0, 1)
+        for index in (0, 1, 10**6)
+    ]
+    heads = [tuple(data.stream(*names).integers(0, 2**63, 4)) for names in asked]
+    assert len(set(heads)) == len(asked)
+    assert tuple(data.stream(*asked[7]).integers(0, 2**63, 4)) == heads[7]
+    long = data.stream(0, data.DRAW, 0, 0).integers(0, 2**63, 10_000)
+    assert not set(long) & set(data.stream(0, data.DRAW, 0, 1).integers(0, 2**63, 10_000))
+
+
+def test_step_seeds_differ_by_seed_step_and_rank():
+    seeds = {data.step_seed(s, t, r) for s in range(3) for t in range(50) for r in range(3)}
+    assert len(seeds) == 450 and all(0 <= s < 2**64 for s in seeds)
+
+
+@pytest.mark.parametrize(
+    "count, batch_size, drop_last, steps",
+    [(10, 5, False, 2), (11, 5, False, 3), (11, 5, True, 2), (4, 5, False, 1), (4, 5, True, 0)],
+)
+def test_steps_per_epoch_keep_or_drop_the_incomplete_batch(count, batch_size, drop_last, steps):
+    assert data.steps_per_epoch(count, batch_size, drop_last) == steps
+
+
+# ---- batches
+
+
+def same(ours: data.Batch, theirs: data.Batch) -> bool:
+    return (
+        torch.equal(ours.images, theirs.images)
+        and torch.equal(ours.labels, theirs.labels)
+        and torch.equal(ours.indices, theirs.indices)
+        and ours[3:] == theirs[3:]
+    )
+
+
+def taken(frame, steps=range(0, 8), transform=TRAIN, **knobs) -> list[data.Batch]:
+    return list(
+        data.batches(frame, transform, **{"seed": 3, "batch_size": 5, "steps": steps, **knobs})
+    )
+
+
+def test_a_batch_holds_the_pictures_the_order_names_under_their_own_draws(pictures):
+    frame = opened(pictures).train
+    for batch in taken(frame):
+        epoch, slot = divmod(batch.step, 4)
+        rows = data.order(3, epoch, 18)[slot * 5 : slot * 5 + 5]
+        assert batch.indices.tolist() == rows.tolist()
+        assert batch.labels.tolist() == frame.label[rows].tolist()
+        assert batch.total == len(rows) and batch.last and batch.failures == []
+        assert batch.images.dtype == torch.uint8 and batch.images.shape[1:] == (3, 16, 16)
+        for row, picture in zip(rows, batch.images, strict=True):
+            with Image.open(frame.path[row]) as image:
+                wanted = TRAIN(image.convert("RGB"), data.stream(3, data.DRAW, epoch, int(row)))
+            np.testing.assert_array_equal(picture.permute(1, 2, 0), np.asarray(wanted))
+
+
+# torch warns that four workers are more than a small machine has cores; that is the point here
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_batches_are_the_same_bytes_for_any_number_of_workers(pictures, workers, micro_batch_size):
+    frame = opened(pictures).train
+    alone = taken(frame, micro_batch_size=micro_batch_size)
+    helped = taken(frame, micro_batch_size=micro_batch_size, workers=workers)
+    assert len(alone) == len(helped) == (8 if micro_batch_size is None else 22)
+    assert all(map(same, alone, helped))
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 6])
+def test_batches_from_the_middle_are_those_of_the_whole(pictures, start):
+    frame = opened(pictures).train
+    assert all(map(same, taken(frame)[start:], taken(frame, range(start, 8))))
+    assert len(taken(frame, range(start, 8))) == 8 - start
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_every_epoch_uses_each_picture_once(pictures, drop_last):
+    frame = opened(pictures).train
+    steps = 3 if drop_last else 4
+    got = taken(frame, range(steps * 3), drop_last=drop_last)
+    for epoch in range(3):
+        rows = torch.cat([b.indices for b in got[epoch * steps : (epoch + 1) * steps]]).tolist()
+        assert len(set(rows)) == len(rows) == (15 if drop_last else 18)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 5, 9])
+def test_parts_of_a_step_add_up_to_it(pictures, micro):
+    frame = opened(pictures).train
+    parts = taken(frame, micro_batch_size=micro)
+    for whole in taken(frame):
+        own = [p for p in parts if p.step == whole.step]
+        assert torch.equal(torch.cat([p.images for p in own]), whole.images)
+        assert torch.equal(torch.cat([p.labels for p in own]), whole.labels)
+        assert all(len(p.images) <= micro and p.total == whole.total for p in own)
+        assert [p.last for p in own] == [False] * (len(own) - 1) + [True]
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_ranks_share_every_step_out_between_them(pictures, world):
+    frame = opened(pictures).train
+    ranks = [taken(frame, rank=rank, world=world) for rank in range(world)]
+    for whole, *own in zip(taken(frame), *ranks, strict=True):
+        rows = sorted(i for part in own for i in part.indices.tolist())
+        assert rows == sorted(whole.indices.tolist())
+        picture = {int(i): p for i, p in zip(whole.indices, whole.images, strict=True)}
+        for part in own:
+            assert part.total == whole.total and part.last
+            for i, seen in zip(part.indices, part.images, strict=True):
+                assert torch.equal(seen, picture[int(i)])
+        sizes = [len(part.images) for part in own]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_rank_without_a_row_gets_an_empty_part(pictures):
+    frame = opened(pictures).train
+    ranks = [taken(frame, range(3, 4), rank=r, world=5, micro_batch_size=1) for r in range(5)]
+    assert [[len(part.images) for part in own] for own in ranks] == [[1], [1], [1], [0], [0]]
+    empty = ranks[4][0]
+    assert empty.images.shape == (0, 3, 16, 16) and empty.labels.shape == (0,)
+    assert empty.total == 3 and empty.last and empty.step == 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 5, 9])
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_validation_covers_each_row_once_for_any_world(pictures, world, batch_size):
+    frame = opened(pictures).val
+    got = [
+        batch
+        for rank in range(world)
+        for batch in data.eval_batches(frame, TEST, batch_size=batch_size, rank=rank, world=world)
+    ]
+    assert sorted(i for batch in got for i in batch.indices.tolist()) == list(range(6))
+    assert all(len(batch.images) <= batch_size for batch in got)
+    for batch in got:
+        for i, seen in zip(batch.indices.tolist(), batch.images, strict=True):
+            wanted = TEST(images.decode(frame.path[i]))
+            np.testing.assert_array_equal(seen.permute(1, 2, 0), np.asarray(wanted))
+            assert batch.labels[batch.indices.tolist().index(i)] == frame.label[i]
+
+
+def test_validation_comes_in_the_order_of_the_frame(pictures):
+    frame = opened(pictures).val
+    got = list(data.eval_batches(frame, TEST, batch_size=4, workers=1))
+    assert torch.cat([b.indices for b in got]).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_leave_the_global_random_numbers_alone(pictures, workers):
+    frame = opened(pictures).train
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    taken(frame, workers=workers)
+    list(data.eval_batches(frame, TEST, batch_size=4, workers=workers))
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    now = np.random.get_state()  # noqa: NPY002
+    assert all(np.array_equal(a, b) for a, b in zip(numpy_before, now, strict=True))
+
+
+def test_batches_do_not_depend_on_the_global_random_numbers(pictures):
+    frame = opened(pictures).train
+    first = taken(frame, range(2))
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    assert all(map(same, first, taken(frame, range(2))))
+
+
+def test_another_seed_gives_other_pictures_and_other_draws(pictures):
+    frame = opened(pictures).train
+    ours, theirs = taken(frame, range(4), seed=0), taken(frame, range(4), seed=1)
+    assert [b.indices.tolist() for b in ours] != [b.indices.tolist() for b in theirs]
+    picture = {int(i): p for b in ours for i, p in zip(b.indices, b.images, strict=True)}
+    other = {int(i): p for b in theirs for i, p in zip(b.indices, b.images, strict=True)}
+    assert sum(torch.equal(picture[i], other[i]) for i in range(18)) <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_breaks_later_is_left_out_and_named_never_swapped(pictures, workers):
+    frame = opened(pictures).train
+    whole = {int(i): p for b in taken(frame, range(4)) for i, p in zip(b.indices, b.images)}  # noqa: B905
+    Path(frame.path[7]).write_bytes(b"broken")
+    got = taken(frame, range(4), workers=workers)
+    assert [f[:2] for b in got for f in b.failures] == [(7, "undecodable")]
+    seen = {int(i): p for b in got for i, p in zip(b.indices, b.images, strict=True)}
+    assert set(seen) == set(range(18)) - {7}
+    assert all(torch.equal(seen[i], whole[i]) for i in seen)
+    assert sum(b.total for b in got) == 18
+
+
+# ---- examining
+
+
+def findings(pictures: Path, strict: bool = False, **knobs) -> pd.DataFrame:
+    recipe = Recipe(dataset="files", data_dir=str(pictures), **knobs)
+    return data.check_data(recipe, cache=False, progress=False)
+
+
+def test_sound_data_has_no_findings(pictures):
+    table = findings(pictures)
+    assert len(table) == 0
+    assert list(table.columns) == ["finding", "side", "file", "label", "detail"]
+
+
+def test_the_report_has_a_row_for_every_kind_of_fault(pictures):
+    knobs = with_lists(pictures)
+    train, val = pictures / "train", pictures / "val"
+    (train / "a/0.png").unlink()
+    (train / "a/1.png").write_bytes(b"no picture")
+    jpeg = save_noise(train / "cut.jpg", 1, (64, 64))
+    jpeg.write_bytes(jpeg.read_bytes()[:-100])
+    Image.new("RGB", (3, 3)).save(train / "tiny.png")
+    shutil.copy(train / "a/3.png", train / "again.png")
+    shutil.copy(train / "a/3.png", train / "other.png")
+    shutil.copy(train / "b/4.png", val / "known.png")
+    with open(pictures / "train.txt", "a") as file:
+        file.write("cut.jpg 0\ntiny.png 0\nagain.png 0\nother.png 2\na/5.png 7\n../val/b/1.png 1\n")
+    with open(pictures / "val.txt", "a") as file:
+        file.write("known.png 1\n")
+    rows = findings(pictures, num_classes=4, **knobs)
+    seen = {(r.finding, r.side, r.file, r.label) for r in rows.itertuples()}
+    assert seen == {
+        ("missing", "train", "a/0.png", 0),
+        ("undecodable", "train", "a/1.png", 0),
+        ("truncated", "train", "cut.jpg", 0),
+        ("too small", "train", "tiny.png", 0),
+        ("duplicate", "train", "again.png", 0),
+        ("duplicate", "train", "other.png", 2),
+        ("duplicate", "train", "a/5.png", 7),
+        ("label out of range", "train", "a/5.png", 7),
+        ("outside root", "train", "../val/b/1.png", 1),
+        ("class without pictures", "train", "", 3),
+        ("class without pictures", "val", "", 3),
+        ("in train and validation", "val", "known.png", 1),
+        ("in train and validation", "val", "b/1.png", 1),
+    }
+    detail = rows.set_index(["finding", "file"]).detail
+    assert detail["duplicate", "again.png"] == "of a/3.png"
+    assert detail["duplicate", "other.png"] == "of a/3.png, labelled 0 there"
+    assert "b/4.png" in detail["in train and validation", "known.png"]
+    assert all(rows.detail.str.len() > 0)
+
+
+def test_the_same_bytes_in_training_and_validation_are_found_in_class_folders(pictures):
+    shutil.copy(pictures / "train/b/2.png", pictures / "val/c/leak.png")
+    [row] = findings(pictures).itertuples()
+    assert (row.finding, row.side, row.file) == ("in train and validation", "val", "c/leak.png")
+    assert "b/2.png" in row.detail
+
+
+def test_facts_are_those_of_the_files(pictures):
+    frame = opened(pictures).train
+    facts = data.examine(frame, cache=False, progress=False)
+    assert facts.bytes.tolist() == [os.path.getsize(p) for p in frame.path]
+    assert set(zip(facts.width, facts.height, strict=True)) == {(40, 32)}
+    assert facts.digest.nunique() == 18 and (facts.problem == "").all()
+    pd.testing.assert_frame_equal(facts[frame.columns], frame)
+
+
+def test_a_second_look_reads_no_picture_again(pictures, monkeypatch):
+    frame = opened(pictures).train
+    first = data.examine(frame, progress=False)
+    monkeypatch.setattr(images, "decode", lambda path: pytest.fail(f"{path} was read again"))
+    pd.testing.assert_frame_equal(data.examine(frame, progress=False), first)
+
+
+def test_a_changed_file_is_read_again_and_only_that(pictures, monkeypatch):
+    frame = opened(pictures).train
+    data.examine(frame, progress=False)
+    save_noise(Path(frame.path[4]), seed=99, size=(50, 60))
+    read, decode = [], images.decode
+    monkeypatch.setattr(images, "decode", lambda path: (read.append(path), decode(path))[1])
+    facts = data.examine(frame, progress=False)
+    assert read == [frame.path[4]] and (facts.width[4], facts.height[4]) == (50, 60)
+    read.clear()
+    Path(frame.path[5]).unlink()
+    assert data.examine(frame, progress=False).problem[5] == "missing"
+
+
+def test_a_mended_file_is_seen_mended(pictures):
+    frame = opened(pictures).train
+    path = Path(frame.path[2])
+    good, stat = path.read_bytes(), path.stat()
+    path.write_bytes(b"x" * len(good))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert data.examine(frame, progress=False).problem[2] == "undecodable"
+    path.write_bytes(good)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert data.examine(frame, progress=False).problem[2] == ""
+
+
+def test_a_damaged_cache_costs_time_and_nothing_else(pictures):
+    frame = opened(pictures).train
+    stores = set((data.CACHE / "facts").glob("*"))
+    first = data.examine(frame, progress=False)
+    [store] = set((data.CACHE / "facts").glob("*")) - stores
+    for damage in (b"", b"PAR1 nonsense", store.read_bytes()[:200]):
+        store.write_bytes(damage)
+        pd.testing.assert_frame_equal(data.examine(frame, progress=False), first)
+    pd.DataFrame({"path": ["x"]}).to_parquet(store)
+    pd.testing.assert_frame_equal(data.examine(frame, progress=False), first)
+
+
+def test_unreadable_pictures_are_quarantined_by_name(pictures):
+    Path(pictures / "train/b/1.png").write_bytes(b"broken")
+    frame = data.examine(opened(pictures).train, progress=False)
+    kept, quarantine = data.sound(frame, "train")
+    assert len(kept) == 17 and "b/1.png" not in set(kept.file)
+    [row] = quarantine.itertuples()
+    assert (row.side, row.file, row.label, row.reason) == ("train", "b/1.png", 1, "undecodable")
+
+
+def test_a_set_that_is_mostly_unreadable_is_an_error_not_a_quarantine(pictures):
+    frame = opened(pictures).train
+    for path in frame.path[:4]:
+        os.unlink(path)
+    with pytest.raises(DataError, match="4 of 18.*check-data"):
+        data.sound(data.examine(frame, progress=False), "train")
+
+
+def test_the_fingerprint_follows_files_labels_and_bytes(pictures):
+    def one() -> str:
+        found = opened(pictures)
+        sides = [data.examine(f, progress=False) for f in (found.train, found.val)]
+        return data.fingerprint(data.Data(*sides, found.classes))
+
+    first = one()
+    assert one() == first
+    save_noise(pictures / "val/a/0.png", seed=77)
+    second = one()
+    (pictures / "val/a/0.png").rename(pictures / "val/b/9.png")
+    assert len({first, second, one()}) == 3
+
+
+# ---- the embedded sets
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.open_data(Recipe())
+
+
+@pytest.fixture(scope="module")
+def letters() -> data.Data:
+    return data.open_data(Recipe(dataset="letters"))
+
+
+def test_digits_are_all_of_sklearns_split_once(digits):
+    assert (len(digits.train), len(digits.val)) == (1297, 500)
+    assert (digits.val.label.value_counts() == 50).all() and len(digits.classes) == 10
+    place = [int(Path(f).stem) for f in [*digits.train.file, *digits.val.file]]
+    assert sorted(place) == list(range(1797))
+
+
+def test_digits_are_sklearns_pixels(digits):
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    for frame in (digits.train, digits.val):
+        for row in frame.itertuples():
+            i = int(Path(row.file).stem)
+            with Image.open(row.path) as image:
+                pixels = np.asarray(image)
+            np.testing.assert_array_equal(np.round(pixels * (16 / 255)), bunch.images[i])
+            assert row.label == bunch.target[i]
+
+
+def test_the_split_of_the_digits_never_changes(digits):
+    """Golden: a changed split would make every earlier run incomparable."""
+    assert sorted(digits.val.file)[:4] == [
+        "0/0030.png",
+        "0/0150.png",
+        "0/0185.png",
+        "0/0229.png",
+    ]
+    assert data.fingerprint(digits) == "e5d75a8b87ae"
+
+
+def test_letters_have_26_classes_on_both_sides_and_no_font_in_common(letters):
+    for frame in (letters.train, letters.val):
+        assert sorted(set(frame.label)) == list(range(26))
+        assert frame.label.value_counts().nunique() == 1
+        assert [f[0] for f in frame.file] == [letters.classes[label] for label in frame.label]
+    fonts = [set(f.file.str.extract(r"/(.+)-\d+-[ul]")[0]) for f in (letters.train, letters.val)]
+    assert all(fonts) and not fonts[0] & fonts[1]
+    families = [{name.split("-")[0] for name in side} for side in fonts]
+    assert not families[0] & families[1]
+
+
+@pytest.mark.parametrize("dataset", ["digits", "letters"])
+def test_the_embedded_sets_are_sound_and_nothing_leaks(dataset):
+    assert len(data.check_data(Recipe(dataset=dataset), progress=False)) == 0
+
+
+def test_letters_are_drawn_dark_on_light_and_inside_the_picture(letters):
+    for row in letters.val.iloc[::40].itertuples():
+        pixels = np.asarray(images.decode(row.path))
+        assert pixels.shape == (32, 32, 3) and pixels.min() < 80
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert border.mean() > 240
+
+
+def test_an_embedded_set_is_lists_and_files_like_any_other(digits):
+    root = data.digits()
+    as_files = data.open_data(
+        Recipe(
+            dataset="files",
+            data_dir=str(root),
+            train_list="meta/train.txt",
+            val_list="meta/val.txt",
+            class_names="classes.txt",
+        )
+    )
+    pd.testing.assert_frame_equal(as_files.train, digits.train)
+    assert as_files.classes == digits.classes
+
+
+def test_json_and_plain_lists_give_the_same_frame(pictures):
+    rows = [(f"{c}/{i}.png", n) for n, c in enumerate(CLASSES) for i in range(6)]
+    plain = write_list(pictures / "plain.txt", *[f"{f} {n}" for f, n in rows])
+    lines = [json.dumps({"filename": f, "label": n}) for f, n in rows]
+    other = write_list(pictures / "lines.json", *lines)
+    pd.testing.assert_frame_equal(
+        data.read_list(plain, pictures / "train"), data.read_list(other, pictures / "train")
+    )

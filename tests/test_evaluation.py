@@ -1,0 +1,184 @@
+"""The predictions table and its numbers against torch and scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES
+from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from torch import nn
+
+from workbench import data, evaluation
+from workbench.augmentation import TestTransform
+from workbench.data import Batch
+from workbench.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+class Recorded(nn.Module):
+    """A model whose logits for picture i are row i of a table; a picture holds its own number."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert not self.training
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+def batches(labels: torch.Tensor, size: int = 7, shuffle: bool = False) -> list[Batch]:
+    rows = torch.arange(len(labels))
+    if shuffle:
+        rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+    parts = rows.split(size)
+    return [
+        Batch(p[:, None, None, None].expand(-1, 3, 2, 2), labels[p], p, 0, True, len(p), [])
+        for p in parts
+    ]
+
+
+def predicted(logits: torch.Tensor, labels: torch.Tensor, **knobs):
+    return evaluation.predict(Recorded(logits), batches(labels, **knobs), torch.Tensor.float, CPU)
+
+
+@pytest.fixture(params=[2, 3, 5, 12], ids="{} classes".format)
+def logits_labels(request):
+    generator = torch.Generator().manual_seed(request.param)
+    logits = torch.randn(100, request.param, generator=generator) * 2
+    return logits, torch.randint(request.param, (100,), generator=generator)
+
+
+def test_ranks_and_probabilities_are_torchs_topk(logits_labels):
+    logits, labels = logits_labels
+    frame = predicted(logits, labels)
+    k = min(5, logits.shape[1])
+    best = torch.softmax(logits.double(), 1).topk(k)
+    ranks = [f"class{i + 1}" for i in range(k)]
+    np.testing.assert_array_equal(frame[ranks], best.indices)
+    np.testing.assert_allclose(frame[[f"p{i + 1}" for i in range(k)]], best.values, rtol=1e-5)
+    assert f"class{k + 1}" not in frame and f"p{k + 1}" not in frame
+    np.testing.assert_array_equal(frame.label, labels)
+    chosen = torch.softmax(logits.double(), 1)[torch.arange(100), labels]
+    np.testing.assert_allclose(frame.p_label, chosen, rtol=1e-5)
+
+
+def test_the_summary_is_scikit_learns(logits_labels):
+    logits, labels = logits_labels
+    summary = evaluation.summary(predicted(logits, labels))
+    scores, classes = torch.softmax(logits.double(), 1).numpy(), list(range(logits.shape[1]))
+    if len(classes) > 2:
+        for k in (1, 5):
+            if k < len(classes):
+                wanted = 100 * top_k_accuracy_score(labels, scores, k=k, labels=classes)
+                assert summary[f"top{k}"] == pytest.approx(wanted)
+    if len(classes) <= 5:
+        assert summary["top5"] == 100
+    assert summary["top1"] == pytest.approx(
+        100 * (scores.argmax(1) == labels.numpy()).mean(), abs=1e-9
+    )
+    assert summary["val_loss"] == pytest.approx(log_loss(labels, scores, labels=classes), rel=1e-5)
+    assert summary["val_images"] == 100
+
+
+def test_the_loss_is_torchs_cross_entropy_without_smoothing(logits_labels):
+    logits, labels = logits_labels
+    wanted = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    np.testing.assert_allclose(predicted(logits, labels).loss, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_confusion_is_scikit_learns(logits_labels):
+    logits, labels = logits_labels
+    classes = [f"class {i}" for i in range(logits.shape[1])]
+    table = evaluation.confusion(predicted(logits, labels), classes)
+    wanted = confusion_matrix(labels, logits.argmax(1), labels=range(len(classes)))
+    np.testing.assert_array_equal(table, wanted)
+    assert list(table.index) == list(table.columns) == classes
+
+
+def test_the_table_is_in_the_order_of_the_frame_however_the_batches_came(logits_labels):
+    logits, labels = logits_labels
+    straight, mixed = predicted(logits, labels), predicted(logits, labels, size=9, shuffle=True)
+    assert straight.row.tolist() == list(range(100))
+    for column in straight.columns:
+        np.testing.assert_array_equal(mixed[column], straight[column])
+
+
+def test_equal_logits_are_ranked_by_class_number():
+    frame = predicted(torch.zeros(4, 9), torch.tensor([0, 1, 5, 8]))
+    assert frame.filter(regex="^class").to_numpy().tolist() == [[0, 1, 2, 3, 4]] * 4
+    assert evaluation.summary(frame) == {
+        "top1": 25.0,
+        "top5": 50.0,
+        "val_loss": pytest.approx(np.log(9)),
+        "val_images": 4,
+    }
+
+
+def test_extreme_logits_have_a_finite_loss():
+    frame = predicted(torch.tensor([[1e4, -1e4], [-1e4, 1e4]]), torch.tensor([0, 0]))
+    assert frame.loss.tolist() == [0.0, 20_000.0] and frame.p1.tolist() == [1.0, 1.0]
+
+
+def test_per_class_counts_hits_and_the_most_frequent_mistake():
+    label = torch.tensor([0, 0, 0, 0, 1, 1, 3])
+    answer = torch.tensor([0, 2, 2, 1, 1, 1, 0])
+    table = evaluation.per_class(
+        predicted(nn.functional.one_hot(answer, 4) * 9.0, label), ["a", "b", "c", "d"]
+    )
+    assert table["class"].tolist() == ["a", "b", "c", "d"]
+    assert table.images.tolist() == [4, 2, 0, 1]
+    np.testing.assert_array_equal(table.top1, [25.0, 100.0, np.nan, 0.0])
+    assert table["mistaken for"].tolist() == ["c", "", "", "a"]
+
+
+def test_mistakes_are_the_wrong_answers_most_confident_first():
+    logits = torch.tensor([[3.0, 0], [2, 0], [9, 0], [0, 9], [5, 0]])
+    worst = evaluation.mistakes(predicted(logits, torch.tensor([1, 1, 0, 1, 1])), count=2)
+    assert worst.row.tolist() == [4, 0]
+    assert (worst.label != worst.class1).all()
+
+
+def test_pictures_that_failed_have_no_row_and_are_named():
+    labels = torch.tensor([0, 1, 0, 1])
+    given = batches(labels, size=2)
+    given[1] = given[1]._replace(
+        images=given[1].images[:1],
+        labels=labels[2:3],
+        indices=torch.tensor([2]),
+        failures=[(3, "truncated", "12 bytes")],
+    )
+    frame = evaluation.predict(Recorded(torch.eye(4)), given, torch.Tensor.float, CPU)
+    assert frame.row.tolist() == [0, 1, 2]
+    assert frame.attrs["failures"] == [(3, "truncated", "12 bytes")]
+    empty = [b._replace(images=b.images[:0], indices=b.indices[:0]) for b in given]
+    with pytest.raises(ValueError, match="no picture of the validation list"):
+        evaluation.predict(Recorded(torch.eye(4)), empty, torch.Tensor.float, CPU)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predicting_leaves_the_model_as_it_was_and_counts_its_progress(training):
+    model, seen = Recorded(torch.eye(8)).train(training), []
+    evaluation.predict(
+        model, batches(torch.arange(8), size=3), torch.Tensor.float, CPU, progress=seen.append
+    )
+    assert model.training is training and seen == [3, 3, 2]
+    assert model.logits.grad is None and torch.equal(model.logits, torch.eye(8))
+
+
+def test_predictions_of_real_pictures_are_the_models_own_answers(pictures):
+    frame = data.open_data(Recipe(dataset="files", data_dir=str(pictures))).val
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, len(CLASSES)))
+    transform = TestTransform(16, 20)
+    table = evaluation.predict(
+        model,
+        data.eval_batches(frame, transform, batch_size=4),
+        lambda images: images.float() / 255,
+        CPU,
+    )
+    [whole] = data.eval_batches(frame, transform, batch_size=100)
+    with torch.no_grad():
+        answers = model(whole.images.float() / 255).argmax(1)
+    assert table.class1.tolist() == answers.tolist()
+    assert table.label.tolist() == frame.label.tolist()

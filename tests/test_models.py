@@ -1,0 +1,369 @@
+"""Models against timm, torchvision and the published counts; weights from wherever they lie."""
+
+import contextlib
+import os
+import pickle
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from workbench import models
+from workbench.models import ModelError, create, load
+
+RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+@contextlib.contextmanager
+def meta():
+    """Builds models without memory or initial values: for counting and comparing shapes."""
+    with torch.device("meta"):
+        yield
+
+
+def shapes(model: nn.Module) -> dict[str, tuple]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def tiny(num_classes: int = 3, seed: int = 0, **options) -> nn.Module:
+    return create("test_resnet", num_classes, image_size=32, seed=seed, **options)
+
+
+def same(ours: nn.Module, theirs: nn.Module, leave_out: str = "num_batches_tracked") -> bool:
+    pairs = zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True)
+    return all(leave_out in name or torch.equal(a, b) for (name, a), b in pairs)
+
+
+# ---- architecture
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [  # United Perception's table; resnet101 and 152 as torchvision publishes them
+        ("resnet18", 11.690),
+        ("resnet34", 21.798),
+        ("resnet50", 25.557),
+        ("resnet101", 44.549),
+        ("resnet152", 60.193),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name, millions):
+    with meta():
+        count = models.parameters(create(name, 1000))
+    assert round(count / 1e6, 3) == millions
+
+
+@pytest.mark.parametrize("name, backbone", [("resnet152", 58.16), ("resnet50", 23.53)])
+def test_both_flags_together_are_timms_resnet_d(name, backbone):
+    with meta():
+        ours = create(name, 1000, deep_stem=True, avg_down=True)
+        theirs = timm.create_model(f"{name}d")
+    assert shapes(ours) == shapes(theirs)
+    assert str(ours) == str(theirs)
+    classifier = sum(p.numel() for p in ours.get_classifier().parameters())
+    assert round((models.parameters(ours) - classifier) / 1e6, 2) == backbone
+
+
+@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("flag", ["deep_stem", "avg_down"])
+def test_one_flag_changes_its_part_alone(name, flag):
+    with meta():
+        plain, changed = create(name, 10), create(name, 10, **{flag: True})
+    part = {"deep_stem": r"conv1", "avg_down": r"layer\d\.0\.downsample"}[flag]
+    ours, theirs = shapes(plain), shapes(changed)
+    assert ours != theirs
+    assert all(re.match(part, key) for key in ours.keys() ^ theirs.keys())
+    assert all(re.match(part, k) for k in ours.keys() & theirs.keys() if ours[k] != theirs[k])
+
+
+def test_a_deep_stem_is_32_32_64_at_half_the_size():
+    with meta():
+        stem = create("resnet18", 10, deep_stem=True).conv1
+    convolutions = [m for m in stem if isinstance(m, nn.Conv2d)]
+    assert [(c.out_channels, c.kernel_size, c.stride) for c in convolutions] == [
+        (32, (3, 3), (2, 2)),
+        (32, (3, 3), (1, 1)),
+        (64, (3, 3), (1, 1)),
+    ]
+
+
+def test_avg_down_averages_before_a_1x1_of_stride_1():
+    with meta():
+        shortcut = create("resnet18", 10, avg_down=True).layer2[0].downsample
+    assert isinstance(shortcut[0], nn.AvgPool2d) and shortcut[0].stride == 2
+    assert shortcut[0].ceil_mode and not shortcut[0].count_include_pad
+    assert shortcut[1].kernel_size == (1, 1) and shortcut[1].stride == (1, 1)
+
+
+@pytest.mark.parametrize("classes", [2, 37, 1000])
+def test_any_number_of_classes(classes):
+    assert tiny(classes).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+
+
+def test_drop_path_grows_along_the_blocks():
+    with meta():
+        model = create("resnet50", 10, drop_path=0.05)
+    rates = [getattr(m.drop_path, "drop_prob", 0.0) for m in model.modules() if hasattr(m, "conv3")]
+    assert rates == pytest.approx([0.05 * i / 15 for i in range(16)])
+
+
+def test_dropout_is_drawn_anew_in_training_and_absent_in_evaluation():
+    images, model = torch.rand(4, 3, 32, 32), tiny(dropout=0.5)
+    assert not torch.equal(model.train()(images), model.train()(images))
+    assert torch.equal(model.eval()(images), model.eval()(images))
+    plain = tiny(dropout=0.0).train()
+    assert torch.equal(plain(images), plain(images))
+
+
+def test_the_image_size_reaches_models_that_fix_it():
+    with meta():
+        model = create("vit_tiny_patch16_224", 10, image_size=64)
+    assert model.pos_embed.shape[1] == (64 // 16) ** 2 + 1
+
+
+@pytest.mark.parametrize("name", ["resnet5", "rasnet50", "ResNet50", "vit_base_patch16_225"])
+def test_an_unknown_model_names_close_ones_that_exist(name):
+    with pytest.raises(ModelError, match=f"no model '{name}'; close names: ") as caught:
+        create(name, 10)
+    named = str(caught.value).partition("close names: ")[2].split(", ")
+    assert named and all(timm.is_model(other) for other in named)
+
+
+def test_options_a_model_does_not_take_are_an_error():
+    with pytest.raises(ModelError, match="vit_tiny_patch16_224"):
+        create("vit_tiny_patch16_224", 10, avg_down=True)
+
+
+def test_weights_that_cannot_be_downloaded_are_an_error_with_a_way_out(monkeypatch):
+    def nothing(*arguments, **keywords):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(timm, "create_model", nothing)
+    with pytest.raises(ModelError, match="(?s)resnet18.*Network is unreachable.*weights"):
+        create("resnet18", 10, pretrained=True)
+
+
+def test_initial_weights_follow_the_seed_and_leave_the_global_stream_alone():
+    before = torch.get_rng_state()
+    first = tiny(seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert same(first, tiny(seed=1)) and not same(first, tiny(seed=2))
+
+
+# ---- weights
+
+FORMATS = {
+    "plain.pth": lambda t: t,
+    "model.pth": lambda t: {"model": t, "epoch": 3},
+    "state_dict.pth": lambda t: {"state_dict": t, "arch": "resnet"},
+    "module.pth": lambda t: {f"module.{k}": v for k, v in t.items()},
+    "module_model.pth": lambda t: {"model": {f"module.{k}": v for k, v in t.items()}},
+    "module_state_dict.pth": lambda t: {"state_dict": {f"module.{k}": v for k, v in t.items()}},
+    "ema.pth": lambda t: {"model": {k: v * 0 for k, v in t.items()}, "ema": t},
+    "no_ema.pth": lambda t: {"model": t, "ema": None},
+    "state_dict_ema.pth": lambda t: {
+        "state_dict": {k: v * 0 for k, v in t.items()},
+        "state_dict_ema": t,
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "plain.safetensors"])
+def test_every_format_of_weights_is_loaded_whole(tmp_path, name):
+    source, model = tiny(seed=1), tiny(seed=2)
+    if name.endswith(".safetensors"):
+        save_file(source.state_dict(), tmp_path / name)
+    else:
+        torch.save(FORMATS[name](source.state_dict()), tmp_path / name)
+    result = load(model, tmp_path / name)
+    assert same(model, source)
+    assert result.initial == {} and result.ignored == []
+    wanted = {k for k in source.state_dict() if not k.endswith("num_batches_tracked")}
+    assert set(result.loaded) == wanted
+    assert f"{len(wanted)} tensors loaded" in str(result) and str(tmp_path / name) in str(result)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_run_folder_gives_its_average_where_it_kept_one(tmp_path, averaged):
+    raw, ema, model = tiny(seed=1), tiny(seed=3), tiny(seed=2)
+    state = {"model": raw.state_dict(), "ema": ema.state_dict() if averaged else None, "step": 7}
+    torch.save(state, tmp_path / "last.pt")
+    save_file(tiny(seed=4).state_dict(), tmp_path / "best.safetensors")
+    result = load(model, tmp_path)
+    assert same(model, ema if averaged else raw)
+    assert ("[ema]" if averaged else "[model]") in str(result)
+
+
+def test_a_run_folder_without_last_gives_its_best(tmp_path):
+    source, model = tiny(seed=1), tiny(seed=2)
+    save_file(source.state_dict(), tmp_path / "best.safetensors")
+    load(model, tmp_path)
+    assert same(model, source)
+    (tmp_path / "best.safetensors").unlink()
+    with pytest.raises(ModelError, match="neither last.pt nor best.safetensors"):
+        load(model, tmp_path)
+
+
+def united_perception(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A timm ResNet's tensors under UP's names, written out from the fact sheet, 7.6."""
+    renamed = {}
+    for name, value in model.state_dict().items():
+        first, _, rest = name.partition(".")
+        if first == "conv1":
+            name = f"backbone.layer0.0.{rest}"
+        elif first == "bn1":
+            name = f"backbone.layer0.1.{rest}"
+        elif first == "fc":
+            name = f"head.classifier.{rest}"
+        else:
+            name = f"backbone.{name}"
+        renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("flags", [{}, {"deep_stem": True, "avg_down": True}])
+def test_a_united_perception_checkpoint_is_loaded_whole(tmp_path, flags, prefix):
+    source, model = (create("resnet18", 7, seed=seed, **flags) for seed in (1, 2))
+    theirs = {prefix + name: value for name, value in united_perception(source).items()}
+    assert prefix + "head.classifier.bias" in theirs
+    assert prefix + f"backbone.layer0.0.{'0.' if flags else ''}weight" in theirs
+    torch.save({"epoch": 99, "iter": 5, "model": theirs}, tmp_path / "ckpt.pth")
+    result = load(model, tmp_path / "ckpt.pth")
+    assert same(model, source) and not result.initial and not result.ignored
+
+
+def test_a_torchvision_checkpoint_gives_torchvisions_logits(tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=5).eval()
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    ours = create("resnet18", 5, seed=2)
+    result = load(ours, tmp_path / "tv.pth")
+    assert not result.initial and not result.ignored
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), theirs(images))
+
+
+def test_a_classifier_of_another_size_is_made_anew_and_said(tmp_path):
+    source, model = tiny(10, seed=1), tiny(3, seed=2)
+    fresh = tiny(3, seed=2)
+    torch.save(source.state_dict(), tmp_path / "ten.pth")
+    result = load(model, tmp_path / "ten.pth")
+    assert set(result.initial) == {"fc.weight", "fc.bias"}
+    assert "2 left at their initial value" in str(result)
+    assert "file has (10," in str(result) and "model (3," in str(result)
+    assert torch.equal(model.fc.weight, fresh.fc.weight)
+    assert torch.equal(model.conv1[0].weight, source.conv1[0].weight)
+
+
+def test_tensors_that_are_missing_or_left_over_are_said(tmp_path):
+    tensors = tiny(seed=1).state_dict()
+    del tensors["layer2.0.conv1.weight"]
+    tensors["extra.weight"] = torch.zeros(3)
+    torch.save(tensors, tmp_path / "odd.pth")
+    result = load(tiny(seed=2), tmp_path / "odd.pth")
+    assert result.initial == {"layer2.0.conv1.weight": "not in the file"}
+    assert result.ignored == ["extra.weight"]
+    assert "layer2.0.conv1.weight (not in the file)" in str(result)
+    assert "1 in the file ignored: extra.weight" in str(result)
+
+
+def unchanged_by(model: nn.Module, source) -> ModelError:
+    """The error load raises, and the promise that it has left the model as it was."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ModelError) as caught:
+        load(model, source)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return caught.value
+
+
+def test_a_file_of_another_model_is_an_error(tmp_path):
+    with torch.random.fork_rng():
+        other = timm.create_model("test_vit", num_classes=3)
+    torch.save(other.state_dict(), tmp_path / "vit.pth")
+    error = unchanged_by(tiny(), tmp_path / "vit.pth")
+    assert "of another model" in str(error) and "fits 0 of" in str(error)
+
+
+def test_a_file_that_only_brings_a_classifier_is_an_error(tmp_path):
+    tensors = {k: v for k, v in tiny(seed=1).state_dict().items() if k.startswith("fc.")}
+    torch.save(tensors, tmp_path / "head.pth")
+    assert "of another model" in str(unchanged_by(tiny(), tmp_path / "head.pth"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_an_error(tmp_path, value):
+    tensors = tiny(seed=1).state_dict()
+    tensors["layer1.0.conv1.weight"].view(-1)[3] = value
+    torch.save(tensors, tmp_path / "nan.pth")
+    error = unchanged_by(tiny(), tmp_path / "nan.pth")
+    assert "layer1.0.conv1.weight" in str(error) and "nan" in str(error)
+
+
+class Marker:
+    """Unpickling one makes a folder: the harmless stand-in for any code a file may bring."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors", "bin"])
+@pytest.mark.parametrize("way", ["torch", "pickle"])
+def test_code_in_a_weights_file_is_refused_and_never_run(tmp_path, suffix, way):
+    file, marker = tmp_path / f"evil.{suffix}", tmp_path / "marker"
+    content = {"model": tiny().state_dict(), "extra": Marker(marker)}
+    if way == "torch":
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(content))
+    unchanged_by(tiny(), file)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Marker(marker)))
+    assert marker.exists()  # the trap works
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 half a zip"])
+def test_a_file_of_something_else_is_an_error(tmp_path, suffix, content):
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(content)
+    assert str(path) in str(unchanged_by(tiny(), path))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_truncated_file_is_an_error(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    save = save_file if suffix == "safetensors" else torch.save
+    save(tiny().state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    unchanged_by(tiny(), path)
+
+
+@pytest.mark.parametrize(
+    "content", [{"epoch": 3}, {"model": {}}, [1, 2], 5, {"model": {"a": 1}}, torch.zeros(3)]
+)
+def test_a_file_without_a_state_dict_is_an_error(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    assert "no state dict" in str(unchanged_by(tiny(), tmp_path / "x.pth"))
+
+
+def test_missing_weights_are_an_error(tmp_path):
+    assert "are not there" in str(unchanged_by(tiny(), tmp_path / "none.pth"))
+
+
+def test_half_precision_weights_are_taken_as_numbers(tmp_path):
+    source, model = tiny(seed=1), tiny(seed=2)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    torch.save(half, tmp_path / "half.pth")
+    load(model, tmp_path / "half.pth")
+    assert model.fc.weight.dtype == torch.float32
+    torch.testing.assert_close(model.fc.weight, source.fc.weight, rtol=1e-3, atol=1e-4)
