@@ -1,12 +1,12 @@
 # make demo   train the digits baseline through papermill (builds .venv first)
-# make test   the quick tests          make slow    the ones that take minutes
+# make test   the tests                make lint    ruff over code and notebooks
 # make lab    JupyterLab               make bench   every benchmark
-# make train PARAMS=params/cifar10_baseline.yaml SET="-p data_dir /data/cifar10"   any recipe through papermill
+# make train PARAMS=params/cifar10_baseline.yaml SET="-p data_dir=/data/cifar10"   any recipe through papermill
 PYTHON ?= python3
 BIN := .venv/bin
 PARAMS ?= params/digits_baseline.yaml
 
-.PHONY: demo test slow lab bench train venv lint
+.PHONY: demo test lab bench train venv lint
 
 demo: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb params/digits_baseline.yaml
@@ -16,9 +16,6 @@ train: venv
 
 test: venv
 	$(BIN)/python -m pytest
-
-slow: venv
-	$(BIN)/python -m pytest -m slow
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
