@@ -342,7 +342,8 @@ def table(root: str | Path = "runs") -> pd.DataFrame:
     rows = []
     for path in sorted(Path(root).glob("*/recipe.yaml")) if Path(root).is_dir() else []:
         run = Run(path.parent)
-        row: dict[str, Any] = {"run": run.path.name, "updated": path.stat().st_mtime}
+        written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(path.stat().st_mtime))
+        row: dict[str, Any] = {"run": run.path.name, "updated": written}
         try:
             status, recipe, metrics = run.status(), run.recipe(), run.metrics()
             last = metrics.iloc[-1].to_dict() if len(metrics) else {}
@@ -351,15 +352,13 @@ def table(root: str | Path = "runs") -> pd.DataFrame:
             row |= {k: last.get(k) for k in ("top1", "top5", "ema_top1", "train_loss")}
             environment = run.environment()
             row |= {"minutes": environment.get("seconds", 0) / 60, "n": last.get("val_images")}
-            row |= {"device": environment.get("device"), "updated": status.get("updated")}
+            row |= {"device": environment.get("device"), "updated": status.get("updated", written)}
         except Exception as error:
             row |= {"state": "unreadable", "message": _first_line(error)}
         rows.append(row)
     columns = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_loss minutes"
     frame = pd.DataFrame(rows, columns=[*columns.split(), "device", "updated"])
-    return frame.sort_values("updated", ascending=False, key=lambda c: c.astype(str)).reset_index(
-        drop=True
-    )
+    return frame.sort_values("updated", ascending=False, ignore_index=True)
 
 
 def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ step depends on the recipe, its number and the weights alone, so a killed run go
 
 import contextlib
 import copy
+import datetime
 import math
 import os
 import platform
@@ -280,9 +281,13 @@ def _train(
     content = prepared or data.open_data(recipe)
     train, val, quarantined = content.train, content.val, []
     if recipe.verify_data:
+        if not team.first:
+            team.any(False)  # the first process reads and remembers, the others look it up
         train, bad = data.sound(data.examine(train, progress=team.first), "train")
         val, bad_val = data.sound(data.examine(val, progress=team.first), "val")
         quarantined = [bad, bad_val]
+        if team.first:
+            team.any(False)
     steps_per_epoch = data.steps_per_epoch(len(train), recipe.batch_size, recipe.drop_last)
     if steps_per_epoch == 0:
         raise TrainingError(
@@ -308,6 +313,7 @@ def _train(
         state = runs.Run(ROOT / recipe.resume_from).load_checkpoint()
         if state is None:
             raise runs.RunError(f"resume_from {recipe.resume_from!r} has no last.pt")
+        said = f"continued from {recipe.resume_from} at step {state['progress']['step']}"
     if state is None and recipe.weights:
         said = str(models.load(model, recipe.weights))
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -395,6 +401,7 @@ def _train(
             columns["val_images"] = result["val_images"]
         if team.first:
             for weights, frame in frames.items():
+                frame.insert(0, "list", val.list.to_numpy()[frame.row])
                 frame.insert(0, "file", val.file.to_numpy()[frame.row])
                 frame.insert(0, "weights", weights)
             run.save_frame("predictions.parquet", _concat(frames.values()))
@@ -763,7 +770,8 @@ class _Team:
                 raise TrainingError(
                     f"batch_size {recipe.batch_size} cannot be shared by {team.world} processes"
                 )
-            team.side = dist.new_group(backend="gloo")
+            # A first look at a million pictures takes its time; the others wait for it here.
+            team.side = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
             yield team
         finally:
             dist.destroy_process_group()
