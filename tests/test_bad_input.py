@@ -165,10 +165,13 @@ def state_of_test_resnet(**changes):
 
 
 class RunsCode:
-    """A pickle that would leave a file named `ran` beside the tests' working directory."""
+    """A pickle that would leave a file named `ran`."""
+
+    def __init__(self, world):
+        self.path = str(world / "ran")
 
     def __reduce__(self):
-        return os.system, ("touch ran",)
+        return open, (self.path, "w")
 
 
 FOLDERS = {"train_list": [], "val_list": []}  # class folders instead of lists
@@ -400,7 +403,7 @@ REFUSED = {
         ["weights.pt is truncated"],
     ),
     "weights that are code": (
-        lambda w: written(w, "w.pt", pickle.dumps(RunsCode()), weights=str(w / "w.pt")),
+        lambda w: written(w, "w.pt", pickle.dumps(RunsCode(w)), weights=str(w / "w.pt")),
         ModelError,
         ["w.pt", "not run here"],
     ),
@@ -447,7 +450,7 @@ REFUSED = {
         ["last.pt cannot be read", "move it away"],
     ),
     "last.pt that is code": (
-        lambda w: written(w, "runs/first-seed0/last.pt", pickle.dumps(RunsCode())),
+        lambda w: written(w, "runs/first-seed0/last.pt", pickle.dumps(RunsCode(w))),
         RunError,
         ["last.pt cannot be read"],
     ),
@@ -537,7 +540,7 @@ def test_it_is_refused_in_words_and_an_existing_run_loses_nothing(world, kind):
     assert not missing, f"{missing} not in: {caught.value}"
     assert record(world / "runs" / "first-seed0") == before
     assert not (world / "runs" / "new-seed0" / "last.pt").exists()
-    assert not Path("ran").exists()  # no code from a file
+    assert not (world / "ran").exists()  # no code from a file
 
 
 def test_at_least_thirty_six_kinds_are_tried():
@@ -812,6 +815,16 @@ def test_a_loss_that_is_not_finite_names_step_and_pictures_and_keeps_the_last_go
         train(recipe)
     assert str(again.value) == str(caught.value)
     assert record(run.path)["last.pt"] == before["last.pt"]
+
+
+def test_the_first_loss_that_is_not_finite_is_the_one_named(world):
+    recipe = small(world, name="new", lr=1e12, momentum=0.0)  # spoilt by the step before
+    with pytest.raises(TrainingError, match="at step 1;"):
+        train(recipe)
+    run = runs.Run(recipe.folder)
+    assert run.steps().step.tolist() == [1]
+    assert np.isfinite(run.steps().loss).all()
+    assert not run.file("last.pt").exists()
 
 
 def test_weights_spoilt_by_the_last_step_of_an_epoch_are_written_nowhere(world):

@@ -163,7 +163,9 @@ def test_only_visible_pictures_of_class_folders_count(pictures):
         (pictures / "train" / "a" / name).write_bytes(b"x")
     (pictures / "train" / "loose.png").write_bytes(b"x")
     (pictures / "train" / ".git").mkdir()
-    shutil.copy(pictures / "train/a/0.png", pictures / "train/.git/0.png")
+    (pictures / "train" / "a" / ".thumbnails").mkdir()
+    for hidden in ("train/.git", "train/a/.thumbnails"):
+        shutil.copy(pictures / "train/a/0.png", pictures / hidden / "0.png")
     found = opened(pictures)
     assert len(found.train) == 19 and found.classes == list(CLASSES)
     assert "a/deeper/still/upper.JPEG" in set(found.train.file)

@@ -221,9 +221,14 @@ def test_milestones_and_lists_may_be_written_as_text_or_alone():
     assert Recipe(dataset="files", train_list="meta/a.txt").train_list == ["meta/a.txt"]
 
 
-@pytest.mark.parametrize("text", ["[2026-13-45]", "[" * 2000, "[&a [x], *a]", "[!!int x]"])
+@pytest.mark.parametrize("text", ["[" * 2000, "[&a [x], *a]", "[!!int x]"])
 def test_text_that_only_begins_like_a_list_is_a_problem_and_no_crash(text):
     assert [p.split(":")[0] for p in problems(dataset="files", train_list=text)] == ["train_list"]
+
+
+def test_a_date_in_text_stays_text():
+    assert Recipe(dataset="files", train_list="[2026-13-45]").train_list == ["2026-13-45"]
+    assert len(problems(schedule="multistep", milestones="[2026-01-02]")) == 1
 
 
 # ---- knobs that would change nothing, knobs that exclude each other
@@ -415,7 +420,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(9))
 @pytest.mark.parametrize(
     "content, says",
     [
-        pytest.param("lr: 0.1\nepochs: 3\nlr: 0.2\n", "line 1.*'lr'", id="doubled key"),
+        pytest.param("lr: 0.1\nepochs: 3\nlr: 0.2\n", "line 3.*'lr'", id="doubled key"),
         pytest.param("lr: &x 0.1\ngamma: *x\n", "line 2.*alias", id="alias"),
         pytest.param(LAUGHS, "alias", id="billion laughs"),
         pytest.param("- lr\n- 0.1\n", "list", id="a list"),

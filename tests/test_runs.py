@@ -527,52 +527,67 @@ def parted(rows) -> dict[str, list[dict]]:
     }
 
 
+def collected(rows) -> tuple[list[dict], threading.Thread]:
+    """A list that grows while a thread draws the rows; the test goes on also if they never end."""
+    seen: list[dict] = []
+    thread = threading.Thread(target=lambda: [seen.append(row) for row in rows], daemon=True)
+    thread.start()
+    return seen, thread
+
+
+def until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_following_a_finished_run_gives_the_rows_that_fit_gave(pictures, tmp_path):
     recipe = small(pictures, tmp_path / "runs")
     rows = train(recipe)
     assert [row["kind"] for row in rows].count("epoch") == 3
     assert parted(rows)["epoch"][0]["top1"] is None
-    followed = list(follow(Run(recipe.folder)))
+    followed, thread = collected(follow(Run(recipe.folder)))
+    thread.join(20)
+    assert not thread.is_alive()
     assert parted(followed) == parted(rows)
     assert [row["step"] for row in followed] == [row["step"] for row in rows]
 
 
 def test_following_a_live_run_gives_the_rows_that_fit_gives_and_ends_with_it(pictures, tmp_path):
     recipe = small(pictures, tmp_path / "runs", epochs=6)
-    run, rows = Run(recipe.folder), []
-    thread = threading.Thread(target=lambda: rows.extend(train(recipe)))
-    thread.start()
-    while not run.locked():
-        assert thread.is_alive()
-        time.sleep(0.001)
-    followed, live = [], 0
-    for row in follow(run, poll=0.005):
-        followed.append(row)
-        live += thread.is_alive()
-    thread.join()
+    run = Run(recipe.folder)
+    rows, trainer = collected(training.fit(recipe, run))
+    until(run.locked)
+    followed, follower = collected(follow(run, poll=0.005))
+    until(lambda: len(followed) >= 4 or not trainer.is_alive())
+    assert trainer.is_alive()  # they come while the run is written
+    trainer.join(60)
+    follower.join(20)
+    assert not follower.is_alive()
     assert len(rows) == 24
     assert parted(followed) == parted(rows)
-    assert live >= 12  # most of them came while the run was written
 
 
 def test_following_a_run_that_is_wound_back_gives_the_rows_written_anew(tmp_path):
     with Run(tmp_path).writing() as run:
         for step in range(1, 6):
             run.append("steps.csv", {"step": step, "loss": 1.0})
-        rows = follow(run, poll=0.001)
-        assert [next(rows)["step"] for _ in range(5)] == [1, 2, 3, 4, 5]
+        seen, follower = collected(follow(run, poll=0.5))
+        until(lambda: [row["step"] for row in seen] == [1, 2, 3, 4, 5])
         run.rewind(2)
-        seen = []
-        for step in (3, 4):
+        for step in (3, 4):  # both between two looks, so the file is shorter but not short
             run.append("steps.csv", {"step": step, "loss": 2.0})
-            while not seen or seen[-1]["step"] != step:
-                seen.append(next(rows))
+        until(lambda: seen[-1]["loss"] == 2.0 and seen[-1]["step"] == 4)
+    follower.join(20)
+    assert not follower.is_alive()
     assert [row["step"] for row in seen if row["loss"] == 2.0] == [3, 4]
-    assert list(rows) == []  # the writer ended
 
 
 def test_following_a_run_that_nobody_writes_ends_at_once(tmp_path):
-    assert list(follow(Run(tmp_path / "nowhere"), poll=60)) == []
+    seen, follower = collected(follow(Run(tmp_path / "nowhere"), poll=60))
+    follower.join(20)
+    assert seen == [] and not follower.is_alive()
 
 
 # ---- a full disk

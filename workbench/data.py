@@ -213,8 +213,8 @@ def _short(text: str) -> str:
 
 def _inside(path: str, root: str) -> bool:
     """Judged by name: a link inside the root is the owner's own arrangement."""
-    root = os.path.normpath(root)
-    return os.path.normpath(path).startswith(root if root.endswith(os.sep) else root + os.sep)
+    root = os.path.abspath(root)
+    return os.path.abspath(path).startswith(root if root.endswith(os.sep) else root + os.sep)
 
 
 def read_folders(
@@ -238,6 +238,8 @@ def read_folders(
                     if file.startswith(".") or Path(file).suffix.lower() not in images.SUFFIXES:
                         continue
                     path = os.path.join(folder, file)
+                    if not _is_text(path):
+                        raise DataError(f"{os.fsencode(path)!r} is no UTF-8 file name; rename it")
                     found.append((os.path.relpath(path, root), name, path, number))
     if not found:
         raise DataError(
@@ -256,6 +258,14 @@ def read_folders(
     return frame[[*COLUMNS, "outside"]], names
 
 
+def _is_text(path: str) -> bool:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def hold_out(frame: pd.DataFrame, share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The frame without, and only with, a fixed share of every class (at least one picture).
 
@@ -264,7 +274,7 @@ def hold_out(frame: pd.DataFrame, share: float) -> tuple[pd.DataFrame, pd.DataFr
     rank = frame.file.map(lambda f: hashlib.sha256(f.encode("utf-8", "surrogateescape")).digest())
     place = rank.groupby(frame.label).rank(method="first")
     size = frame.groupby("label").label.transform("size")
-    held = place <= np.maximum(1, (size * share).round())
+    held = place <= np.clip((size * share).round(), 1, np.maximum(1, size - 1))
     if single := sorted(set(frame.label[size < 2])):
         raise DataError(f"classes {single[:8]} have one picture; val_fraction cannot split them")
     return frame[~held].reset_index(drop=True), frame[held].reset_index(drop=True)

@@ -74,6 +74,8 @@ def _decode(path: str | Path) -> Image.Image:
         if width * height > MAX_PIXELS:
             raise ImageError("too large", f"{width}x{height} pixels, over {MAX_PIXELS:,}")
         image.load()
+        if image.mode == "I" and image.format == "PPM":  # Pillow has stretched it to 16 bits
+            image = Image.fromarray(np.asarray(image).astype(np.uint16))
         return to_rgb(ImageOps.exif_transpose(image))
 
 

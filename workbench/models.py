@@ -51,7 +51,7 @@ def create(
     if timm.get_pretrained_cfg(name) and timm.get_pretrained_cfg(name).fixed_input_size:
         options["img_size"] = image_size
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # timm draws on the CPU
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except TypeError as error:

@@ -12,6 +12,8 @@ import difflib
 import hashlib
 import json
 import math
+import re
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -68,7 +70,7 @@ class Recipe(BaseModel):
     num_classes: int | None = knob(None, "None counts them in the data", ge=2)
     fraction: float = knob(1.0, "share of the training list that is used", gt=0, le=1)
     outside_root: bool = knob(False, "list entries may leave their root")
-    verify_data: bool = knob(True, "decode every picture once before training, cached", place=True)
+    verify_data: bool = knob(True, "decode every picture once before training, cached")
     image_size: int = knob(32, "pixels, side of the square training crop", ge=8, le=4096)
     val_image_size: int | None = knob(
         None, "pixels, side of the centre crop; None is image_size", ge=8, le=4096
@@ -148,7 +150,7 @@ class Recipe(BaseModel):
     )
     runs_dir: str = knob("runs", "where run folders lie", place=True, min_length=1)
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         values, problems = _typed(values)
         problems += _contradictions(values, {key for key, _ in problems})
         if problems:
@@ -173,8 +175,15 @@ class Recipe(BaseModel):
         """
         cells = [text for text in namespace.get("In") or [] if text.startswith("# Parameters")]
         if not cells:
-            values = {k: v for k, v in namespace.items() if not k.startswith("_") and _plain(v)}
+            values = {
+                k: v
+                for k, v in namespace.items()
+                if (not k.startswith("_") and _plain(v))
+                or (k in cls.model_fields and not isinstance(v, types.ModuleType))
+            }
             return cls._named("parameters", values)
+        # Of a cell that was corrected and run again, the last text counts.
+        cells = {text.partition("\n")[0]: text for text in cells}.values()
         names = [name for cell in cells for name in _assigned(cell)]
         return cls._named("parameters", {name: namespace[name] for name in names})
 
@@ -240,19 +249,29 @@ def read_params(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError([f"cannot be read: {error}"], str(path)) from None
-    if len(text) > 1_000_000:
+    if len(text) > 100_000:
         raise RecipeError([f"{len(text):,} characters; a recipe is a page of YAML"], str(path))
     try:
-        values = yaml.load(text, Loader=_FlatLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError([" ".join(str(error).split())], str(path)) from None
+        values = _yaml_value(text)
+    except ValueError as error:
+        raise RecipeError([str(error)], str(path)) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise RecipeError(
             [f"holds a {type(values).__name__}; wanted lines of `knob: value`"], str(path)
         )
-    return values
+    return {str(key): value for key, value in values.items()}  # `on:` is a boolean to YAML
+
+
+def _yaml_value(text: str) -> Any:
+    """What YAML text holds. Raises ValueError, whatever PyYAML makes of hostile text."""
+    try:
+        return yaml.load(text, Loader=_FlatLoader)
+    except RecursionError:
+        raise ValueError("nested too deeply; a recipe is flat") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 class _FlatLoader(yaml.SafeLoader):
@@ -265,11 +284,13 @@ class _FlatLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key_node, _), key in zip(node.value, keys, strict=True):
-            if isinstance(key, list | dict) or keys.count(key) > 1:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict) or key in seen:
                 line = key_node.start_mark.line + 1
                 raise yaml.YAMLError(f"line {line}: {key!r} stands twice or is no plain name")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -285,7 +306,8 @@ def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, s
     good, problems = {}, []
     for key, value in values.items():
         if key not in Recipe.model_fields:
-            problems.append((str(key), f"{key}: no such knob; {_nearest(str(key))}"))
+            hint = f"; {_nearest(key)}" if len(problems) < 20 else ""  # each takes a millisecond
+            problems.append((key, f"{key}: no such knob{hint}"))
         else:
             good[key] = _understood(value, Recipe.model_fields[key].annotation)
     try:
@@ -352,8 +374,8 @@ def _understood(value: Any, annotation: Any) -> Any:
     if _is_list(annotation):
         if isinstance(value, str) and value.strip().startswith("["):
             try:
-                value = yaml.safe_load(value)
-            except yaml.YAMLError:
+                value = _yaml_value(value)
+            except ValueError:
                 return value
         inner = get_args(annotation)[0]
         if not isinstance(value, list):
@@ -540,14 +562,16 @@ def _yaml(value: Any) -> str:
         return repr(value) if "." in repr(value) else _dotted(value)
     if isinstance(value, list):
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    # JSON is YAML but for these control characters, which YAML takes escaped only.
+    escape = lambda match: f"\\x{ord(match[0]):02x}"
+    return re.sub("[\x7f-\x9f]", escape, json.dumps(value, ensure_ascii=False))
 
 
 def _dotted(value: float) -> str:
     """5e-05 as 5.0e-05: without the dot YAML 1.1 reads text."""
     assert math.isfinite(value)
     mantissa, _, exponent = repr(value).partition("e")
-    sign = "" if exponent.startswith("-") else "+"
+    sign = "" if exponent[:1] in ("-", "+") else "+"
     return f"{mantissa}.0e{sign}{exponent}" if exponent else f"{mantissa}.0"
 
 
