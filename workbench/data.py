@@ -11,11 +11,13 @@ epoch, i). So batches are the same bytes for any number of workers, and from any
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,6 +85,13 @@ def open_data(recipe: Any, *, strict: bool = True) -> Data:
     count = recipe.num_classes or (
         len(names) if names else int(max(f.label.max() for f in frames.values())) + 1
     )
+    pictures = sum(map(len, frames.values()))
+    if count > pictures and not (recipe.num_classes or names):
+        top = max(frames.values(), key=lambda f: f.label.max())
+        raise DataError(
+            f"label {count - 1} of {top.file[top.label.idxmax()]!r} makes {count:,} classes of "
+            f"{pictures:,} pictures; mend the list, or say num_classes if that is meant"
+        )
     if names and len(names) != count:
         raise DataError(f"num_classes is {count} but there are {len(names)} class names")
     for side, frame in frames.items() if strict else ():
@@ -665,6 +674,9 @@ def _ignore_signals(_: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group; the main process decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Nor may it outlive a main process that was killed: it would hold memory, and the run's lock.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def cores() -> int:

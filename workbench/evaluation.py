@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from workbench.data import Batch
+from workbench.data import Batch, DataError
 
 TOP = 5
 
@@ -36,7 +36,7 @@ def predict(
             progress(len(batch.images))
     model.train(was_training)
     if not parts:
-        raise ValueError("no picture of the validation list could be read")
+        raise DataError("no picture of the validation list could be read")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     frame = pd.DataFrame(columns).sort_values("row", ignore_index=True)
     frame.attrs["failures"] = failures

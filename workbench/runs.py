@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError
 
 STATES = ("new", "running", "interrupted", "stopped", "failed", "finished", "unreadable")
 
@@ -67,6 +68,29 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+_held: set[int] = set()  # descriptors of this process's locks
+
+
+def _let_go() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)  # a loader's worker must not outlive us with the lock
+
+
+def _taken(handle: int) -> bool:
+    """Whether the lock could be had; tried for a moment, since readers hold it for an instant."""
+    for _ in range(20):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+    return False
+
+
 class Run:
     """One run folder. Making a Run touches nothing; `writing` creates and locks the folder."""
 
@@ -90,7 +114,7 @@ class Run:
         if self.file("status.json").exists():
             try:
                 status |= json.loads(self.file("status.json").read_text())
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:
                 return status | {"state": "unreadable", "message": str(error)}
         if status["state"] == "running" and not self.locked():
             status["state"] = "interrupted"
@@ -101,15 +125,24 @@ class Run:
         import yaml
 
         try:
-            return yaml.safe_load(self.file("recipe.yaml").read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+            recipe = yaml.safe_load(self.file("recipe.yaml").read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunError(f"{self.path} is no readable run: {error}") from None
+        if not isinstance(recipe, dict):
+            raise RunError(f"{self.path} is no readable run: recipe.yaml holds {recipe!r:.60}")
+        return recipe
 
     def environment(self) -> dict[str, Any]:
         """environment.json, empty when it is not there."""
         if not self.file("environment.json").exists():
             return {}
-        return json.loads(self.file("environment.json").read_text())
+        try:
+            return dict(json.loads(self.file("environment.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(
+                f"{self.file('environment.json')} cannot be read ({_first_line(error)}); move it "
+                "away to go on without its record"
+            ) from None
 
     def metrics(self) -> pd.DataFrame:
         """A row per finished epoch, empty before the first."""
@@ -137,7 +170,9 @@ class Run:
         except OSError:
             return pd.DataFrame()
         whole = text[: text.rfind("\n") + 1]  # a writer that was killed may leave half a line
-        return pd.read_csv(io.StringIO(whole)) if whole else pd.DataFrame()
+        if not whole:
+            return pd.DataFrame()
+        return pd.read_csv(io.StringIO(whole))
 
     # ---- writing: one process at a time
 
@@ -166,27 +201,28 @@ class Run:
                 f"cannot write {self.path}: {error.strerror}; choose another runs_dir"
             ) from None
         try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _taken(self._lock):
                 owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
                 raise RunError(
                     f"{self.path} is being written by {owner or 'another process'}; wait for it, "
                     f"stop it (touch {self.file('STOP')}), or give this run another name"
-                ) from None
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            for leftover in self.path.glob(".*.*"):  # of a writer that was killed while replacing
-                if leftover.name.split(".")[1] in ("last", "best", "status", "metrics", "steps"):
-                    leftover.unlink(missing_ok=True)
+                )
+            _held.add(self._lock)
+            with contextlib.suppress(OSError):  # a full disk: the first file will say so
+                os.ftruncate(self._lock, 0)
+                owner = f"process {os.getpid()} on {socket.gethostname()}"
+                os.pwrite(self._lock, owner.encode(), 0)
+            for leftover in self.path.glob(".*.*.????????"):  # of a writer killed while replacing
+                leftover.unlink(missing_ok=True)
             yield self
         finally:
+            _held.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Replaces a JSON file."""
-        with self._replacing(name) as temporary:
+        with self.replacing(name) as temporary:
             temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     def set_status(self, state: str, **values: Any) -> None:
@@ -230,16 +266,17 @@ class Run:
             path = self.file(name)
             if not path.exists():
                 continue
-            header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-            column = header.strip().split(",").index("step") if "step" in header else None
-            kept = [
-                line
-                for line in lines
-                if line.endswith("\n") and column is not None and _step(line, column) <= step
-            ]
+            with open(path, newline="", encoding="utf-8") as file:
+                text = file.read()
+            whole = io.StringIO(text[: text.rfind("\n") + 1])  # names may hold commas, line ends
+            header, *rows = list(csv.reader(whole)) or [[]]
+            column = header.index("step") if "step" in header else None
+            kept = [row for row in rows if column is not None and _step(row, column) <= step]
             if kept:
-                with self._replacing(name) as temporary:
-                    temporary.write_text(header + "".join(kept), encoding="utf-8")
+                text = io.StringIO()
+                csv.writer(text, lineterminator="\n").writerows([header, *kept])
+                with self.replacing(name) as temporary:
+                    temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
             else:
                 path.unlink()
 
@@ -251,7 +288,7 @@ class Run:
             if self.file(name).exists():
                 with open(self.file(name), "rb") as file:
                     os.fsync(file.fileno())
-        with self._replacing("last.pt") as temporary:
+        with self.replacing("last.pt") as temporary:
             torch.save(dict(state), temporary)
 
     def load_checkpoint(self, map_location: Any = "cpu") -> dict[str, Any] | None:
@@ -274,12 +311,12 @@ class Run:
         from safetensors.torch import save_file
 
         contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        with self._replacing(name) as temporary:
+        with self.replacing(name) as temporary:
             save_file(contiguous, temporary, {k: str(v) for k, v in metadata.items()})
 
     def save_frame(self, name: str, frame: pd.DataFrame) -> None:
         """Replaces a parquet or CSV file."""
-        with self._replacing(name) as temporary:
+        with self.replacing(name) as temporary:
             if name.endswith(".parquet"):
                 frame.to_parquet(temporary, index=False)
             else:
@@ -294,13 +331,14 @@ class Run:
         self.file("STOP").unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A temporary path that takes the place of a file at the end. Raises RunError."""
         if self._lock is None:
             raise RunError(f"{self.path}: write inside `with run.writing():`")
         try:
             with replacing(self.file(name)) as temporary:
                 yield temporary
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # each may be a full disk
             raise self._failure(error, name) from error
 
     def _guarded(self, call: Any, *arguments: Any) -> Any:
@@ -322,9 +360,9 @@ class Run:
         )
 
 
-def _step(line: str, column: int) -> float:
+def _step(row: list[str], column: int) -> float:
     try:
-        return float(line.strip().split(",")[column])
+        return float(row[column])
     except (IndexError, ValueError):
         return float("inf")
 
@@ -367,17 +405,18 @@ def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
     Yields the rows that are there, then new ones as they come; returns when the run is no longer
     being written.
     """
-    seen = {"steps.csv": 0, "metrics.csv": 0}
+    seen = {"steps.csv": 0.0, "metrics.csv": 0.0}  # the last step handed out
     while True:
         live = run.locked()  # asked first, so rows written before the end are still read below
         rows = []
         for name, kind in (("steps.csv", "step"), ("metrics.csv", "epoch")):
             frame = run._frame(name)
-            if len(frame) < seen[name]:
-                seen[name] = 0  # the run was rewound
-            new = frame.iloc[seen[name] :].astype(object).where(frame.notna(), None)
+            if frame.empty:
+                continue
+            new = frame[frame.step > seen[name]]
+            new = new.astype(object).where(new.notna(), None)
             rows += [{"kind": kind, **row} for row in new.to_dict("records")]
-            seen[name] = len(frame)
+            seen[name] = frame.step.max()  # lower than before when the run was rewound
         yield from sorted(rows, key=lambda row: row["step"])
         if not live:
             return

@@ -299,9 +299,8 @@ def _train(
     # Model, optimizer and where they start.
     model = create_model(recipe, len(content.classes))
     smallest = _smallest_part(len(train), recipe, team.world)
-    if smallest == 1 and any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
-    ):
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if smallest == 1 and norms:
         raise TrainingError(
             "the last forward of an epoch would hold one picture, which batch norm cannot "
             f"normalise ({len(train)} pictures, batch_size {recipe.batch_size}); set drop_last: "
@@ -309,6 +308,7 @@ def _train(
         )
     said = "timm's published weights" if recipe.pretrained else f"drawn from seed {recipe.seed}"
     state = run.load_checkpoint()
+    borrowed = state is None
     if state is None and recipe.resume_from:
         state = runs.Run(ROOT / recipe.resume_from).load_checkpoint()
         if state is None:
@@ -323,6 +323,11 @@ def _train(
     progress = _Progress()
     if state is not None:
         _restore(state, model, ema, optimizer, progress, steps, steps_per_epoch)
+        if borrowed and progress.step == steps:
+            raise runs.RunError(
+                f"resume_from {recipe.resume_from!r} stands at step {steps}, and this recipe "
+                f"ends at {steps}; use `weights`, or more epochs"
+            )
     wrapped = team.wrap(model)
     rate = lr_schedule(recipe, steps_per_epoch)
     normalize = Normalize(recipe, device)
@@ -353,7 +358,7 @@ def _train(
                 f"{environment['data']}); put the pictures back, or give this run another name"
             )
         run.rewind(progress.step)
-        with runs.replacing(run.file("recipe.yaml")) as temporary:
+        with run.replacing("recipe.yaml") as temporary:
             recipe.write(temporary)
         if not run.file("quarantine.csv").exists():
             columns = ["side", "file", "label", "reason", "detail", "step"]
@@ -361,11 +366,15 @@ def _train(
         run.write_json("environment.json", {**environment, "seconds": progress.seconds})
         run.set_status("running", step=progress.step, steps=steps, message="")
 
+    def finite() -> None:
+        """Raises TrainingError when a weight or a norm's statistic is not."""
+        if not all(torch.isfinite(v).all() for v in model.state_dict().values()):
+            _not_finite(run if team.first else None, train, recipe, progress.step - 1, float("nan"))
+
     def checkpoint() -> None:
         if not team.first:
             return
-        if not all(torch.isfinite(p).all() for p in model.parameters()):
-            _not_finite(run, train, recipe, progress.step - 1, float("nan"))
+        finite()
         run.save_checkpoint(
             {
                 "model": model.state_dict(),
@@ -432,8 +441,11 @@ def _train(
     # Losses stay on the device until a row is due: asking for one earlier would stall a GPU.
     pending: list[torch.Tensor] = []  # (3,) per step: loss / pictures of the step, correct, read
     seen = waited = 0.0
-    named: set[int] = set()
-    named_val: set[int] = set()
+    known = run.quarantine()
+    named, named_val = (
+        set(np.flatnonzero(f.file.isin(known.file[known.side == side])).tolist())
+        for side, f in (("train", train), ("val", val))
+    )
     mark = clock = saved = time.monotonic()
     saved_step = -1
 
@@ -446,9 +458,9 @@ def _train(
         for step, (loss, correct, images) in enumerate(values, first):
             if not math.isfinite(loss):
                 _not_finite(run if team.first else None, train, recipe, step, loss)
-            progress.window_sum += loss
+            progress.window_sum += loss / max(1, images)
             progress.window_steps += 1
-            progress.loss_sum += loss * images
+            progress.loss_sum += loss
             progress.correct += round(correct)
             progress.images += round(images)
         pending.clear()
@@ -474,13 +486,18 @@ def _train(
                 with wrapped.no_sync() if team.world > 1 and not last else _nothing:
                     if len(labels):
                         images = normalize(batch.images.to(device, non_blocking=True))
+                        alone = norms and len(labels) == 1  # the others of its part vanished
+                        if alone:
+                            model.eval()
                         with autocast():
                             logits = wrapped(images).float()
+                        if alone:
+                            model.train()
                         loss = F.cross_entropy(
                             logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum"
                         )
-                        loss = loss / batch.total
                         counted[0] += loss.detach()
+                        loss = loss / batch.total
                         counted[1] += (logits.detach().argmax(1) == labels).sum()
                         counted[2] += len(labels)
                     else:  # no picture for this process in a small last batch: gradients of zero
@@ -523,6 +540,7 @@ def _train(
                 progress.window_sum, progress.window_steps = 0.0, 0
                 seen = waited = 0.0
             if epoch_ends:
+                finite()
                 row = {
                     "epoch": epoch,
                     "step": step,
