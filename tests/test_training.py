@@ -1,4 +1,4 @@
-"""Training: exact after any interruption, equal to the plain loop it stands for, clear when it ends."""
+"""Training: exact after any interruption, the plain loop it stands for, clear when it ends."""
 
 import json
 import multiprocessing

@@ -221,6 +221,7 @@ def per_class(table: pd.DataFrame, most: int = 30) -> Figure:
     ax.invert_yaxis()
     ax.set_xlim(0, 100)
     ax.set_xlabel("top-1 (%)")
+    ax.set_ylabel("class")
     ax.xaxis.set_major_locator(ticker.MultipleLocator(10))
     for i, (top1, images, wrong) in enumerate(
         zip(part.top1, part.images, part["mistaken for"], strict=True)

@@ -165,14 +165,17 @@ class Run:
         return frame if weights is None else frame[frame.weights == weights].reset_index(drop=True)
 
     def _frame(self, name: str) -> pd.DataFrame:
+        text = self._text(name)
+        return pd.read_csv(io.StringIO(text)) if text else pd.DataFrame()
+
+    def _text(self, name: str) -> str:
+        """The whole lines of a table: a writer that was killed may leave half a one."""
         try:
-            text = self.file(name).read_text(encoding="utf-8")
+            with open(self.file(name), newline="", encoding="utf-8") as file:
+                text = file.read()
         except OSError:
-            return pd.DataFrame()
-        whole = text[: text.rfind("\n") + 1]  # a writer that was killed may leave half a line
-        if not whole:
-            return pd.DataFrame()
-        return pd.read_csv(io.StringIO(whole))
+            return ""
+        return text[: text.rfind("\n") + 1]
 
     # ---- writing: one process at a time
 
@@ -266,10 +269,7 @@ class Run:
             path = self.file(name)
             if not path.exists():
                 continue
-            with open(path, newline="", encoding="utf-8") as file:
-                text = file.read()
-            whole = io.StringIO(text[: text.rfind("\n") + 1])  # names may hold commas, line ends
-            header, *rows = list(csv.reader(whole)) or [[]]
+            header, *rows = list(csv.reader(io.StringIO(self._text(name), newline=""))) or [[]]
             column = header.index("step") if "step" in header else None
             kept = [row for row in rows if column is not None and _step(row, column) <= step]
             if kept:
@@ -405,18 +405,23 @@ def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
     Yields the rows that are there, then new ones as they come; returns when the run is no longer
     being written.
     """
-    seen = {"steps.csv": 0.0, "metrics.csv": 0.0}  # the last step handed out
+    seen: dict[str, list[str]] = {"steps.csv": [], "metrics.csv": []}  # lines handed out
     while True:
         live = run.locked()  # asked first, so rows written before the end are still read below
         rows = []
         for name, kind in (("steps.csv", "step"), ("metrics.csv", "epoch")):
-            frame = run._frame(name)
-            if frame.empty:
-                continue
-            new = frame[frame.step > seen[name]]
-            new = new.astype(object).where(new.notna(), None)
-            rows += [{"kind": kind, **row} for row in new.to_dict("records")]
-            seen[name] = frame.step.max()  # lower than before when the run was rewound
+            text = run._text(name)
+            lines = text.splitlines()
+            # A run that was rewound has other lines from some point on: those count as new.
+            pairs = enumerate(zip(seen[name], lines, strict=False))
+            known = next(
+                (i for i, (old, new) in pairs if old != new), min(len(seen[name]), len(lines))
+            )
+            seen[name] = lines
+            if len(lines) > max(1, known):
+                new = pd.read_csv(io.StringIO(text)).iloc[max(1, known) - 1 :]
+                new = new.astype(object).where(new.notna(), None)
+                rows += [{"kind": kind, **row} for row in new.to_dict("records")]
         yield from sorted(rows, key=lambda row: row["step"])
         if not live:
             return

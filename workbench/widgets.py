@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
+import psutil
+from IPython import get_ipython
+from IPython.display import display
 from tqdm.auto import tqdm
 
 from workbench import plots, runs
@@ -15,9 +18,7 @@ from workbench import plots, runs
 
 def watched() -> str:
     """Who looks: "jupyter", "terminal", or "nobody" (papermill, a pipe, a batch queue)."""
-    if "ipykernel" in sys.modules:
-        import psutil
-
+    if hasattr(get_ipython(), "kernel"):
         # papermill and nbconvert start the kernel themselves; JupyterLab's parent is its server.
         parents = [" ".join(p.cmdline()[:3]) for p in psutil.Process().parents()[:2]]
         headless = any(word in text for text in parents for word in ("papermill", "nbconvert"))
@@ -81,8 +82,6 @@ class Progress:
             print(text, flush=True)
 
     def _draw(self) -> None:
-        from IPython.display import display
-
         picture = plots.curves(self.run.steps(), self.run.metrics()).png()
         if self.image is None:
             self.image = ipywidgets.Image(value=picture, format="png", layout={"width": "810px"})

@@ -1,0 +1,95 @@
+"""The commands: what they print, and the exit code a script decides by."""
+
+import json
+import sys
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from workbench import __main__ as command
+from workbench import runs, training
+
+
+def invoke(*words):
+    return CliRunner().invoke(command.app, [str(word) for word in words])
+
+
+@pytest.fixture
+def params(tmp_path):
+    path = tmp_path / "small.yaml"
+    knobs = {"name": "small", "fraction": 0.1, "epochs": 2, "workers": 0}
+    path.write_text(json.dumps({**knobs, "runs_dir": str(tmp_path / "runs")}))
+    return path
+
+
+def test_train_says_how_it_ended_and_where(params, tmp_path):
+    done = invoke("train", params)
+    assert done.exit_code == 0, done.output
+    run = runs.Run(tmp_path / "runs" / "small-seed0")
+    lines = done.output.splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [
+        ["epoch", "1"],
+        ["epoch", "2"],
+    ]
+    assert f"top-1 {run.metrics().top1.iloc[-1]:.2f} %" in done.output
+    assert lines[-1] == f"run folder: {run.path}"
+
+    again = invoke("train", params)
+    assert again.exit_code == 0
+    assert "finished" in again.output and "epoch   1" not in again.output
+
+
+def test_an_overridden_knob_reaches_the_run(params, tmp_path):
+    assert invoke("train", params, "-p", "lr=5e-3", "--set", "seed=7").exit_code == 0
+    recipe = runs.Run(tmp_path / "runs" / "small-seed7").recipe()
+    assert recipe["lr"] == 0.005
+
+
+def test_a_stopped_training_has_an_exit_code_of_its_own(params, tmp_path, monkeypatch):
+    fit = training.fit
+
+    def stopped_at_once(recipe, run, **options):
+        for row in fit(recipe, run, **options):
+            run.file("STOP").touch()
+            yield row
+
+    monkeypatch.setattr(training, "fit", stopped_at_once)
+    done = invoke("train", params)
+    assert done.exit_code == command.STOPPED
+    assert "stopped by the STOP file" in done.output
+
+
+def test_an_override_without_a_value_is_refused(params):
+    with pytest.raises(ValueError, match="-p lr: wanted KNOB=VALUE"):
+        CliRunner().invoke(command.app, ["train", str(params), "-p", "lr"], catch_exceptions=False)
+
+
+def test_what_a_person_can_mend_is_a_message_not_a_traceback(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["workbench", "train", str(tmp_path / "missing.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert "missing.yaml" in str(ended.value) and "cannot be read" in str(ended.value)
+
+
+def test_check_data_of_sound_pictures_says_so(params):
+    done = invoke("check-data", params)
+    assert done.exit_code == 0
+    assert "every picture can be read" in done.output
+
+
+def test_check_data_lists_findings_and_writes_them_all(pictures, tmp_path):
+    (pictures / "train" / "a" / "0.png").write_bytes(b"no picture")
+    path, out = tmp_path / "mine.yaml", tmp_path / "findings.csv"
+    path.write_text(json.dumps({"dataset": "files", "data_dir": str(pictures)}))
+    done = invoke("check-data", path, "--out", out)
+    assert done.exit_code == 1
+    assert "undecodable, train: 1" in done.output
+    assert pd.read_csv(out).file.tolist() == ["a/0.png"]
+
+
+def test_runs_lists_the_runs_or_says_that_there_are_none(params, tmp_path):
+    assert "no runs in" in invoke("runs", tmp_path / "runs").output
+    invoke("train", params)
+    listed = invoke("runs", tmp_path / "runs")
+    assert "small-seed0" in listed.output and "finished" in listed.output

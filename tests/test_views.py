@@ -1,0 +1,197 @@
+"""Figures and widgets: labelled, drawn without a screen, quiet where nobody looks."""
+
+import base64
+import struct
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import pytest
+
+from workbench import evaluation, plots, runs, schedule, widgets
+
+
+def predictions(count=60, classes=4):
+    rng = np.random.default_rng(0)
+    p = np.sort(rng.dirichlet(np.ones(classes), count), axis=1)[:, ::-1]
+    ranked = np.argsort(rng.random((count, classes)), axis=1)
+    frame = pd.DataFrame({"row": range(count), "label": rng.integers(classes, size=count)})
+    for i in range(classes):
+        frame[f"class{i + 1}"], frame[f"p{i + 1}"] = ranked[:, i], p[:, i]
+    return frame
+
+
+def tables(epochs=3):
+    steps = pd.DataFrame(
+        {"step": range(1, 10 * epochs + 1), "loss": np.linspace(2, 1, 10 * epochs)}
+    )
+    metrics = pd.DataFrame(
+        {
+            "epoch": range(1, epochs + 1),
+            "step": [10 * e for e in range(1, epochs + 1)],
+            "train_loss": 1.5,
+            "val_loss": 1.4,
+            "train_top1": 50.0,
+            "top1": 60.0,
+        }
+    )
+    return steps, metrics
+
+
+CLASSES = ["ant", "bee", "cat", "dog"]
+CONFUSION = evaluation.confusion(predictions(), CLASSES)
+LISTS = pd.DataFrame({"label": [0, 1, 1, 2]})
+PICTURES = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(5)]
+COSINE = schedule.Cosine(0.4, 100, warmup=schedule.Warmup(10, 0.1))
+
+FIGURES = {
+    "grid": lambda: plots.grid(PICTURES, list("abcde"), columns=3, heading="five"),
+    "empty grid": lambda: plots.grid([], []),
+    "strips": lambda: plots.strips({"crop": (PICTURES, "abcde"), "flip": (PICTURES[:2], "ab")}),
+    "one lr": lambda: plots.lr_curves({"cosine": (COSINE, 100, 10)}),
+    "two lrs": lambda: plots.lr_curves({"a": (COSINE, 100, 10), "b": (COSINE, 100, 5)}),
+    "curves": lambda: plots.curves(*tables()),
+    "curves of nothing": lambda: plots.curves(pd.DataFrame(), pd.DataFrame()),
+    "curves of a first epoch": lambda: plots.curves(tables()[0].head(4), pd.DataFrame()),
+    "counts": lambda: plots.class_counts(LISTS, LISTS, CLASSES),
+    "counts of many": lambda: plots.class_counts(LISTS, LISTS, [str(i) for i in range(300)]),
+    "confusion": lambda: plots.confusion(CONFUSION),
+    "confusion of many": lambda: plots.confusion(CONFUSION, most=2),
+    "per class": lambda: plots.per_class(evaluation.per_class(predictions(), CLASSES)),
+}
+
+
+def size(png: bytes) -> tuple[int, int]:
+    assert png.startswith(b"\x89PNG")
+    return struct.unpack(">II", png[16:24])
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_shows_itself_and_fits_a_page(name):
+    width, height = size(FIGURES[name]()._repr_png_())
+    assert 50 < width <= 1300 and 50 < height <= 1300
+
+
+@pytest.mark.parametrize("name", [n for n in FIGURES if "grid" not in n and n != "strips"])
+def test_every_axis_says_what_it_measures(name):
+    for ax in FIGURES[name]().axes:
+        assert ax.get_ylabel() and (ax.get_xlabel() or "share" in ax.get_ylabel())
+
+
+def test_curves_show_the_numbers_of_the_tables():
+    steps, metrics = tables()
+    left, right = plots.curves(steps, metrics).axes
+    lines = {line.get_label(): line.get_xydata() for line in right.lines}
+    np.testing.assert_array_equal(lines["validation"], [[1, 60], [2, 60], [3, 60]])
+    np.testing.assert_allclose(left.lines[0].get_xdata(), steps.step / 10)
+
+
+def test_an_lr_curve_reaches_the_peak_and_both_ends():
+    line = plots.lr_curves({"cosine": (COSINE, 100, 10)}).axes[0].lines[0]
+    assert line.get_ydata().max() == pytest.approx(0.4)
+    assert line.get_xdata()[-1] == pytest.approx(9.9)
+    assert line.get_ydata()[0] == pytest.approx(0.04)
+
+
+def test_colours_differ_in_lightness_too():
+    """Okabe and Ito's palette; a check that nobody swaps in two shades that print alike."""
+    lights = []
+    for colour in plots.COLOURS:
+        r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        lights.append(0.299 * r + 0.587 * g + 0.114 * b)
+    assert len(set(plots.COLOURS)) == 7
+    assert abs(lights[0] - lights[1]) > 10
+
+
+# ---- widgets
+
+
+def test_an_explorer_redraws_when_a_control_moves_and_carries_its_picture_on_paper():
+    seen = []
+
+    def draw(level, name):
+        seen.append((level, name))
+        return plots.grid(PICTURES[: level + 1], heading=name)
+
+    slider = ipywidgets.IntSlider(0, 0, 4)
+    explorer = widgets.Explorer(draw, level=slider, name=ipywidgets.Text("x"))
+    before = explorer._image.value
+    slider.set_state({"value": 3})  # what a browser sends
+    assert seen == [(0, "x"), (3, "x")]
+    assert explorer._image.value != before
+    bundle = explorer._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert base64.b64decode(data["image/png"]) == explorer._image.value
+    assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_an_explorer_says_what_went_wrong_and_recovers():
+    def draw(level):
+        if level == 1:
+            raise ValueError("no <such> level")
+        return plots.grid(PICTURES[:1])
+
+    slider = ipywidgets.IntSlider(0, 0, 2)
+    explorer = widgets.Explorer(draw, level=slider)
+    slider.value = 1
+    assert "ValueError: no &lt;such&gt; level" in explorer._error.value
+    slider.value = 2
+    assert explorer._error.value == ""
+
+
+STEP = {
+    "kind": "step",
+    "step": 10,
+    "steps": 40,
+    "epoch": 1,
+    "lr": 0.1,
+    "loss": 1.25,
+    "seconds": 100.0,
+    "images_per_second": 320.0,
+    "data_wait": 0.25,
+}
+EPOCH = {
+    "kind": "epoch",
+    "epoch": 1,
+    "step": 10,
+    "steps": 40,
+    "lr": 0.1,
+    "train_loss": 1.3,
+    "train_top1": 50.0,
+    "val_loss": 1.1,
+    "top1": 61.5,
+    "top5": 90.0,
+    "val_images": 500,
+}
+
+
+def test_where_nobody_looks_an_epoch_is_one_line_and_no_bar(tmp_path, capsys):
+    progress = widgets.Progress(runs.Run(tmp_path), viewer="nobody")
+    progress.show(STEP)
+    progress.show(EPOCH)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.count("\n") == 1
+    assert "top-1 61.50 (n=500)" in said.out
+
+
+def test_a_long_epoch_says_the_time_left(tmp_path, capsys):
+    progress = widgets.Progress(runs.Run(tmp_path), viewer="nobody")
+    progress.said -= 61
+    progress.show(STEP)
+    assert "step 10/40  loss 1.2500  320 img/s  about 5 min left" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_bar_with_loss_speed_and_waiting(tmp_path, capsys):
+    progress = widgets.Progress(runs.Run(tmp_path / "mine"), viewer="terminal")
+    progress.show(STEP)
+    progress.bar.refresh()
+    progress.show(EPOCH)
+    progress.close()
+    err = capsys.readouterr().err
+    assert "mine" in err and "10/40" in err
+    assert "loss 1.250, 320 img/s, 25% waiting for data" in err
+
+
+def test_pytest_is_no_terminal():
+    assert widgets.watched() == "nobody"
