@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench import evaluation, plots, runs, schedule, widgets
+from workbench import evaluation, plots, progress, runs, schedule, widgets
 
 
 def predictions(count=60, classes=4):
@@ -166,9 +166,9 @@ EPOCH = {
 
 
 def test_where_nobody_looks_an_epoch_is_one_line_and_no_bar(tmp_path, capsys):
-    progress = widgets.Progress(runs.Run(tmp_path), viewer="nobody")
-    progress.show(STEP)
-    progress.show(EPOCH)
+    view = widgets.Progress(runs.Run(tmp_path), viewer="nobody")
+    view.show(STEP)
+    view.show(EPOCH)
     said = capsys.readouterr()
     assert said.err == ""
     assert said.out.count("\n") == 1
@@ -176,22 +176,27 @@ def test_where_nobody_looks_an_epoch_is_one_line_and_no_bar(tmp_path, capsys):
 
 
 def test_a_long_epoch_says_the_time_left(tmp_path, capsys):
-    progress = widgets.Progress(runs.Run(tmp_path), viewer="nobody")
-    progress.said -= 61
-    progress.show(STEP)
+    view = widgets.Progress(runs.Run(tmp_path), viewer="nobody")
+    view.said -= 61
+    view.show(STEP)
     assert "step 10/40  loss 1.2500  320 img/s  about 5 min left" in capsys.readouterr().out
 
 
 def test_a_terminal_gets_a_bar_with_loss_speed_and_waiting(tmp_path, capsys):
-    progress = widgets.Progress(runs.Run(tmp_path / "mine"), viewer="terminal")
-    progress.show(STEP)
-    progress.bar.refresh()
-    progress.show(EPOCH)
-    progress.close()
+    view = widgets.Progress(runs.Run(tmp_path / "mine"), viewer="terminal")
+    view.show(STEP)
+    view.bar.refresh()
+    view.show(EPOCH)
+    view.close()
     err = capsys.readouterr().err
     assert "mine" in err and "10/40" in err
     assert "loss 1.250, 320 img/s, 25% waiting for data" in err
 
 
-def test_pytest_is_no_terminal():
-    assert widgets.watched() == "nobody"
+def test_a_long_look_at_pictures_is_a_line_a_minute_where_nobody_watches(capsys):
+    with progress.bar(400, "reading pictures", "img") as bar:
+        bar.update(10)
+        assert capsys.readouterr().out == ""
+        bar.start, bar.said = bar.start - 100, bar.said - 61
+        bar.update(90)
+    assert capsys.readouterr().out == "reading pictures: 100 of 400 img, about 5 min left\n"

@@ -8,6 +8,7 @@ The order of an epoch is a function of (seed, epoch); what happens to picture i 
 epoch, i). So batches are the same bytes for any number of workers, and from any step on.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,9 +30,9 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from workbench import CACHE, ROOT, images
+from workbench.progress import bar
 
 COLUMNS = ["file", "label", "path", "list"]  # list: the number of the list an entry came from
 
@@ -340,22 +341,23 @@ def examine(frame: pd.DataFrame, *, cache: bool = True, progress: bool = True) -
     ]
     todo = [i for i, fact in enumerate(facts) if fact is None]
     paths = frame.path.tolist()
-    with images.quiet(), ThreadPoolExecutor(max(2, cores())) as pool:
-        bar = tqdm(
-            pool.map(lambda i: _facts(paths[i]), todo),
-            total=len(todo),
-            desc="reading pictures",
-            unit="img",
-            delay=2,
-            disable=None if progress else True,
-            mininterval=0.5,
-        )
-        for i, fact in zip(todo, bar, strict=True):
-            facts[i] = fact
-    table = pd.DataFrame(facts, columns=FACTS, index=frame.index)
-    if cache and todo:
-        _remember(store, frame, stats, table)
-    return pd.concat([frame, table], axis=1)
+    shown = bar(len(todo), "reading pictures", "img") if progress and todo else _Unseen()
+    try:
+        with shown, images.quiet(), ThreadPoolExecutor(max(2, cores())) as pool:
+            for start in range(0, len(todo), 1000):  # few in flight, so an interrupt is heard
+                chunk = todo[start : start + 1000]
+                for i, fact in zip(chunk, pool.map(_facts, [paths[i] for i in chunk]), strict=True):
+                    facts[i] = fact
+                    shown.update()
+    finally:
+        if cache and todo:  # also what an interrupt leaves
+            _remember(store, paths, stats, facts)
+    return pd.concat([frame, pd.DataFrame(facts, columns=FACTS, index=frame.index)], axis=1)
+
+
+class _Unseen(contextlib.nullcontext):
+    def update(self) -> None:
+        pass
 
 
 def _facts(path: str) -> tuple:
@@ -380,18 +382,19 @@ def _stat(path: str) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _remember(store: Path, frame: pd.DataFrame, stats: list, table: pd.DataFrame) -> None:
-    keep = [i for i, s in enumerate(stats) if s is not None and not table.problem.iloc[i]]
-    if not keep:
+def _remember(store: Path, paths: list[str], stats: list, facts: list) -> None:
+    rows = {
+        path: (path, *stat, *fact)
+        for path, stat, fact in zip(paths, stats, facts, strict=True)
+        if stat is not None and fact is not None and not fact[FACTS.index("problem")]
+    }
+    if not rows:
         return
-    rows = table.iloc[keep].reset_index(drop=True)
-    rows.insert(0, "path", frame.path.iloc[keep].to_numpy())
-    rows.insert(1, "size", [stats[i][0] for i in keep])
-    rows.insert(2, "time", [stats[i][1] for i in keep])
+    table = pd.DataFrame(rows.values(), columns=["path", "size", "time", *FACTS])
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         temporary = store.with_suffix(f".{os.getpid()}")
-        rows.drop_duplicates("path").to_parquet(temporary, index=False)
+        table.to_parquet(temporary, index=False)
         os.replace(temporary, store)
     except OSError:
         pass  # no room or no permission for a cache is no reason to stop

@@ -219,7 +219,7 @@ def _fit(
             already = _check_folder(recipe, run)
         if team.any(team.first and already):
             return
-        asked = stack.enter_context(_Asked(run if team.first else None, stop))
+        asked = _Asked(run if team.first else None, stop)
         try:
             yield from _train(recipe, run, prepared, team, asked)
         except GeneratorExit:
@@ -389,7 +389,8 @@ def _train(
 
     def validate() -> dict[str, Any]:
         """The validation columns; predictions.parquet and best.safetensors on the way."""
-        team.average_buffers(model)
+        for network in (model, ema) if ema else (model,):
+            team.average_buffers(network)
         frames, columns = {}, {}
         for weights, network in {"raw": model, **({"ema": ema} if ema else {})}.items():
             batches = data.eval_batches(
@@ -441,7 +442,7 @@ def _train(
     # Losses stay on the device until a row is due: asking for one earlier would stall a GPU.
     pending: list[torch.Tensor] = []  # (3,) per step: loss / pictures of the step, correct, read
     seen = waited = 0.0
-    known = run.quarantine()
+    known = run.quarantine().reindex(columns=["side", "file"])
     named, named_val = (
         set(np.flatnonzero(f.file.isin(known.file[known.side == side])).tolist())
         for side, f in (("train", train), ("val", val))
@@ -466,6 +467,7 @@ def _train(
         pending.clear()
 
     model.train()
+    asked.listen()  # from here on Ctrl-C waits for the step; before, it interrupts at once
     try:
         while progress.step < steps:
             # One optimizer step: read, forward, backward, clip, update, average.
@@ -583,6 +585,7 @@ def _train(
                 _finished(run, steps, recipe)
         raise
     finally:
+        asked.leave()
         reader = None  # ends the loader's processes, also while a traceback holds this frame
 
 
@@ -732,13 +735,12 @@ class _Asked:
         self.file = False
         self.old: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Asked":
+    def listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.old[number] = signal.signal(number, self._noted)
-        return self
 
-    def __exit__(self, *_: Any) -> None:
+    def leave(self) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 

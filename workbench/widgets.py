@@ -2,30 +2,16 @@
 
 import base64
 import html
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
-import psutil
-from IPython import get_ipython
 from IPython.display import display
 from tqdm.auto import tqdm
 
 from workbench import plots, runs
-
-
-def watched() -> str:
-    """Who looks: "jupyter", "terminal", or "nobody" (papermill, a pipe, a batch queue)."""
-    if hasattr(get_ipython(), "kernel"):
-        # papermill and nbconvert start the kernel themselves; JupyterLab's parent is its server.
-        parents = [" ".join(p.cmdline()[:3]) for p in psutil.Process().parents()[:2]]
-        headless = any(word in text for text in parents for word in ("papermill", "nbconvert"))
-        return (
-            "nobody" if headless or any("workbench notebook" in t for t in parents) else "jupyter"
-        )
-    return "terminal" if sys.stderr.isatty() else "nobody"
+from workbench.progress import watched
 
 
 class Progress:
