@@ -89,7 +89,7 @@ class Recipe(BaseModel):
     deep_stem: bool = knob(False, "three 3x3 convolutions for the 7x7; with avg_down a ResNet-D")
     avg_down: bool = knob(False, "average pool and 1x1 in the shortcuts, BoT section 4")
     drop_path: float = knob(
-        0.0, "highest stochastic depth rate, grows along the blocks", ge=0, lt=1
+        0.0, "highest rate of skipped blocks, grows with depth, arXiv 1603.09382", ge=0, lt=1
     )
     dropout: float = knob(0.0, "before the classifier", ge=0, lt=1)
     pretrained: bool = knob(False, "start from timm's published weights")
@@ -108,21 +108,30 @@ class Recipe(BaseModel):
     nesterov: bool = knob(False, "of sgd")
     weight_decay: float = knob(0.0, "per step and lr, on what decay_all says", ge=0)
     decay_all: bool = knob(True, "False leaves norms and biases (one dimension) undecayed")
-    schedule: Literal["constant", "multistep", "cosine"] = knob("cosine", "after the warm-up")
+    schedule: Literal["constant", "multistep", "cosine"] = knob(
+        "cosine", "constant, multistep or cosine (per step, arXiv 1608.03983)"
+    )
     milestones: list[int] = knob([], "epochs at which multistep multiplies by gamma")
     gamma: float = knob(0.1, "of multistep", gt=0, lt=1)
     lr_min: float = knob(0.0, "where cosine ends", ge=0)
-    warmup_epochs: float = knob(0.0, "linear climb to lr, in epochs", ge=0)
+    warmup_epochs: float = knob(0.0, "epochs of linear climb to lr, arXiv 1706.02677", ge=0)
     warmup_ratio: float = knob(0.0, "share of lr that the warm-up starts from", ge=0, le=1)
     clip_grad_norm: float | None = knob(None, "largest norm of all gradients together", gt=0)
-    ema_decay: float | None = knob(None, "share of the average kept per step", gt=0, lt=1)
+    ema_decay: float | None = knob(
+        None, "share of the average kept per step, constant; both weights are evaluated", gt=0, lt=1
+    )
 
     # loss
-    label_smoothing: float = knob(0.0, "share of the target spread over all classes", ge=0, lt=1)
+    label_smoothing: float = knob(
+        0.0, "share of the target spread over all classes, arXiv 1512.00567", ge=0, lt=1
+    )
 
     # augmentation
     crop_scale: list[Annotated[float, Field(gt=0, le=1)]] = knob(
-        [1.0, 1.0], "share of the picture's area a random crop keeps", min_length=2, max_length=2
+        [1.0, 1.0],
+        "share of the area a crop keeps, arXiv 1409.4842; ImageNet 0.08 to 1",
+        min_length=2,
+        max_length=2,
     )
     crop_ratio: list[Annotated[float, Field(gt=0)]] = knob(
         [0.75, 1.3333333333333333], "width over height of a crop", min_length=2, max_length=2
