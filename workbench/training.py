@@ -440,7 +440,8 @@ def _train(
     )
 
     # Losses stay on the device until a row is due: asking for one earlier would stall a GPU.
-    pending: list[torch.Tensor] = []  # (3,) per step: loss / pictures of the step, correct, read
+    # Per step: loss summed over pictures and correct answers of each part in turn, pictures read.
+    pending: list[tuple[list[torch.Tensor], int]] = []
     seen = waited = 0.0
     known = run.quarantine().reindex(columns=["side", "file"])
     named, named_val = (
@@ -454,7 +455,13 @@ def _train(
         """Adds the pending steps to the sums. Raises TrainingError when a loss is not finite."""
         if not pending:
             return
-        values = team.sum(torch.stack(pending).double().cpu()).tolist()
+        flat = [value.double() for parts, _ in pending for value in parts]
+        fetched = iter(torch.stack(flat).tolist() if flat else ())
+        sums = []
+        for parts, read in pending:
+            pairs = [(next(fetched), next(fetched)) for _ in parts[::2]]
+            sums.append([sum(p[0] for p in pairs), sum(p[1] for p in pairs), read])
+        values = team.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
         first = progress.step - len(pending)
         for step, (loss, correct, images) in enumerate(values, first):
             if not math.isfinite(loss):
@@ -475,8 +482,9 @@ def _train(
             lr = rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(data.step_seed(recipe.seed, step, team.rank))  # dropout, drop path
-            counted = torch.zeros(3, device=device)
+            _seed(device, data.step_seed(recipe.seed, step, team.rank))  # dropout, drop path
+            parts: list[torch.Tensor] = []
+            read = 0
             last = False
             while not last:
                 before = time.monotonic()
@@ -498,20 +506,19 @@ def _train(
                         loss = F.cross_entropy(
                             logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum"
                         )
-                        counted[0] += loss.detach()
-                        loss = loss / batch.total
-                        counted[1] += (logits.detach().argmax(1) == labels).sum()
-                        counted[2] += len(labels)
+                        parts += [loss.detach(), (logits.detach().argmax(1) == labels).sum()]
+                        read += len(labels)
                     else:  # no picture for this process in a small last batch: gradients of zero
                         loss = _zero(wrapped, model, recipe, device)
-                    (loss * team.world).backward()  # DDP divides by the number of processes
+                    # The mean over the step's pictures; DDP divides by the number of processes.
+                    (loss * (team.world / batch.total)).backward()
             if recipe.clip_grad_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 ema_update(ema, model, recipe.ema_decay)
-            pending.append(counted)
+            pending.append((parts, read))
             seen += batch.total
             progress.step = step = step + 1
 
@@ -590,6 +597,13 @@ def _train(
 
 
 _nothing = contextlib.nullcontext()
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seeds what a model draws from; torch.manual_seed would cost a millisecond without a GPU."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _smallest_part(count: int, recipe: Any, world: int) -> int:
