@@ -95,7 +95,9 @@ def notebook(
         sys.exit(code)
     if status["state"] == "stopped":
         raise typer.Exit(STOPPED)
-    print(f"next: open {output} in JupyterLab (make lab), or train another file of params/")
+    words = " ".join(f"-p {text}" for text in [*p, f"seed={recipe.seed + 1}"])
+    print(f"next: look at {output} (make lab)")
+    print(f"      workbench notebook {notebook} {params} {words}   # how much is luck?")
 
 
 @app.command("check-data")
@@ -125,7 +127,18 @@ def check_data(
             print("  " + "  ".join(str(v) for v in (row.file, row.detail) if v))
         if len(rows) > 5:
             print(f"  ... {len(rows) - 5:,} more" + ("" if out else "; --out FILE.csv lists all"))
+    print(
+        "\nTraining leaves out what cannot be read; duplicates and pictures in both lists stay in."
+    )
     raise typer.Exit(1)
+
+
+@app.command()
+def knobs() -> None:
+    """Print every knob of a recipe with its default and meaning."""
+    from workbench.recipe import Recipe
+
+    print(Recipe.cell())
 
 
 @app.command("runs")
@@ -139,7 +152,9 @@ def list_runs(
     if table.empty:
         print(f"no runs in {folder}; make demo trains one")
         return
-    print(table.drop(columns=["device", "train_loss"]).to_string(index=False, na_rep="-"))
+    table = table.drop(columns=["device", "train_loss"]).dropna(axis="columns", how="all")
+    table = table.astype({"n": "Int64"} if "n" in table else {})
+    print(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def _files_sources(recipe: Any) -> dict[str, tuple[list[Path], list[Path]]]:
                 have = sorted(p.name for p in base.iterdir() if p.is_dir())[:8]
                 raise DataError(
                     f"{side}_root {str(root)!r} is no folder; data_dir holds {have}. Name the "
-                    "folder, or hold out part of train_root with val_fraction"
+                    "folder; without validation pictures hold some out with val_fraction"
                 )
         sources[side] = (lists, roots * len(lists) if len(roots) == 1 and lists else roots)
     return sources

@@ -226,7 +226,7 @@ def per_class(table: pd.DataFrame, most: int = 30) -> Figure:
     for i, (top1, images, wrong) in enumerate(
         zip(part.top1, part.images, part["mistaken for"], strict=True)
     ):
-        text = f"{top1:.1f} of {images}" + (f", taken for {wrong}" if wrong else "")
+        text = f"{top1:.1f} % of {images}" + (f", taken for {wrong}" if wrong else "")
         inside = top1 > 60
         ax.text(
             top1 - 1 if inside else top1 + 1,

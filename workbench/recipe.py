@@ -257,7 +257,9 @@ def read_params(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError([f"cannot be read: {error}"], str(path)) from None
+        near = difflib.get_close_matches(Path(path).name, _siblings(Path(path)), n=1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise RecipeError([f"cannot be read: {error}{hint}"], str(path)) from None
     if len(text) > 100_000:
         raise RecipeError([f"{len(text):,} characters; a recipe is a page of YAML"], str(path))
     try:
@@ -271,6 +273,10 @@ def read_params(path: str | Path) -> dict[str, Any]:
             [f"holds a {type(values).__name__}; wanted lines of `knob: value`"], str(path)
         )
     return {str(key): value for key, value in values.items()}  # `on:` is a boolean to YAML
+
+
+def _siblings(path: Path) -> list[str]:
+    return [p.name for p in path.parent.glob("*.y*ml")]
 
 
 def _yaml_value(text: str) -> Any:
@@ -488,7 +494,7 @@ _WRONG = [
                 (not r.milestones and "empty; multistep needs the epochs to step at")
                 or (
                     not all(1 <= m < r.epochs for m in r.milestones)
-                    and f"{r.milestones} leaves 1 to {r.epochs - 1}, where it would do nothing"
+                    and f"{r.milestones} has one outside epochs 1 to {r.epochs - 1}"
                 )
                 or (sorted(set(r.milestones)) != r.milestones and f"{r.milestones} must climb")
             )

@@ -251,7 +251,7 @@ def _check_folder(recipe: Any, run: runs.Run) -> bool:
         if differ:
             raise runs.RunError(
                 f"{run.path} holds a run of another recipe ({'; '.join(differ)}); give this one "
-                "another name, or go on from it with resume_from"
+                f"another name and, to go on from there, resume_from: {run.path}"
             )
     return has_work and run.status()["state"] == "finished"
 
@@ -322,6 +322,8 @@ def _train(
     optimizer = create_optimizer(recipe, model)
     progress = _Progress()
     if state is not None:
+        if not borrowed:
+            said = f"goes on after step {state['progress']['step']}"
         _restore(state, model, ema, optimizer, progress, steps, steps_per_epoch)
         if borrowed and progress.step == steps:
             raise runs.RunError(
@@ -335,6 +337,7 @@ def _train(
         device.type, torch.bfloat16, enabled=precision == "bf16"
     )
 
+    trained = set(train.label)
     environment = {
         **_environment(device),
         "precision": precision,
@@ -348,6 +351,8 @@ def _train(
         "data": data.fingerprint(data.Data(train, val, content.classes)),
         "recipe": recipe.fingerprint,
         "steps_per_epoch": steps_per_epoch,
+        "in_both": int(val.digest.isin(train.digest).sum()) if recipe.verify_data else None,
+        "without_pictures": [c for i, c in enumerate(content.classes) if i not in trained],
         "start": said,
     }
     if team.first:
@@ -892,7 +897,9 @@ def _commit() -> str:
         call = lambda *words: subprocess.run(  # noqa: E731
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-        return call("rev-parse", "HEAD") + ("+changes" if call("status", "--porcelain") else "")
+        return call("rev-parse", "HEAD") + (
+            "+changes" if call("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -26,10 +26,14 @@ class Progress:
         self.viewer = viewer or watched()
         self.bar: tqdm | None = None
         self.image: Any = None
+        self.started = False
         self.drawn = self.said = time.monotonic()
 
     def show(self, row: dict[str, Any]) -> None:
         """Takes one row of `training.fit` or `runs.follow`."""
+        if not self.started:
+            self.started = True
+            self._say(_start_line(self.run, row))
         if self.viewer != "nobody":
             self._move_bar(row)
         now = time.monotonic()
@@ -47,7 +51,9 @@ class Progress:
         """Ends the bar and says how the run stands."""
         if self.bar is not None:
             self.bar.close()
-        print(self.run.status()["message"] or f"{self.run.path}: {self.run.status()['state']}")
+        status = self.run.status()
+        before = "" if self.started else "nothing to do: "
+        print(before + (status["message"] or f"{self.run.path} is {status['state']}"))
 
     def _move_bar(self, row: dict[str, Any]) -> None:
         if self.bar is None:
@@ -74,6 +80,22 @@ class Progress:
             display(self.image)
         else:
             self.image.value = picture
+
+
+def _start_line(run: runs.Run, row: dict[str, Any]) -> str:
+    """What trains on what from where; what was left out; what the validation list shares."""
+    e = run.environment()
+    if not e:
+        return f"{run.path}: {row['steps']} steps"
+    line = f"{e['train_images']:,} training and {e['val_images']:,} validation pictures, "
+    line += f"{len(e['classes'])} classes; {e['device']}, {e['precision']}; start: {e['start']}"
+    if left_out := len(run.quarantine()):
+        line += f"\n{left_out:,} pictures left out, named in quarantine.csv"
+    if e.get("in_both"):
+        line += f"\n{e['in_both']:,} validation pictures are in training too; workbench check-data"
+    if e.get("without_pictures"):
+        line += f"\nclasses without a training picture: {e['without_pictures'][:8]}"
+    return line
 
 
 def _epoch_line(row: dict[str, Any]) -> str:
