@@ -28,6 +28,8 @@ def test_train_says_how_it_ended_and_where(params, tmp_path):
     assert done.exit_code == 0, done.output
     run = runs.Run(tmp_path / "runs" / "small-seed0")
     lines = done.output.splitlines()
+    assert lines[0].startswith("130 training and 500 validation pictures, 10 classes; ")
+    assert lines[0].endswith("start: drawn from seed 0")
     assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [
         ["epoch", "1"],
         ["epoch", "2"],
@@ -37,7 +39,7 @@ def test_train_says_how_it_ended_and_where(params, tmp_path):
 
     again = invoke("train", params)
     assert again.exit_code == 0
-    assert "finished" in again.output and "epoch   1" not in again.output
+    assert "nothing to do: finished" in again.output and "epoch   1" not in again.output
 
 
 def test_an_overridden_knob_reaches_the_run(params, tmp_path):

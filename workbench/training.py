@@ -313,7 +313,6 @@ def _train(
         state = runs.Run(ROOT / recipe.resume_from).load_checkpoint()
         if state is None:
             raise runs.RunError(f"resume_from {recipe.resume_from!r} has no last.pt")
-        said = f"continued from {recipe.resume_from} at step {state['progress']['step']}"
     if state is None and recipe.weights:
         said = str(models.load(model, recipe.weights))
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -322,9 +321,9 @@ def _train(
     optimizer = create_optimizer(recipe, model)
     progress = _Progress()
     if state is not None:
-        if not borrowed:
-            said = f"goes on after step {state['progress']['step']}"
         _restore(state, model, ema, optimizer, progress, steps, steps_per_epoch)
+        said = f"goes on after step {progress.step}"
+        said += f" of {recipe.resume_from}" if borrowed else ""
         if borrowed and progress.step == steps:
             raise runs.RunError(
                 f"resume_from {recipe.resume_from!r} stands at step {steps}, and this recipe "
