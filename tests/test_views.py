@@ -176,6 +176,26 @@ def test_where_nobody_looks_an_epoch_is_one_line_and_no_bar(tmp_path, capsys):
     assert epoch.startswith("epoch   1") and "top-1 61.50 (n=500)" in epoch
 
 
+def test_in_jupyter_it_is_said_too_what_was_left_out(tmp_path, capsys, monkeypatch):
+    run = runs.Run(tmp_path)
+    record = {"train_images": 9, "val_images": 3, "classes": ["a", "b"], "device": "CPU"}
+    with run.writing():
+        run.write_json(
+            "environment.json", {**record, "precision": "fp32", "start": "seed", "in_both": 1}
+        )
+        run.append("quarantine.csv", {"side": "train", "file": "x.png", "step": -1})
+    view = widgets.Progress(run, viewer="jupyter")
+    monkeypatch.setattr(view, "_move_bar", lambda row: None)
+    monkeypatch.setattr(view, "_draw", lambda: None)
+    view.show(STEP)
+    view.show(EPOCH)
+    out = capsys.readouterr().out
+    assert "9 training and 3 validation pictures, 2 classes" in out
+    assert "1 pictures left out, named in quarantine.csv" in out
+    assert "1 validation pictures are in training too" in out
+    assert "epoch   1" not in out  # the curves show it
+
+
 def test_a_long_epoch_says_the_time_left(tmp_path, capsys):
     view = widgets.Progress(runs.Run(tmp_path), viewer="nobody")
     view.said -= 61

@@ -14,7 +14,7 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .avif".split()
 )
 MIN_SIDE = 4  # pixels; below it a crop or a rotation has nothing to work on
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MB of RGB
+MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
 
 # A network file system stumbles; a second look a moment later tells a hiccup from a broken file.
 _PASSING = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR}

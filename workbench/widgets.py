@@ -37,7 +37,7 @@ class Progress:
         if self.viewer != "nobody":
             self._move_bar(row)
         now = time.monotonic()
-        if row["kind"] == "epoch":
+        if row["kind"] == "epoch" and self.viewer != "jupyter":  # there the curves say it
             self._say(_epoch_line(row))
             self.said = now
         elif self.viewer == "nobody" and now - self.said > 60:
@@ -70,7 +70,7 @@ class Progress:
     def _say(self, text: str) -> None:
         if self.viewer == "terminal":
             tqdm.write(text)
-        elif self.viewer == "nobody":
+        else:
             print(text, flush=True)
 
     def _draw(self) -> None:
