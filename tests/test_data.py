@@ -388,11 +388,10 @@ def test_steps_per_epoch_keep_or_drop_the_incomplete_batch(count, batch_size, dr
 
 
 def same(ours: data.Batch, theirs: data.Batch) -> bool:
-    return (
-        torch.equal(ours.images, theirs.images)
-        and torch.equal(ours.labels, theirs.labels)
-        and torch.equal(ours.indices, theirs.indices)
-        and ours[3:] == theirs[3:]
+    tensors = "images labels indices places".split()
+    return all(torch.equal(getattr(ours, t), getattr(theirs, t)) for t in tensors) and (
+        (ours.step, ours.last, ours.total, ours.failures)
+        == (theirs.step, theirs.last, theirs.total, theirs.failures)
     )
 
 
@@ -471,16 +470,75 @@ def test_ranks_share_every_step_out_between_them(pictures, world):
             for i, seen in zip(part.indices, part.images, strict=True):
                 assert torch.equal(seen, picture[int(i)])
         sizes = [len(part.images) for part in own]
-        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) - min(sizes) <= 2  # pairs stay together
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro", [None, 2, 4])
+def test_pairs_of_a_step_come_in_one_part_and_every_place_once(pictures, world, micro):
+    frame = opened(pictures).train
+    for whole in taken(frame):
+        steps = range(whole.step, whole.step + 1)
+        parts = [
+            part.places.tolist()
+            for rank in range(world)
+            for part in taken(frame, steps, rank=rank, world=world, micro_batch_size=micro)
+        ]
+        assert sorted(p for part in parts for p in part) == list(range(whole.total))
+        for part in parts:
+            assert all(p ^ 1 in part or p ^ 1 >= whole.total for p in part)
 
 
 def test_a_rank_without_a_row_gets_an_empty_part(pictures):
     frame = opened(pictures).train
     ranks = [taken(frame, range(3, 4), rank=r, world=5, micro_batch_size=1) for r in range(5)]
-    assert [[len(part.images) for part in own] for own in ranks] == [[1], [1], [1], [0], [0]]
+    assert [[len(part.images) for part in own] for own in ranks] == [[1, 1], [1], [0], [0], [0]]
     empty = ranks[4][0]
     assert empty.images.shape == (0, 3, 16, 16) and empty.labels.shape == (0,)
     assert empty.total == 3 and empty.last and empty.step == 3
+
+
+# ---- repeated augmentation
+
+
+def test_repeated_augmentation_shows_a_share_of_the_pictures_several_times_differently(pictures):
+    frame = opened(pictures).train
+    got = taken(frame, range(12), batch_size=6, repeated_aug=3)  # 18 pictures, 3 steps an epoch
+    for epoch in range(4):
+        steps = got[3 * epoch : 3 * epoch + 3]
+        rows = np.concatenate([batch.indices.numpy() for batch in steps])
+        assert np.unique(rows, return_counts=True)[1].tolist() == [3] * 6
+        assert sorted(set(rows.tolist())) == sorted(data.order(3, epoch, 18)[:6].tolist())
+        for batch in steps:
+            _, counts = np.unique(batch.indices, return_counts=True)
+            assert counts.tolist() == [3, 3]  # copies meet in one batch
+            for row in set(batch.indices.tolist()):
+                copies = batch.images[batch.indices == row]
+                assert len(torch.unique(copies, dim=0)) == 3  # each drawn anew
+    assert len({tuple(data.order(3, e, 18)[:6]) for e in range(4)}) == 4
+
+
+@pytest.mark.parametrize("count, batch_size, copies", [(18, 6, 3), (40, 16, 4), (23, 7, 2)])
+def test_neighbours_among_repeated_pictures_are_different_ones(count, batch_size, copies):
+    rows, number = data.repeat(np.arange(count), batch_size, copies)
+    assert len(rows) == len(number) == count and set(number) <= set(range(copies))
+    for start in range(0, count, batch_size):
+        step = rows[start : start + batch_size]
+        assert all(step[i] != step[i + 1] for i in range(0, len(step) - 1, 2))
+    drawn = list(zip(rows.tolist(), number.tolist(), strict=True))
+    assert len(set(drawn)) == len(drawn)  # no draw comes twice
+
+
+def test_one_copy_is_no_repetition():
+    rows = np.random.default_rng(0).permutation(20)
+    same_rows, number = data.repeat(rows, 6, 1)
+    assert (same_rows == rows).all() and not number.any()
+
+
+def test_the_streams_of_copies_purposes_and_places_are_different():
+    keys = [(p, e, i, c) for p in range(5) for e in range(3) for i in range(3) for c in range(3)]
+    drawn = [data.stream(1, *key).random(4).tobytes() for key in keys]
+    assert len(set(drawn)) == len(keys)
 
 
 @pytest.mark.parametrize("world", [1, 2, 5, 9])

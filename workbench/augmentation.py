@@ -1,18 +1,208 @@
 """What happens to a picture on its way into training, drawn first and applied afterwards.
 
-A draw is a flat dict of plain numbers, so it can be printed under the picture, repeated and tested.
+TrainTransform works on one picture in a loader's process, Erase and Mix on a batch on the device.
+A draw is a dict of plain numbers, so it can be printed under the picture, repeated and tested.
 Every operation has its own place in the stream of random numbers: switching one on leaves what the
 others draw as it was, and two recipes with the same seed see the same crops.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
-from torchvision.transforms import InterpolationMode
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
+
+# ---- operations: (picture, value, interpolation, fill) -> picture
+
+
+def _affine(image: Image.Image, matrix: tuple, interpolation: str, fill: tuple) -> Image.Image:
+    """The picture at x' = matrix . (x, y, 1), its canvas as it was."""
+    kind = Image.Resampling[interpolation.upper()]
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, kind, fillcolor=fill)
+
+
+def _add_below(image: Image.Image, value: float) -> Image.Image:
+    """`value` added to what is darker than 128."""
+    return image.point([min(255, i + value) if i < 128 else i for i in range(256)] * 3)
+
+
+def _add_all(image: Image.Image, value: float) -> Image.Image:
+    """`value` added everywhere, then what is 128 or brighter inverted: United Perception's form."""
+    added = [min(255, i + value) for i in range(256)]
+    return image.point([i if i < 128 else 255 - i for i in added] * 3)
+
+
+def _rotate(image: Image.Image, value: float, interpolation: str, fill: tuple) -> Image.Image:
+    return image.rotate(value, Image.Resampling[interpolation.upper()], fillcolor=fill)
+
+
+# Those with a third and fourth argument move pixels; the others take the value alone.
+_MOVES: dict[str, Callable[..., Image.Image]] = {
+    "rotate": _rotate,
+    "shear_x": lambda image, v, *how: _affine(image, (1, v, 0, 0, 1, 0), *how),
+    "shear_y": lambda image, v, *how: _affine(image, (1, 0, 0, v, 1, 0), *how),
+    "translate_x": lambda image, v, *how: _affine(image, (1, 0, v, 0, 1, 0), *how),
+    "translate_y": lambda image, v, *how: _affine(image, (1, 0, 0, 0, 1, v), *how),
+}
+_COLOURS: dict[str, Callable[..., Image.Image]] = {
+    "autocontrast": lambda image, v: ImageOps.autocontrast(image),
+    "equalize": lambda image, v: ImageOps.equalize(image),
+    "invert": lambda image, v: ImageOps.invert(image),
+    "posterize": lambda image, v: ImageOps.posterize(image, v),
+    "solarize": lambda image, v: ImageOps.solarize(image, v),
+    "solarize_add": _add_below,
+    "solarize_add_all": _add_all,
+    "color": lambda image, v: ImageEnhance.Color(image).enhance(v),
+    "contrast": lambda image, v: ImageEnhance.Contrast(image).enhance(v),
+    "brightness": lambda image, v: ImageEnhance.Brightness(image).enhance(v),
+    "sharpness": lambda image, v: ImageEnhance.Sharpness(image).enhance(v),
+}
+
+
+# ---- RandAugment
+
+
+class Level(NamedTuple):
+    """How a magnitude M, 0 to 10, becomes an operation's value."""
+
+    value: Callable[[float, float], float | None]  # (M, sign of 1 or -1)
+    unit: str
+
+
+def _table(form: str, increasing: bool) -> dict[str, Level]:
+    """The 15 operations of RandAugment in timm's form or United Perception's ("up")."""
+    timm = form == "timm"
+    nothing = Level(lambda m, sign: None, "")
+    signed = lambda most, unit: Level(lambda m, sign: sign * (m / 10 * most), unit)
+    shift = signed(0.45, "of the side") if timm else signed(100, "pixels")
+    whole = int if timm else float
+    if increasing:
+        bits = lambda m, sign: 4 - int(m / 10 * 4)
+        threshold = lambda m, sign: 256 - whole(m / 10 * 256)
+        factor = lambda m, sign: max(0.1, 1 + sign * (m / 10 * 0.9))
+    else:  # milder as M grows, or strong at both ends
+        bits = lambda m, sign: max(0 if timm else 1, int(m / 10 * 4))
+        threshold = lambda m, sign: whole(m / 10 * 256)
+        factor = lambda m, sign: m / 10 * 1.8 + 0.1
+    return {
+        "autocontrast": nothing,
+        "equalize": nothing,
+        "invert": nothing,
+        "rotate": signed(30, "degrees"),
+        "posterize": Level(bits, "bits"),
+        "solarize": Level(threshold, "threshold"),
+        "solarize_add" if timm else "solarize_add_all": Level(
+            lambda m, sign: int(m / 10 * 110), "added"
+        ),
+        **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), Level(factor, "factor")),
+        "shear_x": signed(0.3, "pixels a row"),
+        "shear_y": signed(0.3, "pixels a column"),
+        "translate_x": shift,
+        "translate_y": shift,
+    }
+
+
+_TABLES = {(f, i): _table(f, i) for f in ("up", "timm") for i in (False, True)}
+_UNITS = {name: level.unit for table in _TABLES.values() for name, level in table.items()}
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """n operations of 15, each drawn with replacement and then left out half of the time.
+
+    Cubuk et al., arXiv 1909.13719. The magnitude of each is drawn around m with standard deviation
+    std and kept within 0 to 10. Here some operations grow milder with it (posterize, solarize) or
+    are strong at both ends (color ...); RandAugmentIncreasing turns these round. Defaults are
+    United Perception's form: translations of up to 100 pixels, nearest neighbour, black fill;
+    `timm(...)` is timm's: up to 0.45 of the side, bilinear or bicubic, the mean colour.
+    """
+
+    n: int = 2
+    m: float = 7.0
+    std: float = 0.5
+    fill: tuple[int, int, int] = (0, 0, 0)
+    interpolations: tuple[str, ...] = ("nearest",)
+    form: str = "up"
+
+    @classmethod
+    def timm(cls, n: int, m: float, std: float, mean: tuple[float, ...]) -> "RandAugment":
+        """timm's form, `rand-m{m}-n{n}-mstd{std}` (and `-inc1`), filled with `mean` (0 to 1)."""
+        fill = tuple(min(255, round(255 * x)) for x in mean)
+        return cls(n, m, std, fill, ("bilinear", "bicubic"), "timm")
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        """The 15 operations with their values; names are those of a draw."""
+        return _TABLES[self.form, False]
+
+    def draw(self, rng: np.random.Generator, size: int) -> list[tuple[str, Any, str]]:
+        """(operation, value, interpolation) of those that are applied to size x size pixels."""
+        uniform, normal = rng.random((self.n, 4)).tolist(), rng.standard_normal(self.n).tolist()
+        names, drawn = list(self.levels), []
+        for (which, applied, side, kind), deviation in zip(uniform, normal, strict=True):
+            if applied >= 0.5:
+                continue
+            name = names[int(which * len(names))]
+            magnitude = min(10.0, max(0.0, self.m + self.std * deviation))
+            drawn.append(self.at(name, magnitude, size, 1 if side < 0.5 else -1, kind))
+        return drawn
+
+    def at(
+        self, name: str, magnitude: float, size: int, sign: float = 1, kind: float = 0.0
+    ) -> tuple[str, Any, str]:
+        """One operation at a magnitude as in a draw; `kind`, 0 to 1, picks the interpolation."""
+        value, unit = self.levels[name].value(magnitude, sign), self.levels[name].unit
+        if unit == "of the side":
+            value *= size
+        interpolation = self.interpolations[int(kind * len(self.interpolations))]
+        return name, value, interpolation if name in _MOVES else ""
+
+    def apply(self, image: Image.Image, drawn: list[tuple[str, Any, str]]) -> Image.Image:
+        """The picture after `draw`'s operations, in their order."""
+        for name, value, interpolation in drawn:
+            if name in _MOVES:
+                image = _MOVES[name](image, value, interpolation, self.fill)
+            else:
+                image = _COLOURS[name](image, value)
+        return image
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row per operation: its name, its value at magnitude m (positive side), its unit."""
+        return [
+            {"operation": name, "value": level.value(self.m, 1), "unit": level.unit}
+            for name, level in self.levels.items()
+        ]
+
+
+@dataclass(frozen=True)
+class RandAugmentIncreasing(RandAugment):
+    """RandAugment in which a higher magnitude is never milder, as RSB and UP use it (inc1)."""
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        return _TABLES[self.form, True]
+
+
+# torchvision's 25 sub-policies for ImageNet, Cubuk et al., arXiv 1805.09501
+_AUTOAUGMENT = v2.AutoAugment()
+
+
+def _autoaugment(image: Image.Image, seed: int) -> Image.Image:
+    """AutoAugment as drawn from a seed; torch's own state is left as it was."""
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        return _AUTOAUGMENT(image)
+    finally:
+        torch.set_rng_state(state)
+
+
+# ---- one picture
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop before it falls back to the centre
@@ -20,9 +210,10 @@ _ATTEMPTS = 10  # as torchvision's RandomResizedCrop before it falls back to the
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random crop and resize, flip, colour jitter (UP's T-std: 0.08-1, 0.5, 0.2/0.2/0.2/0.1).
+    """Random crop and resize, flip, AutoAugment, RandAugment, colour jitter, in this order.
 
-    Szegedy et al., arXiv 1409.4842, section 6, for the crop; the operations are torchvision's.
+    UP's T-std is crop 0.08-1, flip 0.5, jitter 0.2/0.2/0.2/0.1. Szegedy et al., arXiv 1409.4842,
+    section 6, for the crop; crop, flip and jitter are torchvision's operations.
     """
 
     size: int
@@ -34,9 +225,15 @@ class TrainTransform:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    autoaugment: bool = False
+    randaug: RandAugment | None = None
 
     def draw(self, rng: np.random.Generator, width: int, height: int) -> dict[str, Any]:
-        """Where to crop (left, top, width, height in pixels), whether to flip, which factors."""
+        """Where to crop (left, top, width, height in pixels), whether to flip, what else to do.
+
+        Jitter's factors by name in their drawn order, `autoaugment` (a seed) and `randaug`
+        (operation, value, interpolation) where they are on.
+        """
         crops, rest = rng.random((_ATTEMPTS, 4)), rng.random(5)
         order = rng.permutation(len(JITTER))
         left, top, crop_width, crop_height = self._box(crops, width, height)
@@ -46,6 +243,11 @@ class TrainTransform:
             if strength := getattr(self, JITTER[i]):
                 centre = 0.0 if JITTER[i] == "hue" else 1.0
                 draw[JITTER[i]] = centre + strength * float(2 * rest[i] - 1)
+        seed = int(rng.integers(2**31))
+        if self.autoaugment:
+            draw["autoaugment"] = seed
+        if self.randaug is not None:
+            draw["randaug"] = self.randaug.draw(rng, self.size)
         return draw
 
     def apply(self, image: Image.Image, draw: dict[str, Any]) -> Image.Image:
@@ -61,6 +263,10 @@ class TrainTransform:
         )
         if draw["flip"]:
             image = F.horizontal_flip(image)
+        if "autoaugment" in draw:
+            image = _autoaugment(image, draw["autoaugment"])
+        if "randaug" in draw:
+            image = self.randaug.apply(image, draw["randaug"])
         for name, value in draw.items():
             if name in OPERATIONS:
                 image = OPERATIONS[name](image, value)
@@ -74,7 +280,8 @@ class TrainTransform:
 
         The rest of each draw is neutral (whole picture, no flip, no jitter), so a row of pictures
         shows one operation alone. Keys name the operation, values are draws without crop box for
-        jitter and with `area` (share of the picture) for crop.
+        jitter and with `area` (share of the picture) for crop; RandAugment's operations stand at
+        magnitudes from 0 to 10.
         """
         rows: dict[str, list[Any]] = {}
         if self.crop_scale != (1.0, 1.0):
@@ -90,6 +297,11 @@ class TrainTransform:
                 centre = 0.0 if name == "hue" else 1.0
                 values = np.linspace(centre - strength, centre + strength, count)
                 rows[name] = [{name: float(v)} for v in values]
+        if self.randaug is not None:
+            magnitudes = np.linspace(0, 10, count).tolist()
+            for name in self.randaug.levels:
+                drawn = [self.randaug.at(name, m, self.size) for m in magnitudes]
+                rows[f"randaug\n{name}"] = [{"randaug": [one]} for one in drawn]
         return rows
 
     def at(self, image: Image.Image, setting: dict[str, Any]) -> Image.Image:
@@ -146,3 +358,146 @@ OPERATIONS = {
     "saturation": F.adjust_saturation,
     "hue": F.adjust_hue,
 }
+
+
+def describe(draw: dict[str, Any]) -> str:
+    """What a draw does beside cropping, in a few words: "flip, rotate -21 degrees"."""
+    words = ["flip"] if draw.get("flip") else []
+    words += ["autoaugment"] if "autoaugment" in draw else []
+    for name, value, _ in draw.get("randaug", []):
+        unit = "pixels" if name.startswith("translate") else _UNITS[name]
+        words.append(name if value is None else f"{name} {value:.3g} {unit}".strip())
+    words += [f"{name} {draw[name]:.2f}" for name in draw if name in OPERATIONS]
+    return ", ".join(words)
+
+
+# ---- a batch, on the device
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Up to `count` boxes of a picture filled with noise, after normalisation.
+
+    Zhong et al., arXiv 1708.04896: a box covers 2 to 33 % of the area (divided by the number of
+    boxes), its height over width is drawn evenly on a log scale from 0.3 to 1 / 0.3. Mode "pixel"
+    fills every pixel from N(0, 1), "rand" every channel with one value, "const" with 0, the mean.
+    """
+
+    probability: float = 0.25
+    mode: str = "pixel"
+    count: int = 1
+    area: tuple[float, float] = (0.02, 1 / 3)
+    ratio: float = 0.3
+
+    def draw(self, rng: np.random.Generator, pictures: int, size: int) -> dict[str, np.ndarray]:
+        """`boxes` (pictures, count, 4) as left, top, right, bottom in pixels, `seeds` (pictures,).
+
+        A box of zeros is none: the picture was not chosen, or ten attempts found no box that is
+        smaller than the picture.
+        """
+        chosen = rng.random(pictures) < self.probability
+        number = rng.integers(1, self.count + 1, pictures)
+        seeds = rng.integers(2**62, size=pictures)
+        u = rng.random((4, pictures, self.count, _ATTEMPTS))
+        area = self.area[0] + (self.area[1] - self.area[0]) * u[0]
+        area *= size * size / number[:, None, None]
+        aspect = np.exp(math.log(self.ratio) * (1 - 2 * u[1]))
+        height = np.rint(np.sqrt(area * aspect)).astype(int)
+        width = np.rint(np.sqrt(area / aspect)).astype(int)
+        left = (u[2] * (size - width + 1)).astype(int)
+        top = (u[3] * (size - height + 1)).astype(int)
+        fits = (height < size) & (width < size)
+        boxes = np.stack([left, top, left + width, top + height], -1)
+        boxes = np.take_along_axis(boxes, fits.argmax(2)[..., None, None], 2)[:, :, 0]
+        used = chosen[:, None] & fits.any(2) & (np.arange(self.count) < number[:, None])
+        return {"boxes": boxes * used[..., None], "seeds": seeds}
+
+    def apply(self, images: torch.Tensor, boxes: np.ndarray, seeds: np.ndarray) -> torch.Tensor:
+        """The normalised images (n, 3, size, size), changed in place."""
+        generator = torch.Generator(images.device)
+        for i in np.flatnonzero(boxes.any((1, 2))).tolist():
+            generator.manual_seed(int(seeds[i]))
+            for left, top, right, bottom in boxes[i].tolist():
+                shape = (3, bottom - top, right - left) if self.mode == "pixel" else (3, 1, 1)
+                patch = images[i, :, top:bottom, left:right]
+                if self.mode == "const":
+                    patch.zero_()
+                elif patch.numel():
+                    patch.copy_(torch.randn(shape, generator=generator, device=images.device))
+        return images
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Mixup or CutMix of every picture with a partner; labels are mixed by the same share.
+
+    Zhang et al., arXiv 1710.09412: x = lam * x_i + (1 - lam) * x_j, lam from Beta(alpha, alpha).
+    Yun et al., arXiv 1905.04899: a box of x_j whose sides are sqrt(1 - lam) of the picture's, its
+    centre anywhere, cut off at the border, after which lam is the share of x_i that remains. With
+    both alphas above 0, CutMix comes with probability `switch_prob`. One draw serves the whole
+    step, or every picture with `per_sample`.
+
+    Partners are neighbours in the step: 2k and 2k + 1 take from each other. The order of a step is
+    random, so this is as good as any pairing, and it is the same for any number of processes.
+    """
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    switch_prob: float = 0.5
+    per_sample: bool = False
+
+    def draw(self, rng: np.random.Generator, pictures: int, size: int) -> dict[str, np.ndarray]:
+        """`lam` (pictures,), the share of its own that a picture keeps, and `boxes` (pictures, 4).
+
+        Boxes are left, top, right, bottom in pixels; all zero where Mixup was drawn.
+        """
+        n = pictures if self.per_sample else 1
+        cut = rng.random(n) < (self.switch_prob if self.mixup_alpha else 1.0)
+        cut &= self.cutmix_alpha > 0
+        mixed = rng.beta(self.mixup_alpha, self.mixup_alpha, n) if self.mixup_alpha else np.ones(n)
+        if self.cutmix_alpha:
+            mixed = np.where(cut, rng.beta(self.cutmix_alpha, self.cutmix_alpha, n), mixed)
+        side = (size * np.sqrt(1 - mixed)).astype(int)
+        centre = rng.integers(size, size=(2, n))
+        low = np.clip(centre - side // 2, 0, size)
+        high = np.clip(centre + (side + 1) // 2, 0, size)
+        boxes = np.stack([*low, *high], 1) * cut[:, None]
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        lam = np.where(cut, 1 - area / (size * size), mixed)
+        repeats = pictures // n
+        return {"lam": lam.repeat(repeats), "boxes": boxes.repeat(repeats, 0)}
+
+    def apply(
+        self,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        places: np.ndarray,
+        lam: np.ndarray,
+        boxes: np.ndarray,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixed images (n, 3, size, size) and soft labels (n, classes) from soft labels.
+
+        `places` (n,) says where in the step each picture stands; one whose partner is not there
+        (the last of an odd step) stays as it is.
+        """
+        device = images.device
+        partner = torch.from_numpy(_partners(places)).to(device, non_blocking=True)
+        share = torch.from_numpy(lam.astype(np.float32)).to(device, non_blocking=True)[:, None]
+        targets = torch.lerp(targets[partner], targets, share.to(targets.dtype))
+        kept = share[:, :, None, None]
+        if boxes.any():
+            left, top, right, bottom = (
+                torch.from_numpy(boxes).to(device, non_blocking=True).T[..., None, None, None]
+            )
+            at = torch.arange(images.shape[-1], device=device)
+            row, column = at[None, None, :, None], at[None, None, None, :]
+            inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+            cut = (right > left) & (bottom > top)
+            kept = torch.where(cut, (~inside).float(), kept)
+        return torch.lerp(images[partner], images, kept.to(images.dtype)), targets
+
+
+def _partners(places: np.ndarray) -> np.ndarray:
+    """For every place of a part the position of its partner, its own where that is not there."""
+    position = {place: i for i, place in enumerate(places.tolist())}
+    return np.array([position.get(p ^ 1, i) for i, p in enumerate(places.tolist())], np.int64)

@@ -19,7 +19,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -483,20 +483,38 @@ def _hash(text: str) -> str:
 
 # ---- random by construction
 
-ORDER, DRAW, STEP = range(3)  # what a stream is for; streams never overlap
+ORDER, DRAW, STEP, ERASE, MIX = range(5)  # what a stream is for; streams never overlap
 
 
-def stream(seed: int, purpose: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
-    """The random numbers of one purpose, epoch and index: a Philox counter block of its own.
+def stream(
+    seed: int, purpose: int, epoch: int = 0, index: int = 0, copy: int = 0
+) -> np.random.Generator:
+    """The random numbers of one purpose, epoch, index and copy: a Philox counter block of its own.
 
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The lowest counter word
+    counts the numbers drawn; copies start 2^48 blocks apart in it.
     """
-    return np.random.Generator(np.random.Philox(counter=[0, index, epoch, purpose], key=seed))
+    counter = [copy << 48, index, epoch, purpose]
+    return np.random.Generator(np.random.Philox(counter=counter, key=seed))
 
 
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The permutation (count,) of an epoch, a function of (seed, epoch) alone."""
     return stream(seed, ORDER, epoch).permutation(count)
+
+
+def repeat(rows: np.ndarray, batch_size: int, copies: int) -> tuple[np.ndarray, np.ndarray]:
+    """As many rows, of which the first 1 / copies come `copies` times, and which copy each is.
+
+    Hoffer et al., arXiv 1901.09335: the copies of a picture meet in one batch, each with a draw
+    of its own. They lie a `copies`-th of the batch apart, so that neighbours, which are mixed
+    with each other, are different pictures.
+    """
+    size = max(1, batch_size // copies)
+    chunks = [rows[i : i + size] for i in range(0, -(-len(rows) // copies), size)]
+    number = [np.repeat(np.arange(copies), len(chunk)) for chunk in chunks]
+    repeated = [np.tile(chunk, copies) for chunk in chunks]
+    return np.concatenate(repeated)[: len(rows)], np.concatenate(number)[: len(rows)]
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -518,6 +536,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # uint8 (n, 3, size, size), channels last in memory
     labels: torch.Tensor  # int64 (n,)
     indices: torch.Tensor  # int64 (n,), rows of the frame
+    places: torch.Tensor  # int64 (n,), where in the whole step each picture stands
     step: int
     last: bool  # whether the process's part of the step ends here
     total: int  # pictures in the whole step, over all parts and processes
@@ -525,18 +544,34 @@ class Batch(NamedTuple):
 
 
 def step_rows(
-    step: int, count: int, seed: int, batch_size: int, drop_last: bool = False
-) -> np.ndarray:
-    """The rows of the frame in a step, over all processes."""
+    step: int,
+    count: int,
+    seed: int,
+    batch_size: int,
+    drop_last: bool = False,
+    repeated_aug: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the frame in a step, over all processes, and which copy of its row each is."""
     epoch, slot = divmod(step, steps_per_epoch(count, batch_size, drop_last))
-    return _order_cached(seed, epoch, count)[slot * batch_size : (slot + 1) * batch_size]
+    rows, copies = _epoch(seed, epoch, count, batch_size, repeated_aug)
+    part = slice(slot * batch_size, (slot + 1) * batch_size)
+    return rows[part], copies[part]
 
 
 @functools.lru_cache(maxsize=2)
-def _order_cached(seed: int, epoch: int, count: int) -> np.ndarray:
-    rows = order(seed, epoch, count)
-    rows.flags.writeable = False
-    return rows
+def _epoch(seed: int, epoch: int, count: int, batch_size: int, repeated_aug: int) -> tuple:
+    rows, copies = repeat(order(seed, epoch, count), batch_size, repeated_aug)
+    rows.flags.writeable = copies.flags.writeable = False
+    return rows, copies
+
+
+def own_places(total: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    """The places in a step of `total` pictures that process `rank` of `world` takes.
+
+    Every world-th pair of neighbours: pairs, which are mixed with each other, stay together.
+    """
+    places = np.arange(total)
+    return places[places // 2 % world == rank]
 
 
 def batches(
@@ -548,6 +583,7 @@ def batches(
     steps: range,
     micro_batch_size: int | None = None,
     drop_last: bool = False,
+    repeated_aug: int = 1,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
@@ -555,11 +591,13 @@ def batches(
 ) -> Iterator[Batch]:
     """Training batches of the steps asked for, in order.
 
-    `batch_size` counts over all processes; process `rank` of `world` gets every world-th row of a
-    step, in parts of at most `micro_batch_size`. A process without a row in a small last batch
-    gets a part of no pictures.
+    `batch_size` counts over all processes; process `rank` of `world` gets every world-th pair of
+    rows of a step, in parts of at most `micro_batch_size`. A process without a row in a small last
+    batch gets a part of no pictures.
     """
-    dataset = _Steps(frame, transform, seed, batch_size, micro_batch_size, drop_last, rank, world)
+    dataset = _Steps(
+        frame, transform, seed, batch_size, micro_batch_size, drop_last, repeated_aug, rank, world
+    )
     return _loader(dataset, dataset.keys(steps), workers, pin_memory)
 
 
@@ -588,44 +626,53 @@ class _Rows(Dataset):
         self.transform = transform
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
-        return self.read(rows, None, step=0, last=True, total=len(rows))
+        return self.read(rows, lambda i: None, np.arange(len(rows)), 0, True, len(rows))
 
     def read(
-        self, rows: np.ndarray, seed_epoch: tuple[int, int] | None, *, step, last, total
+        self,
+        rows: np.ndarray,
+        randomness: Callable[[int], np.random.Generator | None],
+        places: np.ndarray,
+        step: int,
+        last: bool,
+        total: int,
     ) -> Batch:
+        """The rows that can be read; the transform of rows[i] draws from `randomness(i)`."""
         pictures, kept, failures = [], [], []
         with images.quiet():
-            for row in rows.tolist():
+            for i, row in enumerate(rows.tolist()):
                 try:
                     picture = images.decode(os.fsdecode(self.paths[row]))
                 except images.ImageError as error:
                     failures.append((row, error.reason, error.detail))
                     continue
-                if seed_epoch is None:
-                    picture = self.transform(picture)
-                else:
-                    seed, epoch = seed_epoch
-                    picture = self.transform(picture, stream(seed, DRAW, epoch, row))
-                pictures.append(np.asarray(picture))
-                kept.append(row)
+                pictures.append(np.asarray(self.transform(picture, randomness(i))))
+                kept.append(i)
         if pictures:
             block = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         else:
             block = torch.zeros(0, 3, self.transform.size, self.transform.size, dtype=torch.uint8)
-        kept = np.array(kept, np.int64)
-        labels = torch.from_numpy(self.labels[kept])
-        return Batch(block, labels, torch.from_numpy(kept), step, last, total, failures)
+        rows, places = rows[kept].astype(np.int64), places[kept].astype(np.int64)
+        labels, indices, places = map(torch.from_numpy, (self.labels[rows], rows, places))
+        return Batch(block, labels, indices, places, step, last, total, failures)
 
 
 class _Steps(_Rows):
-    def __init__(self, frame, transform, seed, batch_size, micro, drop_last, rank, world):
+    def __init__(
+        self, frame, transform, seed, batch_size, micro, drop_last, repeated_aug, rank, world
+    ):
         super().__init__(frame, transform)
         self.seed, self.batch_size, self.drop_last = seed, batch_size, drop_last
-        self.micro, self.rank, self.world = micro, rank, world
+        self.micro, self.repeated_aug, self.rank, self.world = micro, repeated_aug, rank, world
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a step and their copies, over all processes."""
+        how = self.seed, self.batch_size, self.drop_last, self.repeated_aug
+        return step_rows(step, len(self.labels), *how)
 
     def parts(self, step: int) -> list[np.ndarray]:
-        rows = step_rows(step, len(self.labels), self.seed, self.batch_size, self.drop_last)
-        own = rows[self.rank :: self.world]
+        """This process's places of a step, part by part."""
+        own = own_places(len(self.rows(step)[0]), self.rank, self.world)
         size = self.micro or max(1, len(own))
         return [own[i : i + size] for i in range(0, len(own), size)] or [own]
 
@@ -635,11 +682,12 @@ class _Steps(_Rows):
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         step, part = key
-        parts = self.parts(step)
+        parts, (rows, copies) = self.parts(step), self.rows(step)
         epoch = step // steps_per_epoch(len(self.labels), self.batch_size, self.drop_last)
-        total = len(step_rows(step, len(self.labels), self.seed, self.batch_size, self.drop_last))
-        last = part == len(parts) - 1
-        return self.read(parts[part], (self.seed, epoch), step=step, last=last, total=total)
+        places = parts[part]
+        own, own_copies = rows[places], copies[places]
+        randomness = lambda i: stream(self.seed, DRAW, epoch, int(own[i]), int(own_copies[i]))
+        return self.read(own, randomness, places, step, part == len(parts) - 1, len(rows))
 
 
 @dataclass

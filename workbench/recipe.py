@@ -102,19 +102,32 @@ class Recipe(BaseModel):
         None, "images per forward on a device; gradients add up to the step", ge=1
     )
     drop_last: bool = knob(False, "leave out the incomplete last batch of an epoch")
-    optimizer: Literal["sgd", "adamw"] = knob("sgd", "sgd or adamw")
+    repeated_aug: int = knob(
+        1, "copies of a picture in a batch, each drawn anew, arXiv 1902.05509", ge=1, le=64
+    )
+    optimizer: Literal["sgd", "adamw", "lamb"] = knob("sgd", "sgd, adamw or lamb, arXiv 1904.00962")
     lr: float = knob(0.1, "peak learning rate, used as it stands", gt=0)
     momentum: float = knob(0.9, "of sgd", ge=0, lt=1)
     nesterov: bool = knob(False, "of sgd")
     weight_decay: float = knob(0.0, "per step and lr, on what decay_all says", ge=0)
-    decay_all: bool = knob(True, "False leaves norms and biases (one dimension) undecayed")
-    schedule: Literal["constant", "multistep", "cosine"] = knob(
-        "cosine", "constant, multistep or cosine (per step, arXiv 1608.03983)"
+    decay_all: bool = knob(True, "False leaves norms, biases and position embeddings undecayed")
+    trust_clip: bool = knob(False, "of lamb: trust ratios are at most 1")
+    always_adapt: bool = knob(False, "of lamb: a trust ratio for undecayed tensors too")
+    schedule: Literal["constant", "multistep", "step", "cosine", "polynomial", "one_cycle"] = knob(
+        "cosine", "constant, multistep, step, cosine, polynomial or one_cycle"
     )
     milestones: list[int] = knob([], "epochs at which multistep multiplies by gamma")
-    gamma: float = knob(0.1, "of multistep", gt=0, lt=1)
-    lr_min: float = knob(0.0, "where cosine ends", ge=0)
-    warmup_epochs: float = knob(0.0, "epochs of linear climb to lr, arXiv 1706.02677", ge=0)
+    step_epochs: int | None = knob(None, "epochs after which step multiplies by gamma", ge=1)
+    gamma: float = knob(0.1, "of multistep and step", gt=0, lt=1)
+    power: float = knob(1.0, "of polynomial; 1 is a straight line", gt=0)
+    lr_min: float = knob(0.0, "where cosine and polynomial end", ge=0)
+    cosine_epochs: float | None = knob(
+        None, "epochs from the end of warm-up to lr_min; None is all that remain", gt=0
+    )
+    lr_per_epoch: bool = knob(False, "cosine and polynomial change once an epoch, not every step")
+    warmup: Literal["linear", "cosine", "exponential"] = knob("linear", "shape of the climb to lr")
+    warmup_epochs: float = knob(0.0, "epochs of climb to lr, arXiv 1706.02677", ge=0)
+    warmup_steps: int = knob(0, "steps of climb, in the place of warmup_epochs", ge=0)
     warmup_ratio: float = knob(0.0, "share of lr that the warm-up starts from", ge=0, le=1)
     clip_grad_norm: float | None = knob(None, "largest norm of all gradients together", gt=0)
     ema_decay: float | None = knob(
@@ -122,9 +135,18 @@ class Recipe(BaseModel):
     )
 
     # loss
+    loss: Literal["ce", "bce"] = knob("ce", "cross-entropy, or binary cross-entropy of every class")
+    bce_threshold: float | None = knob(
+        None, "targets above count as 1, others as 0; RSB 0.2", ge=0, lt=1
+    )
+    bce_sum: bool = knob(False, "sum over classes, not their mean: num_classes times the gradient")
+    bce_shift: bool = knob(
+        False, "logits less ln(num_classes) in the loss; UP's bias has sum, shift"
+    )
     label_smoothing: float = knob(
         0.0, "share of the target spread over all classes, arXiv 1512.00567", ge=0, lt=1
     )
+    up_smoothing: bool = knob(False, "UP's smoothing of mixed labels, sum below 1; to reproduce it")
 
     # augmentation
     crop_scale: list[Annotated[float, Field(gt=0, le=1)]] = knob(
@@ -141,6 +163,25 @@ class Recipe(BaseModel):
     contrast: Fraction = knob(0.0, "factor 1 - x to 1 + x")
     saturation: Fraction = knob(0.0, "factor 1 - x to 1 + x")
     hue: float = knob(0.0, "shift -x to x, in turns of the colour circle", ge=0, le=0.5)
+    autoaugment: bool = knob(False, "torchvision's ImageNet policy, arXiv 1805.09501")
+    randaug_n: int = knob(
+        0, "RandAugment operations drawn, arXiv 1909.13719; 0 is off", ge=0, le=16
+    )
+    randaug_m: float = knob(7.0, "mean magnitude, 0 to 10", ge=0, le=10)
+    randaug_std: float = knob(0.5, "standard deviation of the magnitude", ge=0, le=10)
+    randaug_increasing: bool = knob(True, "a higher magnitude is never milder, timm's inc1")
+    randaug_form: Literal["up", "timm"] = knob(
+        "up", "up: nearest, black, shift in pixels; timm: smooth, mean colour, share of side"
+    )
+    mixup_alpha: float = knob(0.0, "of Beta(a, a), arXiv 1710.09412; 0 is off", ge=0, le=100)
+    cutmix_alpha: float = knob(0.0, "of Beta(a, a), arXiv 1905.04899; 0 is off", ge=0, le=100)
+    switch_prob: Fraction = knob(0.5, "probability of CutMix where both are on")
+    mix_per_sample: bool = knob(False, "a draw for every picture instead of one for the step")
+    erase_prob: Fraction = knob(0.0, "probability of RandomErasing, arXiv 1708.04896")
+    erase_mode: Literal["pixel", "rand", "const"] = knob(
+        "pixel", "filled with noise, one noise colour, or the mean"
+    )
+    erase_count: int = knob(1, "boxes at most, which share the area", ge=1, le=16)
 
     # run
     seed: int = knob(0, "order, draws and initial weights follow from it", ge=0, lt=2**32)
@@ -354,6 +395,21 @@ _ELSEWHERE = {
     "lr_scheduler": "schedule",
     "smoothing": "label_smoothing",
     "smooth_ratio": "label_smoothing",
+    "mixup": "mixup_alpha",
+    "cutmix": "cutmix_alpha",
+    "mixup_switch_prob": "switch_prob",
+    "reprob": "erase_prob",
+    "remode": "erase_mode",
+    "aa": "randaug_n",
+    "magnitude_std": "randaug_std",
+    "aug_repeats": "repeated_aug",
+    "bce_loss": "loss",
+    "bce_target_thresh": "bce_threshold",
+    "warmup_iter": "warmup_steps",
+    "eta_min": "lr_min",
+    "min_lr": "lr_min",
+    "decay_epochs": "step_epochs",
+    "decay_rate": "gamma",
     "model_ema_decay": "ema_decay",
     "clip_grad": "clip_grad_norm",
     "max_grad_norm": "clip_grad_norm",
@@ -445,10 +501,53 @@ _UNUSED = [
     ),
     ("momentum nesterov", lambda r: r.optimizer != "sgd" and f"since optimizer is {r.optimizer}"),
     ("decay_all", lambda r: r.weight_decay == 0 and "since weight_decay is 0"),
-    ("milestones gamma", lambda r: r.schedule != "multistep" and f"since schedule is {r.schedule}"),
-    ("lr_min", lambda r: r.schedule != "cosine" and f"since schedule is {r.schedule}"),
-    ("warmup_ratio", lambda r: r.warmup_epochs == 0 and "since warmup_epochs is 0"),
+    ("trust_clip", lambda r: r.optimizer != "lamb" and f"since optimizer is {r.optimizer}"),
+    (
+        "always_adapt",
+        lambda r: (
+            (r.optimizer != "lamb" and f"since optimizer is {r.optimizer}")
+            or (r.weight_decay > 0 and r.decay_all and "since every tensor is decayed")
+        ),
+    ),
+    *[
+        (keys, lambda r, f=fits: r.schedule not in f.split() and f"since schedule is {r.schedule}")
+        for keys, fits in (
+            ("milestones", "multistep"),
+            ("step_epochs", "step"),
+            ("gamma", "multistep step"),
+            ("power", "polynomial"),
+            ("cosine_epochs", "cosine"),
+            ("lr_min lr_per_epoch", "cosine polynomial"),
+            ("warmup_epochs warmup_steps", "constant multistep step cosine polynomial"),
+        )
+    ],
+    (
+        "warmup warmup_ratio",
+        lambda r: r.warmup_epochs == 0 and r.warmup_steps == 0 and "since there is no warm-up",
+    ),
     ("val_every", lambda r: r.val_every > r.epochs and f"since there are {r.epochs} epochs"),
+    ("bce_threshold bce_sum bce_shift", lambda r: r.loss != "bce" and f"since loss is {r.loss}"),
+    (
+        "up_smoothing",
+        lambda r: (
+            (r.loss != "ce" and f"since loss is {r.loss}")
+            or (r.label_smoothing == 0 and "since label_smoothing is 0")
+            or (not _mixes(r) and "since no labels are mixed (mixup_alpha, cutmix_alpha)")
+        ),
+    ),
+    (
+        "randaug_m randaug_std randaug_increasing randaug_form",
+        lambda r: r.randaug_n == 0 and "since randaug_n is 0",
+    ),
+    (
+        "switch_prob",
+        lambda r: (
+            not (r.mixup_alpha and r.cutmix_alpha)
+            and "since mixup_alpha and cutmix_alpha are not both on"
+        ),
+    ),
+    ("mix_per_sample", lambda r: not _mixes(r) and "since mixup_alpha and cutmix_alpha are 0"),
+    ("erase_mode erase_count", lambda r: r.erase_prob == 0 and "since erase_prob is 0"),
 ]
 
 # (knob, rule): a rule returns what is wrong with the knob beside the other ones, or False.
@@ -502,10 +601,53 @@ _WRONG = [
     ),
     ("lr_min", lambda r: r.lr_min > r.lr and f"{r.lr_min} is above lr {r.lr}"),
     (
+        "step_epochs",
+        lambda r: (
+            r.schedule == "step"
+            and (
+                (r.step_epochs is None and "missing; step needs the epochs between two steps")
+                or (
+                    r.step_epochs >= r.epochs
+                    and f"{r.step_epochs} of {r.epochs} epochs would never step"
+                )
+            )
+        ),
+    ),
+    (
         "warmup_epochs",
         lambda r: (
-            r.warmup_epochs >= r.epochs
-            and f"{r.warmup_epochs} of {r.epochs} epochs would leave no training at lr"
+            (
+                r.warmup_epochs >= r.epochs
+                and f"{r.warmup_epochs} of {r.epochs} epochs would leave no training at lr"
+            )
+            or (r.warmup_epochs > 0 and r.warmup_steps > 0 and "warmup_steps is set too; leave one")
+        ),
+    ),
+    (
+        "warmup_ratio",
+        lambda r: (
+            r.warmup == "exponential"
+            and r.warmup_ratio == 0
+            and (r.warmup_epochs > 0 or r.warmup_steps > 0)
+            and "0, but an exponential warm-up multiplies from there; above 0, such as 0.001"
+        ),
+    ),
+    (
+        "repeated_aug",
+        lambda r: (
+            r.repeated_aug > r.batch_size and f"{r.repeated_aug} is above batch_size {r.batch_size}"
+        ),
+    ),
+    (
+        "batch_size",
+        lambda r: r.batch_size == 1 and _mixes(r) and "1 picture has no partner to mix with",
+    ),
+    (
+        "micro_batch_size",
+        lambda r: (
+            (r.micro_batch_size or 0) % 2 == 1
+            and _mixes(r)
+            and f"{r.micro_batch_size} is odd, but pictures are mixed in pairs"
         ),
     ),
     *[
@@ -555,6 +697,10 @@ def _roots(lists: list[str], roots: list[str]) -> str | bool:
         and len(roots) not in (1, len(lists))
         and f"{len(roots)} roots for {len(lists)} lists; give one, or one for each list"
     )
+
+
+def _mixes(recipe: Any) -> bool:
+    return recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0
 
 
 def _plain(value: Any) -> bool:

@@ -4,6 +4,7 @@
     lr(0), lr(3129), lr(125_199)        # 0.2, 0.8, 1.3e-10
 
 A step is counted from 0. Nothing is remembered between calls: a resumed run needs only the step.
+Every schedule stands at its peak in the first step after the warm-up, so nothing jumps there.
 """
 
 import math
@@ -12,34 +13,48 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Warmup:
-    """Linear climb over the first `steps` steps, from ratio * peak to the peak at steps - 1.
+    """Climb over the first `steps` steps, from ratio * peak to the peak at steps - 1.
 
-    Goyal et al., arXiv 1706.02677, section 2.2.
+    Linear (Goyal et al., arXiv 1706.02677, section 2.2), half a cosine, or exponential, which
+    multiplies by the same factor every step and so needs a ratio above 0.
     """
 
     steps: int = 0
     ratio: float = 0.0
+    kind: str = "linear"
 
     def factor(self, step: int) -> float:
         """Share of the peak at a step inside the warm-up."""
-        return self.ratio + (1 - self.ratio) * step / max(1, self.steps - 1)
+        share = step / max(1, self.steps - 1)
+        if self.kind == "exponential":
+            return self.ratio ** (1 - share)
+        if self.kind == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.ratio + (1 - self.ratio) * share
+
+
+class _Schedule:
+    """The warm-up, then `rate(step)` of the class below."""
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup.steps:
+            return self.peak * self.warmup.factor(step)
+        return self.rate(step)
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Schedule):
     """The peak, after the warm-up."""
 
     peak: float
     warmup: Warmup = Warmup()
 
-    def __call__(self, step: int) -> float:
-        if step < self.warmup.steps:
-            return self.peak * self.warmup.factor(step)
+    def rate(self, step: int) -> float:
         return self.peak
 
 
 @dataclass(frozen=True)
-class MultiStep:
+class MultiStep(_Schedule):
     """The peak times gamma for every milestone (a step number) reached."""
 
     peak: float
@@ -47,26 +62,83 @@ class MultiStep:
     gamma: float = 0.1
     warmup: Warmup = Warmup()
 
-    def __call__(self, step: int) -> float:
-        if step < self.warmup.steps:
-            return self.peak * self.warmup.factor(step)
+    def rate(self, step: int) -> float:
         return self.peak * self.gamma ** sum(step >= m for m in self.milestones)
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Step(_Schedule):
+    """The peak times gamma after every `every` steps."""
+
+    peak: float
+    every: int
+    gamma: float = 0.1
+    warmup: Warmup = Warmup()
+
+    def rate(self, step: int) -> float:
+        return self.peak * self.gamma ** (step // self.every)
+
+
+@dataclass(frozen=True)
+class Cosine(_Schedule):
     """Half a cosine from the peak, where the warm-up ends, to `end` after the last of `steps`.
 
-    Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts, updated every step.
+    Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts. `hold` steps share one
+    rate (steps per epoch: changes once an epoch). `period` is the number of steps from the end
+    of the warm-up to `end`; None is all that remain. United Perception's per-epoch cosine has a
+    period of all epochs, so that it stops short of `end` by its warm-up.
     """
 
     peak: float
     steps: int
     end: float = 0.0
     warmup: Warmup = Warmup()
+    hold: int = 1
+    period: int | None = None
+
+    def rate(self, step: int) -> float:
+        share = _share(step, self.steps, self.warmup.steps, self.hold, self.period)
+        return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True)
+class Polynomial(_Schedule):
+    """(1 - share)^power from the peak, where the warm-up ends, to `end`; power 1 is a line."""
+
+    peak: float
+    steps: int
+    power: float = 1.0
+    end: float = 0.0
+    warmup: Warmup = Warmup()
+    hold: int = 1
+
+    def rate(self, step: int) -> float:
+        share = _share(step, self.steps, self.warmup.steps, self.hold)
+        return self.end + (self.peak - self.end) * (1 - share) ** self.power
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """Half a cosine up to the peak over `rise` of the steps, half a cosine down over the rest.
+
+    Smith and Topin, arXiv 1708.07120, with torch's constants: starts at peak / 25, ends at
+    peak / 250,000 with the last step. The momentum stays as it is.
+    """
+
+    peak: float
+    steps: int
+    rise: float = 0.3
 
     def __call__(self, step: int) -> float:
-        if step < self.warmup.steps:
-            return self.peak * self.warmup.factor(step)
-        share = (step - self.warmup.steps) / max(1, self.steps - self.warmup.steps)
-        return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+        top, last = self.rise * self.steps - 1, self.steps - 1
+        if step <= top:
+            low, share = self.peak / 25, 1 - step / top
+        else:
+            low, share = self.peak / 250_000, min(1.0, (step - top) / (last - top))
+        return low + (self.peak - low) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _share(step: int, steps: int, start: int, hold: int, period: int | None = None) -> float:
+    """How much of the way from `start` to the end a step has gone, 0 to 1."""
+    gone = max(0, step // hold * hold - start)
+    return min(1.0, gone / max(1, period or steps - start))

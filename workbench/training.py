@@ -12,6 +12,7 @@ step depends on the recipe, its number and the weights alone, so a killed run go
 import contextlib
 import copy
 import datetime
+import functools
 import math
 import os
 import platform
@@ -32,7 +33,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from workbench import ROOT, augmentation, data, evaluation, models, runs, schedule
+from workbench import ROOT, augmentation, data, evaluation, losses, models, runs, schedule
+from workbench.lamb import LAMB
 
 
 class TrainingError(RuntimeError):
@@ -54,7 +56,17 @@ def train_transform(recipe: Any) -> augmentation.TrainTransform:
         contrast=recipe.contrast,
         saturation=recipe.saturation,
         hue=recipe.hue,
+        autoaugment=recipe.autoaugment,
+        randaug=_randaug(recipe) if recipe.randaug_n else None,
     )
+
+
+def _randaug(recipe: Any) -> augmentation.RandAugment:
+    increasing = recipe.randaug_increasing
+    kind = augmentation.RandAugmentIncreasing if increasing else augmentation.RandAugment
+    if recipe.randaug_form == "timm":
+        return kind.timm(recipe.randaug_n, recipe.randaug_m, recipe.randaug_std, recipe.mean)
+    return kind(recipe.randaug_n, recipe.randaug_m, recipe.randaug_std)
 
 
 def test_transform(recipe: Any) -> augmentation.TestTransform:
@@ -67,14 +79,48 @@ test_transform.__test__ = False  # pytest: no test
 
 
 def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate as a function of the step, counted from 0."""
-    warmup = schedule.Warmup(round(recipe.warmup_epochs * steps_per_epoch), recipe.warmup_ratio)
-    if recipe.schedule == "multistep":
-        milestones = tuple(m * steps_per_epoch for m in recipe.milestones)
-        return schedule.MultiStep(recipe.lr, milestones, recipe.gamma, warmup)
-    if recipe.schedule == "cosine":
-        return schedule.Cosine(recipe.lr, recipe.epochs * steps_per_epoch, recipe.lr_min, warmup)
+    """The learning rate as a function of the step, counted from 0.
+
+    Raises TrainingError when the warm-up would leave no training at the peak.
+    """
+    steps = recipe.epochs * steps_per_epoch
+    climb = recipe.warmup_steps or round(recipe.warmup_epochs * steps_per_epoch)
+    if climb >= steps:
+        raise TrainingError(
+            f"the warm-up takes {climb} steps and the whole training {steps}; lower warmup_steps"
+        )
+    warmup = schedule.Warmup(climb, recipe.warmup_ratio, recipe.warmup)
+    hold = steps_per_epoch if recipe.lr_per_epoch else 1
+    match recipe.schedule:
+        case "multistep":
+            milestones = tuple(m * steps_per_epoch for m in recipe.milestones)
+            return schedule.MultiStep(recipe.lr, milestones, recipe.gamma, warmup)
+        case "step":
+            every = recipe.step_epochs * steps_per_epoch
+            return schedule.Step(recipe.lr, every, recipe.gamma, warmup)
+        case "cosine":
+            period = recipe.cosine_epochs and round(recipe.cosine_epochs * steps_per_epoch)
+            return schedule.Cosine(recipe.lr, steps, recipe.lr_min, warmup, hold, period)
+        case "polynomial":
+            return schedule.Polynomial(recipe.lr, steps, recipe.power, recipe.lr_min, warmup, hold)
+        case "one_cycle":
+            return schedule.OneCycle(recipe.lr, steps)
     return schedule.Constant(recipe.lr, warmup)
+
+
+def loss_function(recipe: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(logits (n, classes), targets (n,) or soft (n, classes)) -> losses (n,) of training."""
+    if recipe.loss == "bce":
+        return functools.partial(
+            losses.binary_cross_entropy,
+            smoothing=recipe.label_smoothing,
+            threshold=recipe.bce_threshold,
+            sum_classes=recipe.bce_sum,
+            shift=recipe.bce_shift,
+        )
+    return functools.partial(
+        losses.cross_entropy, smoothing=recipe.label_smoothing, up_smoothing=recipe.up_smoothing
+    )
 
 
 def create_model(recipe: Any, num_classes: int) -> nn.Module:
@@ -94,17 +140,29 @@ def create_model(recipe: Any, num_classes: int) -> nn.Module:
 
 def create_optimizer(recipe: Any, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer; its lr is set anew before every step."""
-    decayed = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": decayed}]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for _, p in named]}]
     if not recipe.decay_all:
+        # What timm's models themselves name: position embeddings, class tokens, bias tables.
+        spared = getattr(model, "no_weight_decay", set)()
+        free = lambda name, p: p.ndim <= 1 or any(part in name for part in spared)
         groups = [
-            {"params": [p for p in decayed if p.ndim > 1]},
-            {"params": [p for p in decayed if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for name, p in named if not free(name, p)]},
+            {"params": [p for name, p in named if free(name, p)], "weight_decay": 0.0},
         ]
     shared = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **shared, fused=fused)
+    match recipe.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, **shared, fused=fused)
+        case "lamb":  # clips inside its step
+            return LAMB(
+                groups,
+                **shared,
+                max_grad_norm=recipe.clip_grad_norm,
+                trust_clip=recipe.trust_clip,
+                always_adapt=recipe.always_adapt,
+            )
     return torch.optim.SGD(
         groups, **shared, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused
     )
@@ -121,6 +179,53 @@ class Normalize:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.layout)
+
+
+class DeviceTransform:
+    """A training batch as the model sees it: normalised, erased, mixed, on the device.
+
+    Erasing and mixing are drawn for the whole step from (seed, step), and each process takes what
+    belongs to its own pictures.
+    """
+
+    def __init__(self, recipe: Any, classes: int, device: torch.device):
+        self.seed, self.size, self.classes, self.device = (
+            recipe.seed,
+            recipe.image_size,
+            classes,
+            device,
+        )
+        self.normalize = Normalize(recipe, device)
+        self.erase = self.mix = None
+        if recipe.erase_prob:
+            self.erase = augmentation.Erase(
+                recipe.erase_prob, recipe.erase_mode, recipe.erase_count
+            )
+        if recipe.mixup_alpha or recipe.cutmix_alpha:
+            self.mix = augmentation.Mix(
+                recipe.mixup_alpha, recipe.cutmix_alpha, recipe.switch_prob, recipe.mix_per_sample
+            )
+
+    def __call__(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 images (n, 3, h, w) and targets: class numbers (n,), or soft labels (n, C)."""
+        images = self.normalize(batch.images.to(self.device, non_blocking=True))
+        targets = batch.labels.to(self.device, non_blocking=True)
+        places = batch.places.numpy()
+        if self.erase:
+            drawn = self._own(self.erase, data.ERASE, batch, places)
+            images = self.erase.apply(images, **drawn)
+        if self.mix:
+            drawn = self._own(self.mix, data.MIX, batch, places)
+            targets = losses.soft(targets, self.classes)
+            images, targets = self.mix.apply(images, targets, places, **drawn)
+        return images, targets
+
+    def _own(
+        self, operation: Any, purpose: int, batch: data.Batch, places: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        rng = data.stream(self.seed, purpose, batch.step)
+        drawn = operation.draw(rng, batch.total, self.size)
+        return {key: values[places] for key, values in drawn.items()}
 
 
 def pick_device(name: str) -> torch.device:
@@ -332,6 +437,8 @@ def _train(
     wrapped = team.wrap(model)
     rate = lr_schedule(recipe, steps_per_epoch)
     normalize = Normalize(recipe, device)
+    prepare = DeviceTransform(recipe, len(content.classes), device)
+    criterion = loss_function(recipe)
     autocast = lambda: torch.autocast(  # noqa: E731
         device.type, torch.bfloat16, enabled=precision == "bf16"
     )
@@ -437,6 +544,7 @@ def _train(
         steps=range(progress.step, steps),
         micro_batch_size=recipe.micro_batch_size,
         drop_last=recipe.drop_last,
+        repeated_aug=recipe.repeated_aug,
         rank=team.rank,
         world=team.world,
         workers=workers,
@@ -496,27 +604,26 @@ def _train(
                 waited += time.monotonic() - before
                 last = batch.last
                 _quarantine(run, "train", train, batch.failures, named, step)
-                labels = batch.labels.to(device, non_blocking=True)
+                count = len(batch.labels)
                 with wrapped.no_sync() if team.world > 1 and not last else _nothing:
-                    if len(labels):
-                        images = normalize(batch.images.to(device, non_blocking=True))
-                        alone = norms and len(labels) == 1  # the others of its part vanished
+                    if count:
+                        images, targets = prepare(batch)
+                        alone = norms and count == 1  # the others of its part vanished
                         if alone:
                             model.eval()
                         with autocast():
                             logits = wrapped(images).float()
                         if alone:
                             model.train()
-                        loss = F.cross_entropy(
-                            logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum"
-                        )
-                        parts += [loss.detach(), (logits.detach().argmax(1) == labels).sum()]
-                        read += len(labels)
+                        loss = criterion(logits, targets).sum()
+                        wanted = targets if targets.ndim == 1 else targets.argmax(1)
+                        parts += [loss.detach(), (logits.detach().argmax(1) == wanted).sum()]
+                        read += count
                     else:  # no picture for this process in a small last batch: gradients of zero
                         loss = _zero(wrapped, model, recipe, device)
                     # The mean over the step's pictures; DDP divides by the number of processes.
                     (loss * (team.world / batch.total)).backward()
-            if recipe.clip_grad_norm:
+            if recipe.clip_grad_norm and recipe.optimizer != "lamb":
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -615,7 +722,7 @@ def _smallest_part(count: int, recipe: Any, world: int) -> int:
     last = recipe.batch_size if recipe.drop_last else count % recipe.batch_size or recipe.batch_size
     sizes = []
     for total in {min(count, recipe.batch_size), last}:
-        for own in {total // world, -(-total // world)} - {0}:
+        for own in {len(data.own_places(total, rank, world)) for rank in range(world)} - {0}:
             sizes.append(own % (recipe.micro_batch_size or own) or recipe.micro_batch_size or own)
     return min(sizes)
 
@@ -684,7 +791,8 @@ def _quarantine(
 
 def _not_finite(run: runs.Run | None, train: Any, recipe: Any, step: int, loss: float) -> None:
     """Names the step and its pictures. The weights are spoilt from there on: nothing is saved."""
-    rows = data.step_rows(step, len(train), recipe.seed, recipe.batch_size, recipe.drop_last)
+    how = recipe.seed, recipe.batch_size, recipe.drop_last, recipe.repeated_aug
+    rows, _ = data.step_rows(step, len(train), *how)
     batch = train.iloc[rows]
     if run is not None:
         run.save_frame("nonfinite.csv", batch[["file", "label"]].assign(step=step))
@@ -723,7 +831,10 @@ def is_first() -> bool:
 
 
 def first_loss(recipe: Any, content: data.Data, model: nn.Module, pictures: int = 64) -> float:
-    """The loss of the model on the first pictures of step 0; near log(classes) for a fresh one."""
+    """The cross-entropy of the model on the first pictures of step 0, neither erased nor mixed.
+
+    Near log(classes) for a fresh model.
+    """
     batch = next(
         data.batches(
             content.train,
@@ -804,9 +915,10 @@ class _Team:
         try:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             team = cls(device, dist.get_rank(), dist.get_world_size(), local_world)
-            if team.world > recipe.batch_size:
+            if 2 * team.world > recipe.batch_size:
                 raise TrainingError(
-                    f"batch_size {recipe.batch_size} cannot be shared by {team.world} processes"
+                    f"batch_size {recipe.batch_size} cannot be shared by {team.world} processes; "
+                    "each takes two pictures or more"
                 )
             # A first look at a million pictures takes its time; the others wait for it here.
             team.side = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
