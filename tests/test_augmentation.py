@@ -515,9 +515,9 @@ def test_autoaugment_is_torchvisions():
 def test_the_words_under_a_picture_name_what_was_operations():
     draw = {"flip": True, "randaug": [("rotate", -21.0, "nearest"), ("invert", None, "")],
             "brightness": 1.2}  # fmt: skip
-    assert describe(draw) == "flip, rotate -21 degrees, invert, brightness 1.20"
+    assert describe(draw) == "flip, rotate -21°, invert, brightness 1.20"
     assert describe({"flip": False}) == ""
-    assert describe({"randaug": [("translate_x", 31.5, "bicubic")]}) == "translate_x 31.5 pixels"
+    assert describe({"randaug": [("translate_x", 31.5, "bicubic")]}) == "translate_x 31.5 px"
     assert describe({"randaug": [("posterize", 2, "")]}) == "posterize 2 bits"
 
 

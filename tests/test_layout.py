@@ -28,6 +28,7 @@ LEVEL_2 = {
     "export": {"models", "data", "evaluation", "runs"},
     "comparison": {"runs"},
     "united_perception": {"recipe"},
+    "doctor": {"data", "training"},
 }
 BELOW_VIEWS = {*BELOW_TRAINING, *LEVEL_2}
 ARROWS = {

@@ -42,6 +42,15 @@ def test_train_says_how_it_ended_and_where(params, tmp_path):
     assert "nothing to do: finished" in again.output and "epoch   1" not in again.output
 
 
+def test_the_doctor_speaks_of_the_data_or_of_the_sizes_it_is_told(params):
+    done = invoke("doctor", params, "-p", "flip=0.5")
+    assert done.exit_code == 0, done.output
+    assert "of 130 pictures" in done.output and "in the smallest" in done.output
+    assert "warning: flip 0.5 mirrors digits" in done.output
+    told = invoke("doctor", params, "--images", 1281167, "--classes", 1000)
+    assert "of 1,281,167 pictures" in told.output and "0.1 % top-1" in told.output
+
+
 def test_an_overridden_knob_reaches_the_run(params, tmp_path):
     assert invoke("train", params, "-p", "lr=5e-3", "--set", "seed=7").exit_code == 0
     recipe = runs.Run(tmp_path / "runs" / "small-seed7").recipe()

@@ -427,6 +427,24 @@ def test_targets_are_class_numbers_until_something_mixes_them():
     torch.testing.assert_close(targets.sum(1), torch.ones(24))
 
 
+def test_the_pictures_that_are_shown_are_those_of_the_first_step():
+    recipe = Recipe(**ERASE_AND_MIX, batch_size=64, randaug_n=2)
+    content = data.open_data(recipe)
+    images, targets = training.first_pictures(recipe, content, 24)
+    reader = data.batches(
+        content.train, training.train_transform(recipe), seed=0, batch_size=64, steps=range(1)
+    )
+    prepare = training.DeviceTransform(recipe, 10, torch.device("cpu"))
+    whole, soft = prepare(next(reader))
+    assert torch.equal(images, whole[:24]) and torch.equal(targets, soft[:24])
+
+
+def test_undoing_the_normalisation_gives_the_pixels_back():
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    normalize = training.Normalize(Recipe(), torch.device("cpu"))
+    assert torch.equal(normalize.undo(normalize(pixels)), pixels.permute(0, 2, 3, 1))
+
+
 def test_every_step_draws_anew():
     first, second = ({x.item() for x in t.unique()} for _, _, t in prepared({"mixup_alpha": 0.8}))
     assert first & second == {0.0, 1.0}  # 1 where neighbours share their class

@@ -7,6 +7,7 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from workbench import evaluation, plots, progress, runs, schedule, widgets
 
@@ -91,6 +92,28 @@ def test_an_lr_curve_reaches_the_peak_and_both_ends():
     assert line.get_ydata().max() == pytest.approx(0.4)
     assert line.get_xdata()[-1] == pytest.approx(9.9)
     assert line.get_ydata()[0] == pytest.approx(0.04)
+
+
+def test_schedules_of_one_shape_share_a_line_that_names_them_all():
+    half = schedule.Cosine(
+        0.2, 100, warmup=schedule.Warmup(10, 0.1)
+    )  # the same shape at another peak
+    schedules = {
+        "a": (COSINE, 100, 10),
+        "b": (half, 100, 5),
+        "other": (schedule.MultiStep(0.4, (50,)), 100, 10),
+    }
+    axis = plots.lr_curves(schedules).axes[0]
+    assert [line.get_label() for line in axis.lines] == ["a, b", "other"]
+    assert max(line.get_ydata().max() for line in axis.lines) == pytest.approx(1.0)
+
+
+def test_a_label_is_a_name_or_the_shares_of_a_mix():
+    assert plots.label_text(1, CLASSES) == CLASSES[1]
+    assert plots.label_text(torch.tensor(2), CLASSES) == CLASSES[2]
+    assert plots.label_text(torch.tensor([0.0, 1.0, 0.0, 0.0]), CLASSES) == CLASSES[1]
+    mixed = plots.label_text(torch.tensor([0.38, 0.0, 0.62, 0.0]), CLASSES)
+    assert mixed == f"0.62 {CLASSES[2]}\n0.38 {CLASSES[0]}"
 
 
 def test_colours_differ_in_lightness_too():

@@ -32,7 +32,7 @@ def main() -> None:
     except RecipeError as error:
         sys.exit(str(error))
     except (ValueError, RuntimeError, OSError) as error:
-        names = {"DataError", "ModelError", "RunError", "TrainingError"}
+        names = {"DataError", "ModelError", "RunError", "TrainingError", "UnitedPerceptionError"}
         if type(error).__name__ not in names:
             raise
         sys.exit(f"{type(error).__name__}: {error}")
@@ -131,6 +131,45 @@ def check_data(
         "\nTraining leaves out what cannot be read; duplicates and pictures in both lists stay in."
     )
     raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    params: Params,
+    p: Overrides = [],  # noqa: B006
+    images: Annotated[int | None, typer.Option(help="training pictures, without the data")] = None,
+    classes: Annotated[int | None, typer.Option(help="classes, without the data")] = None,
+) -> None:
+    """Say what a recipe will do, and what speaks against it, before it trains."""
+    recipe = _recipe(params, p)
+    from workbench import data
+    from workbench import doctor as rules
+
+    counts = None
+    if images is None or classes is None:
+        content = data.open_data(recipe)
+        counts = content.train.label.value_counts().tolist()
+        images, classes = len(content.train), len(content.classes)
+    for finding in rules.examine(recipe, images=images, classes=classes, counts=counts):
+        print(finding)
+
+
+@app.command("import-up")
+def import_up(
+    config: Annotated[Path, typer.Argument(help="a YAML file of United Perception's")],
+    gpus: Annotated[int | None, typer.Option(help="its batch size is that of one")] = None,
+    train_images: Annotated[int | None, typer.Option(help="if it is not ImageNet-1k")] = None,
+    name: Annotated[str | None, typer.Option(help="of the run; as the file if not given")] = None,
+) -> None:
+    """Print the params file of a United Perception configuration, and what to know about it.
+
+    workbench import-up res50.yaml --gpus 16 > params/res50.yaml
+    """
+    from workbench import united_perception
+
+    found = united_perception.load(config, gpus=gpus, train_images=train_images, name=name)
+    print(found.params(), end="")
+    print(found.summary(), file=sys.stderr)
 
 
 @app.command()

@@ -367,12 +367,12 @@ OPERATIONS = {
 
 
 def describe(draw: dict[str, Any]) -> str:
-    """What a draw does beside cropping, in a few words: "flip, rotate -21 degrees"."""
+    """What a draw does beside cropping, in a few words: "flip, rotate -21°, posterize 2 bits"."""
+    short = {"degrees": "°", "bits": " bits", "pixels": " px", "of the side": " px"}
     words = ["flip"] if draw.get("flip") else []
     words += ["autoaugment"] if "autoaugment" in draw else []
     for name, value, _ in draw.get("randaug", []):
-        unit = "pixels" if name.startswith("translate") else _UNITS[name]
-        words.append(name if value is None else f"{name} {value:.3g} {unit}".strip())
+        words.append(name if value is None else f"{name} {value:.3g}{short.get(_UNITS[name], '')}")
     words += [f"{name} {draw[name]:.2f}" for name in draw if name in OPERATIONS]
     return ", ".join(words)
 

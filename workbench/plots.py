@@ -60,6 +60,16 @@ def grid(
     return figure
 
 
+def label_text(target: Any, classes: Sequence[str]) -> str:
+    """A class number as its name; a soft label as its shares: "0.62 cat, 0.38 dog"."""
+    if np.ndim(target) == 0:
+        return classes[int(target)]
+    shares = np.asarray(target)
+    if shares.max() > 0.995:
+        return classes[int(shares.argmax())]
+    return "\n".join(f"{shares[i]:.2f} {classes[i]}" for i in np.argsort(-shares) if shares[i] > 0)
+
+
 def strips(rows: Mapping[str, tuple[Sequence[Any], Sequence[str]]], heading: str = "") -> Figure:
     """One row of (pictures, titles) for every name, each as long as it needs to be."""
     columns = max(len(pictures) for pictures, _ in rows.values())
@@ -85,24 +95,31 @@ def lr_curves(
     """Learning rate over epochs; each schedule comes with (its function, steps, steps per epoch).
 
     With several schedules the rates are shares of their peaks over shares of the training, so
-    that shapes can be compared.
+    that shapes can be compared; schedules of one shape share a line and its label.
     """
-    figure = Figure()
-    ax = figure.subplots()
     many = len(schedules) > 1
-    for i, (name, (rate, steps, per_epoch)) in enumerate(schedules.items()):
+    shapes: dict[bytes, tuple[np.ndarray, np.ndarray, list[str]]] = {}
+    for name, (rate, steps, per_epoch) in schedules.items():
         at = np.unique(np.linspace(0, steps - 1, min(steps, 2000)).astype(int))
         values = np.array([rate(int(step)) for step in at])
         x = at / max(1, steps - 1) * 100 if many else at / per_epoch
         y = values / values.max() if many else values
+        key = np.interp(np.linspace(0, 100, 200), x, y).round(2).tobytes() if many else b""
+        shapes.setdefault(key, (x, y, []))[2].append(name)
+    figure = Figure(
+        height=max(3.2, 0.6 + 0.16 * sum(-(-len(n) // 2) for _, _, n in shapes.values()))
+    )
+    ax = figure.subplots()
+    for i, (x, y, names) in enumerate(shapes.values()):
         style = STYLES[i // len(COLOURS) % len(STYLES)]
-        ax.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=name)
+        label = "\n".join(", ".join(names[k : k + 2]) for k in range(0, len(names), 2))
+        ax.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=label)
     ax.set_xlabel("share of the training (%)" if many else "epoch")
     ax.set_ylabel("lr, share of its peak" if many else "lr")
     if log:
         ax.set_yscale("log")
     if many:
-        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.grid(alpha=0.3)
     return figure
 

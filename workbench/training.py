@@ -180,6 +180,11 @@ class Normalize:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.layout)
 
+    def undo(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images back as uint8 (n, h, w, 3), for looking at."""
+        shown = (images * self.std + self.mean).clamp(0, 255)
+        return shown.round().byte().permute(0, 2, 3, 1)
+
 
 class DeviceTransform:
     """A training batch as the model sees it: normalised, erased, mixed, on the device.
@@ -828,6 +833,28 @@ def _finished(run: runs.Run, steps: int, recipe: Any) -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks, under torchrun or alone."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def first_pictures(
+    recipe: Any, content: data.Data, count: int = 24
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first pictures of step 0 as the model sees them: DeviceTransform's images and targets.
+
+    `count` is even, so that no picture misses the partner it is mixed with.
+    """
+    batch = next(
+        data.batches(
+            content.train,
+            train_transform(recipe),
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            steps=range(1),
+            micro_batch_size=count,
+            drop_last=recipe.drop_last,
+            repeated_aug=recipe.repeated_aug,
+        )
+    )
+    return DeviceTransform(recipe, len(content.classes), torch.device("cpu"))(batch)
 
 
 def first_loss(recipe: Any, content: data.Data, model: nn.Module, pictures: int = 64) -> float:

@@ -1,0 +1,352 @@
+"""What a recipe will do, in sentences with numbers, before a second of training is spent.
+
+    for finding in doctor.examine(recipe, images=1_281_167, classes=1000):
+        print(finding)
+
+Facts follow from the recipe; a warning stands on evidence, which it names. It is advice: training
+does not ask the doctor.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from workbench import data, training
+
+
+class Finding(NamedTuple):
+    """A sentence; `source` names the evidence of a warning and is empty for a fact."""
+
+    kind: str  # "fact" or "warning"
+    text: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"warning: {self.text} [{self.source}]" if self.source else self.text
+
+
+def examine(
+    recipe: Any, *, images: int, classes: int, counts: Sequence[int] | None = None
+) -> list[Finding]:
+    """Facts first, then warnings, for a training list of `images` pictures in `classes` classes.
+
+    `counts` are the pictures of every class, where they are known. Raises TrainingError for a
+    recipe that cannot be trained on so many pictures.
+    """
+    per_epoch = data.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
+    if per_epoch == 0:
+        raise training.TrainingError(
+            f"batch_size {recipe.batch_size} is above {images} pictures and drop_last leaves none"
+        )
+    steps = recipe.epochs * per_epoch
+    facts = [
+        _length(recipe, images, per_epoch, steps),
+        _classes(images, classes, counts),
+        _rate(recipe, per_epoch, steps),
+        _pull(recipe, classes),
+        *_average(recipe, per_epoch, steps),
+        *_decay(recipe, per_epoch),
+        *_mixing(recipe),
+    ]
+    warnings = [
+        Finding("warning", text, source)
+        for rule, source in _EVIDENCE
+        if (text := rule(recipe, per_epoch, steps, classes))
+    ]
+    return [*(Finding("fact", text) for text in facts), *warnings]
+
+
+def gradient_scale(recipe: Any, classes: int) -> float:
+    """Norm of the loss's gradient at the logits of a fresh model, for one picture of one class.
+
+    Logits of a fresh model are near 0. Plain cross-entropy gives sqrt(1 - 1 / classes).
+    """
+    logits = torch.zeros(1, classes, dtype=torch.float64, requires_grad=True)
+    training.loss_function(recipe)(logits, torch.zeros(1, dtype=torch.int64)).sum().backward()
+    return logits.grad.norm().item()
+
+
+# ---- facts
+
+
+def _length(recipe: Any, images: int, per_epoch: int, steps: int) -> str:
+    text = f"{per_epoch:,} steps an epoch of {images:,} pictures, {steps:,} steps in all"
+    if (rest := images % recipe.batch_size) and not recipe.drop_last:
+        text += (
+            f"; the last step of an epoch has {rest:,} pictures instead of {recipe.batch_size:,}"
+        )
+    if recipe.repeated_aug > 1:
+        seen = recipe.epochs / recipe.repeated_aug
+        text += f"; an epoch shows 1 / {recipe.repeated_aug} of the pictures, {recipe.repeated_aug}"
+        text += f" times each, so that a picture meets {seen:.0f} epochs"
+    return text + "."
+
+
+def _classes(images: int, classes: int, counts: Sequence[int] | None) -> str:
+    text = f"{images / classes:,.0f} pictures a class on average"
+    if counts is not None and len(counts):
+        text += f", {min(counts):,} in the smallest and {max(counts):,} in the largest"
+    return text + f"; guessing gives {100 / classes:.3g} % top-1."
+
+
+def _rate(recipe: Any, per_epoch: int, steps: int) -> str:
+    rate = training.lr_schedule(recipe, per_epoch)
+    climb = _climb(recipe, per_epoch)
+    text = f"lr stands at its peak of {recipe.lr:g}"
+    if climb:
+        text = (
+            f"lr climbs from {rate(0):.3g} to its peak of {recipe.lr:g} over {climb:,} steps "
+            f"({climb / per_epoch:.3g} of {recipe.epochs} epochs)"
+        )
+    return (
+        text + f", is {rate(steps // 2):.3g} half way and {rate(steps - 1):.3g} in the last step."
+    )
+
+
+def _climb(recipe: Any, per_epoch: int) -> int:
+    return recipe.warmup_steps or round(recipe.warmup_epochs * per_epoch)
+
+
+def _pull(recipe: Any, classes: int) -> str:
+    scale, plain = gradient_scale(recipe, classes), math.sqrt(1 - 1 / classes)
+    text = f"A fresh picture pulls on its logits with a gradient of {scale:.3g}"
+    if abs(scale / plain - 1) > 0.02:
+        text += f", {scale / plain:.2g} times that of cross-entropy"
+    if recipe.optimizer == "sgd":
+        return text + "."
+    return text + f"; {recipe.optimizer} takes no notice of a constant factor."
+
+
+def _average(recipe: Any, per_epoch: int, steps: int) -> list[str]:
+    if recipe.ema_decay is None:
+        return []
+    half, left = _half_life(recipe), recipe.ema_decay**steps
+    return [
+        f"EMA: half of it is younger than {half:,.0f} steps ({half / per_epoch:.3g} epochs, "
+        f"{half / steps:.1%} of the training); {left:.2g} of the initial weights stays."
+    ]
+
+
+def _half_life(recipe: Any) -> float:
+    return math.log(0.5) / math.log(recipe.ema_decay)
+
+
+def _decay(recipe: Any, per_epoch: int) -> list[str]:
+    if recipe.weight_decay == 0 or recipe.optimizer == "lamb":
+        return []
+    epochs = math.log(2) / (recipe.lr * recipe.weight_decay) / per_epoch
+    if recipe.optimizer == "sgd" and recipe.momentum:
+        epochs *= 1 - recipe.momentum  # a constant gradient moves 1 / (1 - momentum) as far
+    spared = "" if recipe.decay_all else "; norms and biases are spared"
+    return [f"Weight decay alone would halve a weight in {epochs:.3g} epochs at the peak{spared}."]
+
+
+def _mixing(recipe: Any) -> list[str]:
+    if not (recipe.mixup_alpha or recipe.cutmix_alpha):
+        return []
+    share = recipe.switch_prob if recipe.mixup_alpha else 1.0
+    share = share if recipe.cutmix_alpha else 0.0
+    kinds = [
+        f"{part:.0%} {name} (alpha {alpha:g})"
+        for name, alpha, part in (
+            ("Mixup", recipe.mixup_alpha, 1 - share),
+            ("CutMix", recipe.cutmix_alpha, share),
+        )
+        if part
+    ]
+    unit = "pictures" if recipe.mix_per_sample else "steps"
+    return [f"Of all {unit} {' and '.join(kinds)}; training top-1 counts the larger label."]
+
+
+# ---- warnings: (recipe, steps per epoch, steps, classes) -> sentence, or False
+
+
+def _small(recipe: Any) -> bool:
+    name = recipe.model
+    return name.startswith(
+        ("resnet10", "resnet14", "resnet18", "test_", "mobilenet", "regnetx_002")
+    )
+
+
+def _mixes(recipe: Any) -> bool:
+    return recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0
+
+
+def _from_scratch(recipe: Any) -> bool:
+    return not (recipe.weights or recipe.pretrained or recipe.resume_from)
+
+
+def _strikes_on_a_small_network(recipe, per_epoch, steps, classes):
+    return (
+        recipe.loss == "bce"
+        and _mixes(recipe)
+        and recipe.epochs <= 100
+        and _small(recipe)
+        and _from_scratch(recipe)
+        and f"strikes in {recipe.epochs} epochs on a small network: RSB's 100 epochs (A3) gave "
+        "ResNet-18 68.25, 300 (A2) 70.63, 600 (A1) 71.50, and plain training in 90 gave 69.75; "
+        "United Perception's lighter form, without RandAugment, 72.78 in 300"
+    )
+
+
+def _lamb_rate(recipe, per_epoch, steps, classes):
+    root = math.sqrt(recipe.batch_size / 2048)
+    low, high = 0.005 * root, 0.008 * root
+    return (
+        recipe.optimizer == "lamb"
+        and _from_scratch(recipe)
+        and not low / 1.6 <= recipe.lr <= high * 1.6
+        and f"LAMB with lr {recipe.lr:g} at batch_size {recipe.batch_size:,}: known to work are "
+        f"0.005 to 0.008 at 2,048, by the square-root rule {low:.2g} to {high:.2g} here"
+    )
+
+
+def _lamb_clip(recipe, per_epoch, steps, classes):
+    return (
+        recipe.optimizer == "lamb"
+        and recipe.clip_grad_norm is None
+        and "LAMB without clip_grad_norm: the published recipes clip at 1.0 inside LAMB, mostly "
+        "without saying so"
+    )
+
+
+def _sgd_rate(recipe, per_epoch, steps, classes):
+    linear = 0.1 * recipe.batch_size / 256
+    return (
+        recipe.optimizer == "sgd"
+        and _from_scratch(recipe)
+        and recipe.momentum >= 0.8
+        and not linear / 4 <= recipe.lr <= linear * 4
+        and recipe.batch_size >= 64
+        and f"SGD with lr {recipe.lr:g} at batch_size {recipe.batch_size:,}: the linear rule says "
+        f"{linear:.2g}; lr is not rescaled when batch_size changes"
+    )
+
+
+def _no_warmup(recipe, per_epoch, steps, classes):
+    return (
+        _climb(recipe, per_epoch) == 0
+        and recipe.schedule != "one_cycle"
+        and _from_scratch(recipe)
+        and recipe.batch_size >= 1024
+        and f"no warm-up at batch_size {recipe.batch_size:,}: large batches diverge or lose "
+        "accuracy in the first epochs without one; 5 epochs are usual"
+    )
+
+
+def _long_warmup(recipe, per_epoch, steps, classes):
+    climb = _climb(recipe, per_epoch)
+    return (
+        climb > 0.2 * steps
+        and f"the warm-up takes {climb:,} of {steps:,} steps; published recipes take 1 to 7 %. "
+        "United Perception's resnet50D file holds 62,560 steps where 6,256 or so were meant"
+    )
+
+
+def _slow_average(recipe, per_epoch, steps, classes):
+    if recipe.ema_decay is None or _half_life(recipe) <= 0.1 * steps:
+        return False
+    fitting = 1 - math.log(2) / (0.05 * steps)
+    advice = f"{fitting:.4g} would make it 5 %" if fitting > 0 else "leave it out"
+    return (
+        f"EMA with decay {recipe.ema_decay:g} has a half-life of {_half_life(recipe) / steps:.0%} "
+        f"of this training, so it trails far behind; {advice}"
+    )
+
+
+def _weak_pull(recipe, per_epoch, steps, classes):
+    scale = gradient_scale(recipe, classes)
+    return (
+        recipe.optimizer == "sgd"
+        and scale < 0.3
+        and f"the loss pulls with {scale:.2g}, the mean over {classes:,} classes, and sgd follows "
+        "its length: bce_sum, a larger lr, or lamb"
+    )
+
+
+def _short_mixing(recipe, per_epoch, steps, classes):
+    return (
+        _mixes(recipe)
+        and recipe.epochs < 100
+        and _from_scratch(recipe)
+        and f"mixing in {recipe.epochs} epochs: mixed pictures ask for longer training, Bag of "
+        "Tricks goes from 120 epochs to 200 for them"
+    )
+
+
+def _smoothing_and_threshold(recipe, per_epoch, steps, classes):
+    return (
+        recipe.bce_threshold is not None
+        and recipe.label_smoothing > 0
+        and recipe.label_smoothing / classes < recipe.bce_threshold
+        and f"label_smoothing {recipe.label_smoothing:g} before bce_threshold "
+        f"{recipe.bce_threshold:g}: every target becomes 0 or 1, so smoothing only moves the share "
+        f"of a mix that counts, to {_least_share(recipe, classes):.3f}"
+    )
+
+
+def _least_share(recipe: Any, classes: int) -> float:
+    s = recipe.label_smoothing
+    return (recipe.bce_threshold - s / classes) / (1 - s)
+
+
+def _shift_out_of_sight(recipe, per_epoch, steps, classes):
+    far = 10 * recipe.randaug_m
+    return (
+        recipe.randaug_n > 0
+        and recipe.randaug_form == "up"
+        and far > 0.45 * recipe.image_size
+        and f"RandAugment in UP's form moves by {far:.0f} of {recipe.image_size} pixels; "
+        "randaug_form: timm moves by at most 45 % of the side"
+    )
+
+
+def _mirrored_writing(recipe, per_epoch, steps, classes):
+    return (
+        recipe.flip > 0
+        and recipe.dataset in ("digits", "letters")
+        and f"flip {recipe.flip:g} mirrors {recipe.dataset}, and a mirrored b is a d"
+    )
+
+
+def _small_norm_batch(recipe, per_epoch, steps, classes):
+    size = recipe.micro_batch_size or recipe.batch_size
+    return (
+        size < 16
+        and recipe.model.startswith(("resnet", "regnet", "mobilenet", "efficientnet"))
+        and f"batch norm sees {size} pictures at a time: its error rises below 16"
+    )
+
+
+def _short_of_the_end(recipe, per_epoch, steps, classes):
+    if recipe.cosine_epochs is None:
+        return False
+    last = training.lr_schedule(recipe, per_epoch)(steps - 1)
+    return (
+        last > recipe.lr_min + 0.005 * recipe.lr
+        and f"cosine_epochs {recipe.cosine_epochs:g} after the warm-up reach beyond the last "
+        f"epoch: lr ends at {last:.3g}, {last / recipe.lr:.1%} of its peak"
+    )
+
+
+_RSB = "arXiv 2110.00476, table 2"
+_UP = "United Perception's lr_helper.py"
+_TIMM = "timm's results-imagenet.csv, resnet18.{a1,a2,a3,tv}_in1k at 224 pixels; UP's benchmark"
+_EVIDENCE = [
+    (_strikes_on_a_small_network, _TIMM),
+    (_lamb_rate, f"{_RSB}; arXiv 1904.00962, section 4"),
+    (_lamb_clip, "timm's and United Perception's LAMB: max_grad_norm 1.0 by default"),
+    (_sgd_rate, "arXiv 1706.02677, section 2.1: 0.1 for 256 pictures"),
+    (_no_warmup, "arXiv 1706.02677, section 2.2"),
+    (_long_warmup, _UP),
+    (_slow_average, "half-life ln 0.5 / ln decay; timm issue 281"),
+    (_weak_pull, "the formula; timm's bce_sum and UP's bias exist for it"),
+    (_short_mixing, "arXiv 1812.01187, section 5"),
+    (_smoothing_and_threshold, "the formula; timm thresholds after smoothing"),
+    (_shift_out_of_sight, "United Perception's table: 10 M pixels at magnitude M"),
+    (_mirrored_writing, "the alphabet"),
+    (_small_norm_batch, "arXiv 1803.08494, figure 1"),
+    (_short_of_the_end, _UP),
+]
