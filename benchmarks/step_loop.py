@@ -36,6 +36,7 @@ def batches(count: int, batch_size: int, image_size: int) -> list[data.Batch]:
             ),
             torch.randint(0, 10, (batch_size,), generator=generator),
             torch.zeros(batch_size, dtype=torch.int64),
+            torch.arange(batch_size),
             0,
             True,
             batch_size,

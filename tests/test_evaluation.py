@@ -33,7 +33,7 @@ def batches(labels: torch.Tensor, size: int = 7, shuffle: bool = False) -> list[
         rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
     parts = rows.split(size)
     return [
-        Batch(p[:, None, None, None].expand(-1, 3, 2, 2), labels[p], p, 0, True, len(p), [])
+        Batch(p[:, None, None, None].expand(-1, 3, 2, 2), labels[p], p, p, 0, True, len(p), [])
         for p in parts
     ]
 
