@@ -1,0 +1,1626 @@
+"""A United Perception file becomes the recipe it names; what it does not do is said in numbers."""
+
+import copy
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+from workbench import ROOT, training, united_perception
+from workbench.recipe import Recipe
+from workbench.united_perception import DEFECT, IMAGENET, NOTHING, TAKEN, UnitedPerceptionError
+
+# ---- configurations in the shape of UP's, written for these tests; @slots@ differ between them
+
+TEMPLATE = """
+num_classes: &num_classes @classes@
+runtime:
+  task_names: cls
+@runtime@
+random_resized_crop: &random_resized_crop
+  type: torch_random_resized_crop
+  kwargs: {size: 224@crop@}
+random_horizontal_flip: &random_horizontal_flip
+  type: torch_random_horizontal_flip
+pil_color_jitter: &pil_color_jitter
+  type: torch_color_jitter
+  kwargs: {@jitter@}
+random_augmentation: &random_augmentation
+  type: torch_random_augmentationIncre
+  kwargs: {n: 2, m: @m@, magnitude_std: 0.5}
+auto_augmentation: &auto_augmentation
+  type: torch_auto_augmentation
+  kwargs: {size: 224}
+torch_resize: &torch_resize
+  type: torch_resize
+  kwargs: {size: 256}
+torch_center_crop: &torch_center_crop
+  type: torch_center_crop
+  kwargs: {size: 224}
+to_tensor: &to_tensor
+  type: to_tensor
+normalize: &normalize
+  type: normalize
+  kwargs: {mean: @mean@, std: @std@}
+rand_erase: &rand_erase
+  type: torch_randerase
+  kwargs: {probability: 0.25}
+cutmix_mixup: &cutmix_mixup
+  type: torch_cutmix_mixup
+  kwargs: {mixup_alpha: 0.1, cutmix_alpha: 1.0, switch_prob: 0.5, num_classes: *num_classes}
+
+dataset:
+  train:
+    dataset:
+      type: cls
+      kwargs:
+        meta_file: @train@
+        image_reader:
+          type: fs_pillow
+          kwargs: {image_dir: @train_dir@, color_mode: RGB}
+        transformer: [@transformer@]
+    batch_sampler:
+      type: base
+      kwargs:
+        sampler: {type: dist, kwargs: {}}
+        batch_size: @batch@
+    dataloader:
+      type: cls_base
+      kwargs:
+        num_workers: 4
+        pin_memory: true
+        @batch_fn@
+  test:
+    dataset:
+      type: cls
+      kwargs:
+        meta_file: @val@
+        image_reader:
+          type: fs_pillow
+          kwargs: {image_dir: @val_dir@, color_mode: RGB}
+        transformer: [*torch_resize, *torch_center_crop, *to_tensor, *normalize]
+        evaluator: {type: imagenet, kwargs: {topk: [1, 5]}}
+    batch_sampler: {type: base, kwargs: {sampler: {type: dist, kwargs: {}}, batch_size: 64}}
+
+trainer:
+  @length@
+  test_freq: 5
+  save_freq: 5
+  only_save_latest: true
+  optimizer: @optimizer@
+  @scheduler@
+
+saver:
+  save_dir: runs/somewhere
+  results_dir: runs/somewhere/results
+  auto_resume: true
+hooks:
+  - type: auto_save_best
+@extra@
+net:
+  - name: backbone
+    type: @backbone@
+    kwargs:
+      out_layers: [4]
+      normalize: {type: solo_bn}
+      initializer: {method: msra}
+      @options@
+  - name: head
+    type: base_cls_head
+    kwargs: {num_classes: *num_classes, in_plane: 512, input_feature_idx: -1@head@}
+  - name: post_process
+    type: base_cls_postprocess
+    kwargs:
+      cls_loss: @loss@
+"""
+T_STD = "*random_resized_crop, *random_horizontal_flip, *pil_color_jitter, *to_tensor, *normalize"
+SGD = "{{type: SGD, kwargs: {{lr: {}, nesterov: true, momentum: 0.9, weight_decay: {}}}}}"
+STEPS = """lr_scheduler:
+    warmup_iter: {}
+    warmup_type: linear
+    warmup_register_type: no_scale_lr
+    warmup_ratio: {}
+    type: {}
+    kwargs: {{{}}}"""
+PLAIN = {
+    "classes": 1000,
+    "runtime": "",
+    "crop": "",
+    "jitter": "brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1",
+    "m": 7,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "train": "images/meta/train.txt",
+    "train_dir": "images/train",
+    "val": "images/meta/val.txt",
+    "val_dir": "images/val",
+    "transformer": T_STD,
+    "batch": 64,
+    "batch_fn": "",
+    "length": "max_epoch: 100",
+    "optimizer": SGD.format(0.4, 0.0001),
+    "scheduler": STEPS.format(2500, 0.25, "MultiStepLR", "milestones: [30, 60, 90], gamma: 0.1"),
+    "extra": "",
+    "backbone": "resnet18",
+    "options": "",
+    "head": "",
+    "loss": "{type: label_smooth_ce, kwargs: {smooth_ratio: 0.1, num_classes: *num_classes}}",
+}
+
+
+def config(**slots) -> str:
+    """The plain configuration of resnet18 with other contents of the slots."""
+    text = TEMPLATE
+    for slot, content in {**PLAIN, **slots}.items():
+        assert slot in PLAIN
+        text = text.replace(f"@{slot}@", str(content))
+    return text
+
+
+def unwarmed(kind, kwargs):
+    return STEPS.format(0, 0.25, kind, kwargs)
+
+
+def cosine(warmup, ratio, length, end, own=None, kind="CosineAnnealingLR"):
+    """A scheduler block; `own` is the warm-up that the cosine itself knows of."""
+    key = "warmup_iter" if kind == "CosineAnnealingLR" else "warm_epoch"
+    inner = f"T_max: {length}, eta_min: {end}" + (f", {key}: {own}" if own is not None else "")
+    return STEPS.format(warmup, ratio, kind, inner)
+
+
+EMA = "ema: {{enable: true, ema_type: linear, kwargs: {{decay: {}}}}}"
+BCE = "{type: bce, kwargs: {bias: true}}"
+MIXUP = "batch_fn: {type: batch_mixup, kwargs: {alpha: 0.2, num_classes: *num_classes}}"
+BOTH = (
+    "batch_fn: {{type: batch_cutmixup, kwargs: "
+    "{{mixup_alpha: {}, cutmix_alpha: 1.0, switch_prob: 0.5, num_classes: *num_classes}}}}"
+).format
+LAMB = "{{type: LAMB, kwargs: {{lr: {}, weight_decay: 0.02}}}}".format
+ADAMW = "{{type: AdamW, kwargs: {{lr: {}, weight_decay: 0.05}}{}}}".format
+CROP_FLIP = "*random_resized_crop, *random_horizontal_flip"
+RSB_JITTER = {"jitter": "brightness: 0.4, contrast: 0.4, saturation: 0.4", "transformer": T_STD}
+
+# what every one of them says beside its own
+DATA = {
+    "dataset": "files",
+    "train_list": ["images/meta/train.txt"],
+    "train_root": ["images/train"],
+    "val_list": ["images/meta/val.txt"],
+    "val_root": ["images/val"],
+    "num_classes": 1000,
+    "image_size": 224,
+    "val_resize": 256,
+    "crop_scale": [0.08, 1.0],
+    "flip": 0.5,
+    "val_every": 5,
+    "workers": 4,
+}
+JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
+STRONG = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}
+N = {"nesterov": True}
+LS = {"label_smoothing": 0.1}
+WARM = {"warmup_steps": 2500, "warmup_ratio": 0.25}
+SOFT = {"mixup_alpha": 0.2, "up_smoothing": True, **LS}
+BCES = {"loss": "bce", "bce_sum": True, "bce_shift": True}
+RSB = {"optimizer": "lamb", "weight_decay": 0.02, "clip_grad_norm": 1.0, **BCES}
+RSB |= {"mixup_alpha": 0.1, "cutmix_alpha": 1.0}
+SWITCH = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "up_smoothing": True, **LS}
+STEP_90 = {"schedule": "multistep", "milestones": [30, 60, 90]}
+CARS = {
+    "classes": 196,
+    "train": "/cars//train.txt",
+    "train_dir": "/cars/train",
+    "val": "/cars/test.txt",
+    "val_dir": "/cars/test",
+    "backbone": "resnet50",
+}
+CARS_DATA = {
+    "data_dir": "/cars",
+    "train_list": ["train.txt"],
+    "train_root": ["train"],
+    "val_list": ["test.txt"],
+    "val_root": ["test"],
+    "num_classes": 196,
+    "model": "resnet50",
+}
+KD = """teacher:
+  - name: backbone
+    type: resnet152
+    kwargs: {normalize: {type: solo_bn}, deep_stem: true, avg_down: true}
+  - name: head
+    type: base_cls_head
+    kwargs: {num_classes: *num_classes}
+"""
+KD_NEW = f"""{KD}mimic:
+  mimic_ins_type: base
+  loss_weight: 0.5
+  warm_up_iters: 1000
+  cfgs:
+    loss: {{type: kd_loss, kwargs: {{T: 4, loss_weight: 2.0}}}}
+  teacher: {{mimic_name: [head.classifier], teacher_weight: teacher.pth}}
+  student: {{mimic_name: [head.classifier]}}
+"""
+KD_OLD = f"""{KD}mimic:
+  mimic_name: res152_to_res18
+  mimic_type: kl
+  loss_weight: 1.0
+  teacher: {{mimic_name: [head.classifier], teacher_weight: teacher.pth}}
+  student: {{mimic_name: [head.classifier], student_weight: student.pth}}
+"""
+GROUPS = ", pconfig: {{bn_w: {0}, bn_b: {0}}}".format("{weight_decay: 0.0}")
+MOBILE = {
+    "optimizer": SGD.format(0.4, "0.00004")[:-1] + GROUPS + "}",
+    "extra": EMA.format(0.999),
+    "backbone": "mobilenet_v2",
+    "length": "max_iter: 312500",
+    "scheduler": cosine(2500, 0.25, 312500, 0.0, 2500),
+}
+SWIN_AUG = "*random_resized_crop, *auto_augmentation, *to_tensor, *normalize, *rand_erase"
+
+# name: (slots, GPUs, what of the recipe differs from Recipe()'s defaults beside DATA)
+FAMILIES: dict[str, tuple[dict, int, dict]] = {
+    "plain": (
+        {},
+        16,
+        dict(model="resnet18", epochs=100, batch_size=1024, lr=0.4, weight_decay=1e-4)
+        | {**N, **STEP_90, **WARM, **LS, **JITTER},
+    ),
+    "bag of tricks": (
+        {
+            "length": "max_epoch: 200",
+            "optimizer": SGD.format(0.8, "0.00005"),
+            "scheduler": cosine(3130, 0.25, 200, 0.0, 3130),
+            "batch_fn": MIXUP,
+            "extra": EMA.format(0.9999),
+            "backbone": "resnet50",
+        },
+        32,
+        dict(model="resnet50", epochs=200, batch_size=2048, lr=0.8, weight_decay=5e-5)
+        | dict(warmup_steps=3130, warmup_ratio=0.25, ema_decay=0.9999, **N, **SOFT, **JITTER),
+    ),
+    "resnet50D": (
+        {
+            "length": "max_epoch: 200",
+            "scheduler": cosine(62560, 0.00015974, 200, "0.000001", 0),
+            "batch_fn": MIXUP,
+            "backbone": "resnet50_D",
+        },
+        32,
+        dict(model="resnet50", avg_down=True, epochs=200, batch_size=2048, lr=0.4, lr_min=1e-6)
+        | dict(weight_decay=1e-4, warmup_steps=62560, warmup_ratio=0.00015974)
+        | {**N, **SOFT, **JITTER},
+    ),
+    "strikes 100e": (
+        {
+            **RSB_JITTER,
+            "optimizer": LAMB(0.008),
+            "scheduler": cosine(3130, 0.02, 100, 0.0, 3130),
+            "batch_fn": BOTH(0.1),
+            "extra": EMA.format(0.9999),
+            "loss": BCE,
+        },
+        32,
+        dict(model="resnet18", epochs=100, batch_size=2048, lr=0.008, ema_decay=0.9999)
+        | dict(warmup_steps=3130, warmup_ratio=0.02, **RSB, **STRONG),
+    ),
+    "strikes 300e": (
+        {
+            "transformer": f"{CROP_FLIP}, *random_augmentation, *to_tensor, *normalize",
+            "length": "max_epoch: 300",
+            "optimizer": LAMB(0.005),
+            "scheduler": cosine(3130, 0.0002, 300, "0.000001", 5, "CosineLREpochScheduler"),
+            "batch_fn": BOTH(0.1),
+            "loss": BCE,
+            "backbone": "resnet50",
+            "options": "drop_path_rate: 0.05",
+        },
+        32,
+        dict(model="resnet50", drop_path=0.05, epochs=300, batch_size=2048, lr=0.005, lr_min=1e-6)
+        | dict(warmup_steps=3130, warmup_ratio=0.0002, cosine_epochs=300.0, lr_per_epoch=True)
+        | dict(randaug_n=2, **RSB),
+    ),
+    "softmax eql": (
+        {
+            "optimizer": SGD.format(0.1, 0.0005),
+            "length": "max_epoch: 90",
+            "scheduler": unwarmed("EpochBasedCosineAnnealingLR", "T_max: 90, eta_min: 0.01"),
+            "loss": "{type: softmax_eql, kwargs: {num_classes: 1000, indicator: pos, tau: 1}}",
+        },
+        8,
+        dict(model="resnet18", epochs=90, batch_size=512, weight_decay=5e-4, lr_min=0.001)
+        | dict(cosine_epochs=90.0, lr_per_epoch=True, **N, **JITTER),
+    ),
+    "kd": (
+        {"extra": KD_NEW, "runtime": "  runner: {type: kd}"},
+        16,
+        dict(model="resnet18", epochs=100, batch_size=1024, lr=0.4, weight_decay=1e-4)
+        | {**N, **STEP_90, **WARM, **LS, **JITTER},
+    ),
+    "kd bag of tricks": (
+        {
+            "extra": KD_OLD,
+            "runtime": "  runner: {type: kd}",
+            "length": "max_epoch: 180",
+            "optimizer": SGD.format(0.4, 0),
+            "scheduler": unwarmed("CosineAnnealingLR", "T_max: 180, eta_min: 0.0"),
+            "batch_fn": MIXUP,
+            "transformer": f"{CROP_FLIP}, *to_tensor, *normalize",
+        },
+        32,
+        dict(model="resnet18", epochs=180, batch_size=2048, lr=0.4, weights="student.pth")
+        | {**N, **SOFT},
+    ),
+    "downstream": (
+        {
+            **CARS,
+            "length": "max_epoch: 150",
+            "optimizer": SGD.format(0.01, 0.0005),
+            "scheduler": unwarmed("MultiStepLR", "milestones: [50, 100], gamma: 0.1"),
+        },
+        1,
+        dict(epochs=150, batch_size=64, lr=0.01, weight_decay=5e-4, schedule="multistep")
+        | dict(milestones=[50, 100], **CARS_DATA, **N, **LS, **JITTER),
+    ),
+    "downstream strikes": (
+        {
+            **CARS,
+            "transformer": f"{CROP_FLIP}, *random_augmentation, *to_tensor, *normalize,"
+            " *cutmix_mixup",
+            "length": "max_epoch: 300",
+            "optimizer": SGD.format(0.01, 0.0005),
+            "scheduler": unwarmed("CosineAnnealingLR", "T_max: 300, eta_min: 0.0"),
+            "loss": BCE,
+        },
+        1,
+        dict(epochs=300, batch_size=64, lr=0.01, weight_decay=5e-4, mixup_alpha=0.1)
+        | dict(cutmix_alpha=1.0, mix_per_sample=True, randaug_n=2, **CARS_DATA, **N, **BCES),
+    ),
+    "mobilenet": (
+        {**MOBILE, "runtime": "  iter_base: true\n  fp16: true"},
+        16,
+        dict(model="mobilenetv2_100", epochs=250, batch_size=1024, lr=0.4, weight_decay=4e-5)
+        | dict(decay_all=False, ema_decay=0.999, val_every=1, **N, **WARM, **LS, **JITTER),
+    ),
+    "mobilenet as it is": (
+        {**MOBILE, "runtime": "iter_base: true\nfp16: {enable: true}"},
+        16,
+        dict(model="mobilenetv2_100", epochs=250, batch_size=1024, lr=0.4, weight_decay=4e-5)
+        | dict(decay_all=False, ema_decay=0.999, val_every=1, **N, **WARM, **LS, **JITTER),
+    ),
+    "mobilenetv3": (
+        {"backbone": "mobilenet_v3_small", "head": ", dropout: 0.2"},
+        16,
+        dict(model="mobilenetv3_small_100", dropout=0.2, epochs=100, batch_size=1024, lr=0.4)
+        | dict(weight_decay=1e-4, **N, **STEP_90, **WARM, **LS, **JITTER),
+    ),
+    "regnet": (
+        {
+            "backbone": "regnetx_200m",
+            "length": "max_iter: 125000",
+            "optimizer": SGD.format(0.8, "0.00005"),
+            "scheduler": cosine(6250, 0.25, 125000, 0.0),
+        },
+        16,
+        dict(model="regnetx_002", epochs=100, batch_size=1024, lr=0.8, weight_decay=5e-5)
+        | dict(warmup_steps=6250, warmup_ratio=0.25, **N, **LS, **JITTER),
+    ),
+    "convnext": (
+        {
+            "backbone": "convnext_tiny",
+            "options": "drop_path_rate: 0.1",
+            "transformer": f"{CROP_FLIP}, *random_augmentation, *to_tensor, *normalize,"
+            " *rand_erase",
+            "m": 9,
+            "batch": 128,
+            "length": "max_epoch: 300",
+            "optimizer": ADAMW(0.004, ""),
+            "scheduler": cosine(6260, 0.0001597, 300, "0.000001", 0),
+            "batch_fn": BOTH(0.8),
+            "extra": EMA.format(0.9999),
+        },
+        32,
+        dict(model="convnext_tiny", drop_path=0.1, epochs=300, batch_size=4096, lr=0.004)
+        | dict(optimizer="adamw", weight_decay=0.05, lr_min=1e-6, ema_decay=0.9999)
+        | dict(warmup_steps=6260, warmup_ratio=0.0001597, randaug_n=2, randaug_m=9.0)
+        | dict(erase_prob=0.25, **SWITCH),
+    ),
+    "swin": (
+        {
+            "crop": ", interpolation: bicubic",
+            "transformer": SWIN_AUG,
+            "backbone": "swin_tiny",
+            "options": "drop_path_rate: 0.2",
+            "length": "max_epoch: 300",
+            "optimizer": ADAMW(
+                0.001,
+                ", pconfig: {ln_w: {weight_decay: 0.0}, ln_b: {weight_decay: 0.0}, linear_b:"
+                " {weight_decay: 0.0, nodecay: [relative_position_bias_table]}}",
+            ),
+            "scheduler": cosine(25020, 0.0001, 300, "0.00001", 20, "CosineLREpochScheduler"),
+            "batch_fn": BOTH(0.8),
+            "extra": "  - {type: grad_clipper, kwargs: {mode: average, max_norm: 5.0}}",
+        },
+        16,
+        dict(model="swin_tiny_patch4_window7_224", drop_path=0.2, epochs=300, batch_size=1024)
+        | dict(interpolation="bicubic", flip=0.0, autoaugment=True, erase_prob=0.25, lr=0.001)
+        | dict(optimizer="adamw", weight_decay=0.05, decay_all=False, lr_min=1e-5)
+        | dict(warmup_steps=25020, warmup_ratio=0.0001, cosine_epochs=300.0, lr_per_epoch=True)
+        | SWITCH,
+    ),
+    "vit": (
+        {
+            "transformer": "*random_resized_crop, *auto_augmentation, *to_tensor, *normalize",
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "backbone": "vit_base16",
+            "options": "drop_path_rate: 0.1",
+            "length": "max_epoch: 300",
+            "optimizer": ADAMW(0.00075, ""),
+            "scheduler": cosine(3760, 0.00133, 300, "0.000001", 3, "CosineLREpochScheduler"),
+            "batch_fn": BOTH(0.8),
+        },
+        16,
+        dict(model="vit_base_patch16_224", drop_path=0.1, epochs=300, batch_size=1024)
+        | dict(mean=[0.5] * 3, std=[0.5] * 3, flip=0.0, autoaugment=True, lr=0.00075)
+        | dict(optimizer="adamw", weight_decay=0.05, lr_min=1e-6, warmup_steps=3760)
+        | dict(warmup_ratio=0.00133, cosine_epochs=300.0, lr_per_epoch=True, **SWITCH),
+    ),
+}
+
+
+def read(family: str, **options):
+    slots, gpus, _ = FAMILIES[family]
+    return united_perception.loads(config(**slots), gpus=gpus, **options)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """(name, what was found, the knobs that were wanted)"""
+    wanted = {k: v for k, v in (DATA | FAMILIES[request.param][2]).items() if v != default(k)}
+    return request.param, read(request.param), wanted
+
+
+def default(knob: str):
+    return Recipe.model_fields[knob].default
+
+
+def said(found, where: str, kind: str = DEFECT) -> str:
+    """The notes of a kind on a place, in one text."""
+    return "\n".join(n.text for n in found.notes if n.kind == kind and n.where == where)
+
+
+def refused(text: str, **options) -> str:
+    with pytest.raises(UnitedPerceptionError) as caught:
+        united_perception.loads(text, **options)
+    return str(caught.value)
+
+
+def changed(text: str, **options) -> dict:
+    return united_perception.loads(text, **options).recipe.changed()
+
+
+# ---- every value arrives
+
+
+def test_a_configuration_becomes_the_recipe_it_names(family):
+    _, found, wanted = family
+    assert found.recipe.changed() == wanted
+
+
+def test_params_read_back_to_an_equal_recipe(family, tmp_path):
+    _, found, wanted = family
+    path = tmp_path / "recipe.yaml"
+    path.write_text(found.params(), encoding="utf-8")
+    assert Recipe.read(path) == found.recipe
+    assert yaml.safe_load(found.params()) == wanted
+    knobs = [line for line in found.params().splitlines() if not line.startswith("#")]
+    assert [line.split(":")[0] for line in knobs] == [k for k in Recipe.model_fields if k in wanted]
+    assert all(" # " in line for line in knobs)
+
+
+def test_every_note_stands_in_the_params_but_what_was_taken_as_it_is(family):
+    _, found, _ = family
+    text = " ".join(line.lstrip("# ") for line in found.params().splitlines())
+    for kind, where, what in found.notes:
+        if kind != TAKEN or where.startswith("--"):
+            assert f"{where}: {what}" in text
+    for note in found.origin.values():
+        assert note in found.notes and note.kind == TAKEN
+
+
+def test_models_are_timms(family):
+    name, found, _ = family
+    assert timm.is_model(found.recipe.model)
+
+
+def test_every_name_in_the_table_of_models_is_timms():
+    names = set(united_perception._TIMM.values())
+    assert len(names) > 40 and all(timm.is_model(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "name, options, model",
+    [
+        *[(f"resnet{n}", "", f"resnet{n}") for n in (18, 34, 50, 101, 152)],
+        ("mobilenet_v2", "scale: 1.0", "mobilenetv2_100"),
+        ("mobilenetv2", "scale: 0.5", "mobilenetv2_050"),
+        ("mobilenet_v3", "mode: large", "mobilenetv3_large_100"),
+        ("regnetx_400m", "", "regnetx_004"),
+        ("regnety_6400m", "", "regnety_064"),
+        ("efficientnet_b4", "", "efficientnet_b4"),
+        ("convnext_small", "", "convnext_small"),
+        ("swin_transformer_small", "", "swin_small_patch4_window7_224"),
+        ("swin_base_224", "", "swin_base_patch4_window7_224"),
+        ("swin_base_384", "", "swin_base_patch4_window12_384"),
+        ("swin_large", "window_size: 12", "swin_large_patch4_window12_384"),
+        ("vit_b16_224", "", "vit_base_patch16_224"),
+        ("vit_huge14", "", "vit_huge_patch14_224"),
+        ("deit_small", "", "deit_small_patch16_224"),
+        ("vit_base_patch16_224", "", "vit_base_patch16_224"),
+    ],
+)
+def test_a_backbone_has_timms_name(name, options, model):
+    assert changed(config(backbone=name, options=options))["model"] == model
+    assert timm.is_model(model)
+
+
+@pytest.mark.parametrize("name, options", [("cswin_tiny", ""), ("mobilenet_v2", "scale: 2.0")])
+def test_a_backbone_that_timm_has_not_keeps_its_name_and_is_told(name, options):
+    found = united_perception.loads(config(backbone=name, options=options))
+    assert found.recipe.model == name and "timm has no" in said(found, "net[0].type", NOTHING)
+
+
+# ---- learning rates by UP's formulas, written out slowly
+
+E_OF = {name: math.ceil(IMAGENET / (64 * gpus)) for name, (_, gpus, _) in FAMILIES.items()}
+E_OF["convnext"] = 313
+
+
+def up_warmup(t, peak, ratio, steps):
+    return ratio * peak + (peak - ratio * peak) * t / (steps - 1)
+
+
+def up_multistep(t, peak, milestones, steps):
+    rate = peak
+    for milestone in milestones:
+        if milestone * steps <= t:
+            rate = rate * 0.1
+    return rate
+
+
+def up_cosine(t, peak, end, length, steps, own):
+    angle = math.pi * (t - own) / (length * steps - own)
+    return end + (peak - end) * (1 + math.cos(angle)) / 2
+
+
+def up_epoch_cosine(t, peak, end, length, steps, warm):
+    epoch = t // steps
+    return end + (peak - end) * (1 + math.cos(math.pi * (epoch - warm) / length)) / 2
+
+
+def up_share_cosine(t, peak, share, length, steps):
+    epoch = t // steps
+    return peak * ((1 - share) * (1 + math.cos(math.pi * epoch / length)) / 2 + share)
+
+
+# name: (steps of warm-up, its ratio, UP's lr after it, largest relative difference)
+RATES = {
+    "plain": (2500, 0.25, lambda t: up_multistep(t, 0.4, [30, 60, 90], 1252), 1e-12),
+    "bag of tricks": (3130, 0.25, lambda t: up_cosine(t, 0.8, 0, 200, 626, 3130), 1e-9),
+    "strikes 100e": (3130, 0.02, lambda t: up_cosine(t, 0.008, 0, 100, 626, 3130), 1e-9),
+    "strikes 300e": (3130, 0.0002, lambda t: up_epoch_cosine(t, 0.005, 1e-6, 300, 626, 5), 1e-9),
+    "softmax eql": (0, 0, lambda t: up_share_cosine(t, 0.1, 0.01, 90, 2503), 1e-9),
+    "kd bag of tricks": (0, 0, lambda t: up_cosine(t, 0.4, 0, 180, 626, 0), 1e-9),
+    "downstream": (0, 0, lambda t: up_multistep(t, 0.01, [50, 100], 128), 1e-12),
+    "downstream strikes": (0, 0, lambda t: up_cosine(t, 0.01, 0, 300, 128, 0), 1e-9),
+    # 312,500 steps are 249.6 epochs; UP rounds 25,020 steps up to 20 epochs, 3,760 down to 3
+    "mobilenet": (2500, 0.25, lambda t: up_cosine(t, 0.4, 0, 312500, 1, 2500), 0.01),
+    "swin": (25020, 0.0001, lambda t: up_epoch_cosine(t, 0.001, 1e-5, 300, 1252, 20), 2e-3),
+    "vit": (3760, 0.00133, lambda t: up_epoch_cosine(t, 0.00075, 1e-6, 300, 1252, 3), 2e-3),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_lr_is_what_up_computes(name):
+    steps_of_warmup, ratio, after, close = RATES[name]
+    cars = name.startswith("downstream")
+    found = read(name, train_images=8144 if cars else IMAGENET)
+    steps = 128 if cars else E_OF[name]
+    rate, peak = training.lr_schedule(found.recipe, steps), found.recipe.lr
+    total = 312_500 if name == "mobilenet" else found.recipe.epochs * steps
+    points = [0, steps_of_warmup // 3, max(0, steps_of_warmup - 1), steps_of_warmup]
+    for t in [*points, total // 3, total // 2, 2 * total // 3, 0.95 * total // 1, total - 1]:
+        warm = t < steps_of_warmup
+        wanted = up_warmup(t, peak, ratio, steps_of_warmup) if warm else after(int(t))
+        floor = 1e-3 * peak if name == "mobilenet" else 1e-15
+        assert rate(int(t)) == pytest.approx(wanted, rel=close, abs=floor), t
+
+
+def test_the_warm_up_that_is_scaled_starts_from_the_lr_of_the_file():
+    scheduler = STEPS.format(2500, -1, "MultiStepLR", "milestones: [30]")
+    scheduler = re.sub(r" +warmup_(register_type|ratio).*\n", "", scheduler)
+    found = united_perception.loads(config(scheduler=scheduler), gpus=16)
+    rate = training.lr_schedule(found.recipe, 1252)
+    assert rate(0) == pytest.approx(0.4) and rate(2499) == pytest.approx(0.4 * 64 * 16)
+    assert "0.4 by GPUs x batch size 1,024: 409.6" in said(
+        found, "trainer.lr_scheduler.warmup_register_type"
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, ratio, ours",
+    [("linear", 0.25, "linear"), ("exp", 0.25, "exponential"), ("cosine", 0.25, "cosine")],
+)
+def test_a_climb_has_ups_form(kind, ratio, ours):
+    scheduler = STEPS.format(101, ratio, "MultiStepLR", "milestones: [30]")
+    text = config(scheduler=scheduler.replace("warmup_type: linear", f"warmup_type: {kind}"))
+    recipe = united_perception.loads(text, gpus=16).recipe
+    assert recipe.warmup == ours
+    share = {"linear": 0.3, "cosine": (1 - math.cos(math.pi * 0.3)) / 2}.get(kind)
+    wanted = 0.1 * (0.4 / 0.1) ** 0.3 if kind == "exp" else 0.1 + 0.3 * share
+    assert training.lr_schedule(recipe, 1252)(30) == pytest.approx(wanted)
+
+
+def test_lr_is_left_alone_where_nobody_knows_the_batch_or_the_way():
+    where = "lr_scheduler.warmup_register_type"
+    text = "optimizer: {type: SGD, kwargs: {lr: 0.4}}\nlr_scheduler:\n  type: StepLR\n"
+    text += "  kwargs: {step_size: 1}\n"
+    found = united_perception.loads(text, gpus=8)
+    assert found.recipe.lr == 0.4 and "multiplies lr by GPUs x batch size" in said(found, where)
+    found = united_perception.loads(f"{text}  warmup_register_type: x\n")
+    assert found.recipe.lr == 0.4 and "no x" in said(found, where)
+
+
+def test_exponential_is_the_default_climb_and_cannot_start_from_nothing():
+    scheduler = STEPS.format(100, 0.25, "MultiStepLR", "milestones: [30]")
+    bare = scheduler.replace("    warmup_type: linear\n", "")
+    assert united_perception.loads(config(scheduler=bare)).recipe.warmup == "exponential"
+    found = united_perception.loads(config(scheduler=bare.replace("ratio: 0.25", "ratio: 0.0")))
+    assert found.recipe.warmup == "linear" and found.recipe.warmup_ratio == 0
+    assert "multiplies from 0" in said(found, "trainer.lr_scheduler.warmup_type")
+
+
+@pytest.mark.parametrize(
+    "iters, epochs, knobs",
+    [
+        (100, 0, {"warmup_steps": 100}),
+        (0, 2, {"warmup_epochs": 2.0}),
+        (100, 2, {"warmup_epochs": 2.0}),
+        (3000, 2, {"warmup_steps": 3000}),
+        (0, 0.5, {"warmup_steps": 626}),
+        (0, 1.7, {"warmup_steps": 2128}),
+        (0, 0, {}),
+    ],
+)
+def test_the_longer_of_two_warm_ups_counts(iters, epochs, knobs):
+    scheduler = STEPS.format(
+        f"{iters}\n    warmup_epochs: {epochs}", 0.25, "StepLR", "step_size: 9"
+    )
+    found = changed(config(scheduler=scheduler), gpus=16)
+    assert {k: v for k, v in found.items() if k in ("warmup_steps", "warmup_epochs")} == knobs
+    assert (found["schedule"], found["step_epochs"]) == ("step", 9)
+
+
+@pytest.mark.parametrize(
+    "kind, kwargs, knobs",
+    [
+        ("StepLR", "step_size: 30, gamma: 0.5", dict(schedule="step", step_epochs=30, gamma=0.5)),
+        ("StepLR", "step_size: 100", dict(schedule="constant")),
+        ("MultiStepLR", "milestones: [30, 120]", dict(schedule="multistep", milestones=[30])),
+        ("MultiStepLR", "milestones: [100]", dict(schedule="constant")),
+        ("MultiStepLR", "milestones: []", dict(schedule="constant")),
+        (
+            "MultiStepLR",
+            "milestones: [60, 30.4, 60]",
+            dict(schedule="multistep", milestones=[30, 60]),
+        ),
+        ("CosineAnnealingLR", "T_max: 100", {}),
+        ("CosineAnnealingLR", "T_max: 150", dict(cosine_epochs=150.0)),
+        ("CosineAnnealingLR", "T_max: 50", dict(cosine_epochs=50.0)),
+        ("CosineAnnealingLR", "eta_min: 0.1", dict(lr_min=0.1)),
+        (
+            "polylr",
+            "power: 0.9, eta_min: 0.01",
+            dict(schedule="polynomial", power=0.9, lr_min=0.01),
+        ),
+        ("OneCycleLR", "max_lr: 0.7, pct_start: 0.3", dict(schedule="one_cycle", lr=0.7)),
+        ("ReduceLROnPlateau", "factor: 0.1", {}),
+        ("SimSiamScheduler", "", {}),
+    ],
+)
+def test_a_schedule_and_its_length(kind, kwargs, knobs):
+    found = united_perception.loads(config(scheduler=unwarmed(kind, kwargs)), gpus=16)
+    usual = {
+        "lr",
+        "schedule",
+        "milestones",
+        "gamma",
+        "step_epochs",
+        "power",
+        "lr_min",
+        "warmup_steps",
+    }
+    usual |= {"cosine_epochs", "lr_per_epoch", "warmup_ratio", "warmup_epochs", "epochs"}
+    got = {k: v for k, v in found.recipe.changed().items() if k in usual}
+    assert got == {"lr": 0.4, "epochs": 100, **knobs}
+
+
+def test_a_cosine_that_knows_of_its_warm_up_but_not_of_the_length():
+    found = united_perception.loads(config(scheduler=cosine(2504, 0.25, 150, 0.0, 2504)), gpus=16)
+    rate = training.lr_schedule(found.recipe, 1252)
+    assert found.recipe.cosine_epochs == 148
+    for t in (2504, 60_000, 125_199):
+        assert rate(t) == pytest.approx(up_cosine(t, 0.4, 0, 150, 1252, 2504), rel=1e-9)
+    assert "lr ends at 0.1024" in said(found, "trainer.lr_scheduler.kwargs.T_max")
+
+
+# ---- defects, with their numbers
+
+KWARGS = "trainer.lr_scheduler.kwargs"
+
+
+@pytest.mark.parametrize(
+    "name, where, words",
+    [
+        ("resnet50D", f"{KWARGS}.warmup_iter", ["62,560 steps", "99.94", "from 0.4 to 0.2002 "]),
+        ("resnet50D", "trainer.lr_scheduler.warmup_iter", ["99.9 of 200", "6,256 to 6,260"]),
+        ("resnet50D", "net[0].type", ["no whole ResNet-D", "deep_stem"]),
+        ("strikes 300e", f"{KWARGS}.T_max", ["5.9", "e-06", "not at 1e-06", "here too"]),
+        ("swin", f"{KWARGS}.T_max", ["2.19", "e-05", "here too"]),
+        ("convnext", f"{KWARGS}.warmup_iter", ["from 0.004 to 0.0039"]),
+        ("mobilenet as it is", f"{KWARGS}.T_max", ["312,500 epochs", "0.39999938", "not here"]),
+        ("mobilenet as it is", "iter_base", ["`runtime` only"]),
+        ("mobilenet as it is", "fp16", ["fp32"]),
+        ("regnet", f"{KWARGS}.T_max", ["125,000 epochs", "0.7999987"]),
+        ("downstream strikes", "cutmix_mixup.type", ["does not know it"]),
+        ("kd bag of tricks", "mimic", ["mimic_name, mimic_type", "L2 loss of normalised logits"]),
+        ("bag of tricks", "net[2].kwargs.cls_loss.kwargs.smooth_ratio", ["1 - 0.1 / classes"]),
+        ("swin", "trainer.optimizer.pconfig.linear_b.nodecay", ["ignores it inside linear_b"]),
+        ("softmax eql", "trainer.lr_scheduler.type", ["yolov5"]),
+        ("plain", "pil_color_jitter.type", []),
+        ("plain", "net[2].kwargs.cls_loss.kwargs.smooth_ratio", []),
+    ],
+)
+def test_a_defect_is_told_in_numbers(name, where, words):
+    text = said(read(name), where)
+    assert all(word in text for word in words) and bool(text) == bool(words)
+
+
+@pytest.mark.parametrize(
+    "slots, where, words",
+    [
+        ({"scheduler": cosine(3130, 0.25, 200, 0.0), "length": "max_epoch: 200", "batch": 2048,
+          "optimizer": SGD.format(0.8, 0.1)}, f"{KWARGS}.warmup_iter", ["from 0.8 to 0.79877"]),
+        ({"scheduler": cosine(200_000, 0.25, 100, 0.0, 200_000), "batch": 1024},
+         "trainer.lr_scheduler.warmup_iter", ["200,000 of 125,200 steps never reaches lr"]),
+        ({"scheduler": cosine(0, 0.25, 100, 0.0, 5000), "batch": 1024}, f"{KWARGS}.warmup_iter",
+         ["5000, but the warm-up takes 0 steps", "from 0.4 to 0.39829"]),
+        ({"scheduler": cosine(3130, 0.25, 100, 0.0, 5, "CosineLREpochScheduler")},
+         f"{KWARGS}.warm_epoch", ["0.16 epochs", "from 0.4 to 0.39754"]),
+        ({"scheduler": unwarmed("MultiStepLR", "milestones: [30, 120]")}, f"{KWARGS}.milestones",
+         ["[120]", "100 epochs"]),
+        ({"scheduler": unwarmed("ReduceLROnPlateau", "")}, "trainer.lr_scheduler.type",
+         ["without a metric"]),
+        ({"scheduler": unwarmed("CosineAnnealingLR", "")}, f"{KWARGS}.T_max", ["TypeError"]),
+        ({"scheduler": ""}, "lr_scheduler", ["KeyError"]),
+        ({"optimizer": "{type: AdamW, kwargs: {lr: 0.1, momentum: 0.9}}"},
+         "trainer.optimizer.kwargs.momentum", ["AdamW does not take it", "TypeError"]),
+        ({"optimizer": "{type: SGD, kwargs: {lr: 0.1, nesterov: true}}"},
+         "trainer.optimizer.kwargs.nesterov", ["without momentum"]),
+        ({"optimizer": "{type: AdamW, kwargs: {lr: 0.1}, pconfig: {linear: {weight_decay: 0}}}"},
+         "trainer.optimizer.pconfig.linear", ["no group linear", "KeyError"]),
+        ({"optimizer": "{type: AdamW, kwargs: {}}"}, "trainer.optimizer.kwargs", ["no lr"]),
+        ({"optimizer": SGD.format("1e-3", 0)}, "trainer.optimizer.kwargs.lr", ["'1e-3' is text"]),
+        ({"loss": BCE}, "net[2].kwargs.cls_loss.kwargs.bias", ["not mixed", "mean over classes"]),
+        ({"train": "''", "train_dir": "''"}, "dataset.train.dataset.kwargs.meta_file", ["empty"]),
+        ({"runtime": "  random_seed: 100000"}, "runtime.random_seed", ["65,536"]),
+        ({"runtime": "  device: cpu"}, "runtime.device", ["needs CUDA"]),
+        ({"options": "normalize_: 1", "backbone": "resnet34"}, "net[0].kwargs.normalize", []),
+        ({"batch_fn": MIXUP, "extra": KD_OLD}, "mimic", ["only with runtime.runner.type kd"]),
+        ({"runtime": "  runner: {type: kd}", "extra": KD_NEW.replace(
+            ", teacher_weight: teacher.pth", "")}, "mimic.teacher", ["random weights"]),
+        ({"extra": "saver_: 1"}, "saver.save_dir", []),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_and_does_not_do_is_told(slots, where, words):
+    text = said(united_perception.loads(config(**slots)), where)
+    assert all(word in text for word in words) and bool(text) == bool(words)
+
+
+def edited(*pairs: tuple[str, str]) -> str:
+    text = config()
+    for old, new in pairs:
+        assert text.count(old) >= 1, old
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.mark.parametrize(
+    "old, new, kind, where, words",
+    [
+        ("normalize: {type: solo_bn}", "", DEFECT, "net[0].kwargs.normalize", "freezes every"),
+        ("solo_bn", "sync_bn", NOTHING, "net[0].kwargs.normalize.type", "one per device"),
+        ("solo_bn}", "solo_bn, kwargs: {momentum: 0.99}}", DEFECT,
+         "net[0].kwargs.normalize.kwargs.momentum", "new batch"),
+        ("runs/somewhere\n", "checkpoints/cls_std\n", DEFECT, "saver.save_dir", "auto_resume"),
+        ("auto_resume: true", "save_result: true", DEFECT, "saver.save_result", "deletes"),
+        ("auto_resume: true", "resume_model: a.pth\n  pretrain_model: b.pth", DEFECT,
+         "saver.pretrain_model", "resume_model comes first"),
+        ("color_mode: RGB", "color_mode: BGR", DEFECT,
+         "dataset.train.dataset.kwargs.image_reader.kwargs.color_mode", "red and blue"),
+        ("fs_pillow", "fs_opencv", NOTHING, "dataset.train.dataset.kwargs.image_reader.type",
+         "Pillow"),
+        ("{topk: [1, 5]}", "{topk: [1, 5], num_classes: 1000}", DEFECT,
+         "dataset.test.dataset.kwargs.evaluator.kwargs.num_classes", "TypeError"),
+        ("type: dist,", "type: class_balance,", NOTHING,
+         "dataset.train.batch_sampler.kwargs.sampler.type", "every picture once"),
+        ("  - type: auto_save_best", "  - {type: grad_clipper, kwargs: {mode: moving_average,"
+         " max_norm: 5}}", NOTHING, "hooks[0]", "moving_average"),
+        ("in_plane: 512", "dropout: 0.1, representation_size: 4", DEFECT,
+         "net[1].kwargs.representation_size", "crashes"),
+        ("*pil_color_jitter, ", "", DEFECT, "pil_color_jitter", "in no transformer list"),
+        ("num_classes: *num_classes, in_plane", "num_classes: [1000, 7], in_plane", NOTHING,
+         "net[1].kwargs.num_classes", "2 heads"),
+        ("label_smooth_ce", "softmax_eql", NOTHING, "net[2].kwargs.cls_loss.type", "ce is taken"),
+        ("type: SGD", "type: RMSprop", NOTHING, "trainer.optimizer.type", "RMSprop"),
+        ("momentum: 0.9", "momentum: 0.9, dampening: 0.1", NOTHING,
+         "trainer.optimizer.kwargs.dampening", "no knob"),
+        ("*to_tensor, *normalize]\n    batch", "*to_tensor]\n    batch", NOTHING,
+         "normalize", "mean is the training's, [0.0, 0.0, 0.0]"),
+        ("*random_horizontal_flip, *pil_color_jitter", "*pil_color_jitter, *random_horizontal_flip",
+         NOTHING, "dataset.train.dataset.kwargs.transformer", "order"),
+        ("hooks:", "quant: {quant_type: qat, deploy_backend: tensorrt}\nhooks:", NOTHING, "quant",
+         "quantisation"),
+        ("images/meta/train.txt", "s3://bucket/train.txt", NOTHING, "dataset", "say data_dir"),
+    ],
+)  # fmt: skip
+def test_a_detail_that_differs_here_or_in_up_is_told(old, new, kind, where, words):
+    assert words in said(united_perception.loads(edited((old, new))), where, kind)
+
+
+# ---- nothing in silence
+
+
+def test_every_key_that_is_renamed_is_named_or_refused():
+    """A misspelt key may cost its value, but never unsaid."""
+    text = config(extra=EMA.format(0.99) + "\n" + KD_NEW)
+    text = re.sub(r"(?ms)^  test:\n.*?(?=^trainer)", "", text)  # as the training side
+    unused = "random_augmentation|auto_augmentation|rand_erase|cutmix_mixup|torch_\\w+"
+    lines, silent = re.sub(rf"(?m)^({unused}): .*\n( .*\n)+", "", text).splitlines(), []
+    for i, line in enumerate(lines):
+        if (match := re.match(r"[ -]*(\w+):", line)) and (i % 3 or "type" not in line):
+            renamed = line.replace(match[1] + ":", f"zzz_{match[1]}:", 1)
+            text = "\n".join([*lines[:i], renamed, *lines[i + 1 :]])
+            try:
+                found = united_perception.loads(text)
+            except UnitedPerceptionError:
+                continue
+            path = next(where for where in leaves(yaml.safe_load(text)) if "zzz_" in where)
+            above = {path[: m.start()] for m in re.finditer(r"[.\[]", path)}
+            notes = [n for n in found.notes if n.kind != TAKEN]
+            whole = [n for n in notes if n.where in above and "no counterpart" in n.text]
+            if not whole and not any("zzz_" in n.where for n in notes):
+                silent.append(line.partition(":")[0])
+    # names that a file chooses: of a transform's anchor, of a mimic loss, of a teacher
+    anchors = [line.partition(":")[0] for line in lines if re.match(r"\w+: &", line)]
+    assert silent[: len(anchors)] == anchors
+    assert silent[len(anchors) :] == ["    loss", "  teacher"]
+
+
+def leaves(node, where=""):
+    if isinstance(node, dict | list) and node:
+        pairs = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in pairs:
+            inner = f"[{key}]" if isinstance(node, list) else f".{key}" if where else key
+            yield from leaves(value, where + inner)
+    elif node not in ({}, []):
+        yield where
+
+
+def test_every_value_of_a_file_is_told(family):
+    """Taken or noted, at its own place, that of its list or of a block of which all is noted."""
+    name, found, _ = family
+    slots, _, _ = FAMILIES[name]
+    own = {n.where for n in found.notes}
+    whole = {n.where for n in found.notes if n.kind != TAKEN}
+    tree = yaml.safe_load(config(**slots))
+    for where in leaves({k: v for k, v in tree.items() if k not in ("dataset", "net")}):
+        if where.endswith(".num_classes"):  # an alias, told at its anchor
+            continue
+        above = {where[: m.start()] for m in re.finditer(r"[.\[]", where)}
+        assert where in own or where.rpartition("[")[0] in own or above & whole, where
+
+
+def test_an_alias_is_told_where_it_is_defined():
+    found = read("plain")
+    assert said(found, "num_classes", TAKEN) == "num_classes 1000"
+    assert said(found, "pil_color_jitter.kwargs.hue", TAKEN) == "hue 0.1"
+
+
+def test_what_is_assumed_stands_in_the_summary():
+    found = united_perception.loads(config())
+    assert "--gpus: not given" in found.summary() and found.recipe.batch_size == 64
+    assert "--train-images: not given, 1,281,167" in found.summary()
+    found = united_perception.loads(config(), gpus=4, train_images=5000)
+    assert "--" not in found.summary() and found.recipe.batch_size == 256
+    counts = [sum(n.kind == kind for n in found.notes) for kind in (TAKEN, NOTHING, DEFECT)]
+    assert found.summary().startswith(
+        "text: {} taken, {} no meaning here, {} would".format(*counts)
+    )
+
+
+def test_a_knob_that_would_change_nothing_leaves_a_note():
+    found = united_perception.loads(config(length="max_epoch: 4", scheduler=cosine(0, 1, 4, 0.0)))
+    assert "val_every" not in found.recipe.changed()
+    assert "val_every: 5 would change nothing since there are 4 epochs" in said(
+        found, "trainer.test_freq", NOTHING
+    )
+    assert said(found, "trainer.test_freq", TAKEN) == ""
+
+
+# ---- further values
+
+
+@pytest.mark.parametrize(
+    "old, new, knobs",
+    [
+        ("{size: 224}\nrandom_h", "{size: [160, 160], scale: [0.3, 1], ratio: [1, 2]}\nrandom_h",
+         dict(image_size=160, val_image_size=224, crop_scale=[0.3, 1.0], crop_ratio=[1.0, 2.0])),
+        ("{size: 256}", "{size: 232}", dict(val_resize=232)),
+        ("torch_random_horizontal_flip\n", "torch_random_horizontal_flip\n  kwargs: {p: 0.3}\n",
+         dict(flip=0.3)),
+        ("batch_size: 64\n    dataloader", "batch_size: 48\n    dataloader", dict(batch_size=192)),
+        ("num_workers: 4", "num_workers: 2\n        drop_last: true",
+         dict(workers=2, drop_last=True)),
+        ("max_epoch: 100", "max_epoch: 95", dict(epochs=95)),
+        ("type: cls\n", "type: cls\n", {}),
+        ("meta_file: images/meta/train.txt", "fraction: 0.5\n        meta_file: [a.txt, b.txt]",
+         dict(fraction=0.5, train_list=["a.txt", "b.txt"])),
+        ("images/meta/train.txt", "/data//a/train.txt", dict(train_list=["/data/a/train.txt"])),
+        ("momentum: 0.9, ", "", dict(nesterov=False, momentum=0.0)),
+        ("task_names: cls", "random_seed: 131\n  fp16: false\n  device: cpu",
+         dict(seed=131, precision="fp32", device="cpu")),
+        ("auto_resume: true", "auto_resume: false\n  pretrain_model: a.pth",
+         dict(auto_resume=False, weights="a.pth")),
+        ("runs/somewhere\n", "x\n  resume_model: runs/a\n  pretrain_model: a.pth\n",
+         dict(resume_from="runs/a")),
+        ("- type: auto_save_best", "- {type: grad_clipper, kwargs: {mode: pre_defined,"
+         " max_norm: 2.5}}", dict(clip_grad_norm=2.5)),
+        ("type: SGD", "type: LAMB", dict(optimizer="lamb", clip_grad_norm=1.0, nesterov=False)),
+        (SGD.format(0.4, 0.0001), "{type: LAMB, kwargs: {lr: 0.01, max_grad_norm: 2, trust_clip:"
+         " true, weight_decay: 0, always_adapt: true}}", dict(optimizer="lamb", lr=0.01,
+         clip_grad_norm=2.0, trust_clip=True, always_adapt=True, weight_decay=0.0, nesterov=False)),
+        (SGD.format(0.4, 0.0001), "{type: AdamW, kwargs: {}}",
+         dict(optimizer="adamw", lr=0.001, weight_decay=0.01, nesterov=False)),
+        (SGD.format(0.4, 0.0001), "{type: SGD, kwargs: {lr: 0.3, momentum: 0.8, weight_decay: 0.1},"
+         " special_param_group: [{key: bias, weight_decay: 0.0}]}",
+         dict(lr=0.3, momentum=0.8, weight_decay=0.1, decay_all=False, nesterov=False)),
+        ("type: label_smooth_ce, kwargs: {smooth_ratio: 0.1, ", "type: ce, kwargs: {",
+         dict(label_smoothing=0.0)),
+        ("type: label_smooth_ce, kwargs: {smooth_ratio: 0.1, ", "type: stce, kwargs: {",
+         dict(label_smoothing=0.0)),
+        ("type: label_smooth_ce, kwargs: {smooth_ratio: 0.1, ", "type: bce, kwargs: {",
+         dict(label_smoothing=0.0, loss="bce")),
+        ("in_plane: 512", "dropout: 0.2", dict(dropout=0.2)),
+        ("type: solo_bn}", "type: solo_bn}\n      deep_stem: true\n      avg_down: true",
+         dict(deep_stem=True, avg_down=True)),
+        ("type: torch_color_jitter\n  kwargs:", "type: torch_random_augmentation\n  kwargs: {n: 3,"
+         " m: 5}\nother:", dict(randaug_n=3, randaug_m=5.0, randaug_std=0.0,
+         randaug_increasing=False, **dict.fromkeys(JITTER, 0.0))),
+        ("type: torch_color_jitter\n  kwargs:", "type: torch_randerase\n  kwargs: {mode: rand, "
+         "max_count: 3}\nother:", dict(erase_prob=0.5, erase_mode="rand", erase_count=3,
+         **dict.fromkeys(JITTER, 0.0))),
+        ("pin_memory: true\n", "batch_fn: {type: batch_cutmix, kwargs: {alpha: 0.7}}\n",
+         dict(cutmix_alpha=0.7, up_smoothing=True)),
+        ("pin_memory: true\n", "batch_fn: {type: batch_cutmixup, kwargs: {switch_prob: 0.3}}\n",
+         dict(mixup_alpha=1.0, cutmix_alpha=1.0, switch_prob=0.3, up_smoothing=True)),
+        ("*random_resized_crop, *random_horizontal_flip, *pil_color_jitter",
+         "*torch_resize, *torch_center_crop",
+         dict(crop_scale=[1.0, 1.0], flip=0.0, **dict.fromkeys(JITTER, 0.0))),
+    ],
+)  # fmt: skip
+def test_a_value_arrives_in_its_knob(old, new, knobs):
+    assert config().count(old) >= 1
+    text = config().replace(old, new)
+    found = united_perception.loads(text, gpus=4)
+    plain = united_perception.loads(config(), gpus=4).recipe.model_dump()
+    got = found.recipe.model_dump()
+    assert {k: v for k, v in got.items() if v != plain[k]} == {
+        k: v for k, v in knobs.items() if v != plain[k]
+    }
+
+
+def test_a_merged_block_has_the_keys_of_its_anchor_and_its_own():
+    text = "optimizer:\n  type: SGD\n  kwargs: &k {lr: 0.5, momentum: 0.8}\n"
+    text += "ema:\n  enable: true\n  kwargs: {<<: *k, decay: 0.99}\n"
+    assert changed(text) == dict(lr=0.5, momentum=0.8, ema_decay=0.99)
+    assert changed(text.replace("<<: *k", "<<: [*k, {decay: 0.5}]"))["ema_decay"] == 0.99
+    text = text.replace("<<: *k, decay: 0.99", "<<: [{decay: 0.9}, {decay: 0.8}]")
+    assert changed(text)["ema_decay"] == 0.9  # of several the first, as YAML has it
+    assert "wants a mapping" in refused("ema: {<<: 3}")
+
+
+def test_absolute_paths_start_from_the_folder_they_share():
+    text = "dataset: {{kwargs: {{meta_file: {}, image_reader: {{kwargs: {{image_dir: {}}}}}}}}}"
+    for files, roots, base, lists, below in [
+        ("/data/l/a.txt", "''", "/data/l", ["a.txt"], ["train"]),
+        ("/data/a.txt", "/data", "/data", ["a.txt"], ["."]),
+        ("[/d/a.txt, /d/x/b.txt]", "[/d/p, /d/x//q/]", "/d", ["a.txt", "x/b.txt"], ["p", "x/q"]),
+        ("/data/a.txt", "/", "", ["/data/a.txt"], ["/"]),
+        ("//data/a.txt", "pictures", "", ["/data/a.txt"], ["pictures"]),
+    ]:
+        recipe = united_perception.loads(text.format(files, roots)).recipe
+        assert (recipe.data_dir, recipe.train_list, recipe.train_root) == (base, lists, below)
+
+
+@pytest.mark.parametrize("most, wanted", [(5.0, 1.0), (0.5, 0.5)])
+def test_lamb_clips_to_the_smaller_of_two_norms(most, wanted):
+    hook = f"  - {{type: grad_clipper, kwargs: {{max_norm: {most}}}}}"
+    assert changed(config(optimizer=LAMB(0.01), extra=hook))["clip_grad_norm"] == wanted
+
+
+@pytest.mark.parametrize(
+    "groups, decay_all",
+    [
+        ("pconfig: {bn_b: {weight_decay: 0.0}}", False),
+        ("pconfig: {bn_b: {kwargs: {weight_decay: 0}}}", False),
+        ("pconfig: {nodecay: [bias]}", False),
+        ("kwargs: {lr: 1, pconfig: [{ln_w: {weight_decay: 0.0}}]}", False),
+        ("special_param_group: [{key: bias, weight_decay: 0.0}]", False),
+        ("pconfig: {bn_b: {weight_decay: 0.1}}", True),
+        ("pconfig: {bn_b: {lr: 0.1}}", True),
+        ("pconfig: {linear_w: {weight_decay: 0.0}, layer_decay: {value: 0.8}}", True),
+        ("special_param_group: [{key: head, lr: 0.1}]", True),
+    ],
+)
+def test_groups_without_decay_become_decay_all(groups, decay_all):
+    more = "" if groups.startswith("kwargs") else "kwargs: {lr: 1, weight_decay: 0.1}, "
+    found = united_perception.loads(f"optimizer: {{type: AdamW, {more}{groups}}}")
+    assert found.recipe.decay_all is decay_all
+    told = [n for n in found.notes if n.kind == NOTHING and "see decay_all" in n.text]
+    assert bool(told) is decay_all
+
+
+def test_ema_that_is_not_enabled_is_off():
+    found = united_perception.loads(EMA.format(0.99).replace("true", "false"))
+    assert found.recipe == Recipe() and said(found, "ema", NOTHING) == "enable is false"
+
+
+@pytest.mark.parametrize(
+    "more, where, words",
+    [
+        ("ema_type: exp", "ema.ema_type", "1 - exp"),
+        ("kwargs: {decay: 0.99, inner_T: 5}", "ema.kwargs.inner_T", "every step here"),
+        ("kwargs: {decay: 0.99, warmup: 10}", "ema.kwargs.warmup", "lower at first"),
+    ],
+)
+def test_forms_of_ema_that_differ_are_told(more, where, words):
+    assert words in said(united_perception.loads(f"ema: {{enable: true, {more}}}"), where, NOTHING)
+    plain = "ema: {enable: true, ema_type: linear, kwargs: {decay: 0.9, inner_T: 1, warmup: 1}}"
+    assert said(united_perception.loads(plain), where, NOTHING) == ""
+
+
+# ---- distillation and deployment
+
+
+def test_both_schemas_of_distillation_are_read():
+    teacher = {"model": "resnet152", "deep_stem": True, "avg_down": True, "num_classes": 1000}
+    teacher["weights"] = "teacher.pth"
+    pairs = [("head.classifier", "head.classifier")]
+    new = {"name": "mimic", "teacher": "teacher", "pairs": pairs, "loss": "kd_loss"}
+    new |= {"temperature": 4.0, "weight": 1.0, "warmup_steps": 1000}
+    assert read("kd").distillation == {
+        "teachers": {"teacher": teacher},
+        "mimics": [new],
+        "task_loss": True,
+    }
+    old = {**new, "name": "res152_to_res18", "loss": "kl_loss", "temperature": 1.0}
+    found = read("kd bag of tricks")
+    assert found.distillation["mimics"] == [{**old, "warmup_steps": 0}]
+    assert found.recipe.weights == "student.pth"
+    assert "Hinton's is kd_loss" in said(found, "mimic", NOTHING)
+    assert read("plain").distillation is None and read("plain").deployment is None
+
+
+def test_several_jobs_and_teachers_are_as_many_mimics():
+    text = """
+mimic:
+  mimic_as_jobs: true
+  task_loss: false
+  mimic_job0: {loss_weight: 2.0, teacher0: {mimic_name: [a, b], teacher_weight: x.pth},
+    student: {mimic_name: [c, d]}, cfgs: {loss: {type: l2_loss}}}
+  mimic_job1: {teacher1: {mimic_name: [e], teacher_weight: y.pth, teacher_bn_mode: train},
+    student: {mimic_name: [f]}}
+"""
+    found = united_perception.loads(text).distillation
+    assert [m["name"] for m in found["mimics"]] == ["mimic.mimic_job0", "mimic.mimic_job1"]
+    assert [m["pairs"] for m in found["mimics"]] == [[("c", "a"), ("d", "b")], [("f", "e")]]
+    assert [m["weight"] for m in found["mimics"]] == [2.0, 1.0]
+    assert [m["loss"] for m in found["mimics"]] == ["l2_loss", "l2_loss"]
+    assert found["teachers"]["teacher1"] == {"weights": "y.pth", "bn_mode": "train"}
+    assert found["task_loss"] is False
+    assert "wanted pairs" in refused(text.replace("[a, b]", "[a]"))
+
+
+def test_a_teachers_blocks_are_no_knobs_of_the_recipe():
+    text = KD + "  - {name: post_process, kwargs: {cls_loss: {type: bce}}}\n"
+    found = united_perception.loads(text + "num_classes: 7\nteacher_bn_mode: train\n")
+    assert found.recipe == Recipe() and "no counterpart" in said(found, "teacher[2]", NOTHING)
+    assert "left out" in said(found, "teacher_bn_mode", NOTHING)
+
+
+KESTREL = """
+to_kestrel:
+  toks_type: cls
+  plugin: classifier
+  model_name: model
+  version: 1.0
+  resize_hw: 224x256
+  pixel_means: [123.675, 116.28, 103.53]
+  pixel_stds: [58.395, 57.12, 57.375]
+  is_rgb: True
+  save_all_label: True
+  type: 'UNKNOWN'
+  class_label: {imagenet: {calculator: bypass, labels: [cat, 7]}}
+"""
+
+
+def test_the_deployment_block_is_checked_and_given_back():
+    found = united_perception.loads(KESTREL)
+    wanted = yaml.safe_load(KESTREL)["to_kestrel"]
+    wanted |= {"version": "1.0", "resize_hw": [224, 256]}
+    wanted["class_label"]["imagenet"]["labels"] = ["cat", "7"]
+    assert found.deployment == wanted and found.recipe == Recipe()
+    assert not [note for note in found.notes if note.kind != TAKEN]
+
+
+@pytest.mark.parametrize(
+    "old, new, where, words",
+    [
+        ("toks_type: cls", "toks_type: det", "toks_type", "classifier"),
+        ("plugin: classifier", "", "plugin", "missing"),
+        ("is_rgb: True", "is_rgb: False", "is_rgb", "RGB"),
+        ("type: 'UNKNOWN'", "add_softmax: True", "add_softmax", "twice"),
+        ("[123.675, 116.28, 103.53]", "[127.5, 127.5, 127.5]", "pixel_means", "123.675"),
+    ],
+)
+def test_a_deployment_block_that_would_mislead_is_told(old, new, where, words):
+    text = config(extra=KESTREL.replace(old, new))
+    assert words in said(united_perception.loads(text), f"to_kestrel.{where}")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("224x256", "large"),
+        ("224x256", "[224]"),
+        ("is_rgb: True", "is_rgb: 'yes'"),
+        ("[58.395, 57.12, 57.375]", "[58.395]"),
+        ("labels: [cat, 7]", "names: [cat]"),
+        ("plugin: classifier", "plugin: [a]"),
+    ],
+)
+def test_a_deployment_block_of_wrong_types_is_refused(old, new):
+    assert "to_kestrel." in refused(KESTREL.replace(old, new))
+
+
+# ---- the blocks of the page, each alone
+
+DATASET = """
+    dataset:
+      type: cls
+      kwargs:
+        meta_type: {}
+        meta_file: {}train.txt
+        image_reader:
+           type: fs_pillow
+           kwargs:
+             image_dir: {}train
+             color_mode: RGB
+        transformer: [*random_resized_crop, *random_horizontal_flip, *pil_color_jitter, *to_tensor,
+          *normalize]
+"""
+SEEN = dict(dataset="files", train_list=["train.txt"], image_size=224, val_resize=256, flip=0.5)
+SEEN |= dict(crop_scale=[0.08, 1.0], **JITTER)
+BLOCKS = {
+    "imagenet": (DATASET.format("imagenet", "", ""), SEEN),
+    "custom_cls": (
+        DATASET.format("custom_cls", "/cars//", "/cars/"),
+        {**SEEN, "data_dir": "/cars"},
+    ),
+    "mixup": (
+        "mixup: &mixup\n  type: torch_mixup\n  kwargs:\n    alpha: 0.2\n    num_classes: 1000\n"
+        "    extra_input: True\n",
+        dict(mixup_alpha=0.2, mix_per_sample=True),
+    ),
+    "erasing": (
+        "rand_erase: &rand_erase\n  type: torch_randerase\n  kwargs:\n    probability: 0.25\n",
+        dict(erase_prob=0.25),
+    ),
+    "cutmix and mixup": (
+        "cutmix_mixup: &cutmix_mixup\n  type: torch_cutmix_mixup\n  kwargs:\n    mixup_alpha: 0.1\n"
+        "    cutmix_alpha: 1.0\n    switch_prob: 0.5\n    num_classes: 1000\n"
+        "    extra_input: True\n    transform: True\n",
+        dict(mixup_alpha=0.1, cutmix_alpha=1.0, mix_per_sample=True),
+    ),
+    "to_kestrel": (KESTREL, {}),
+    "cosine": (
+        cosine(3130, 0.25, 200, 0.0, 3130),
+        dict(epochs=200, warmup_steps=3130, warmup_ratio=0.25),
+    ),
+    "LAMB": (
+        "optimizer:\n  type: LAMB\n  kwargs:\n    lr: 0.008\n    weight_decay: 0.02\n",
+        dict(optimizer="lamb", lr=0.008, weight_decay=0.02, clip_grad_norm=1.0),
+    ),
+    "BCE": (
+        "- name: post_process\n  type: base_cls_postprocess\n  kwargs:\n     cls_loss:\n"
+        "       type: bce\n       kwargs:\n         {}\n",
+        dict(loss="bce"),
+    ),
+    "RandAugment": (
+        "random_augmentation: &random_augmentation\n  type: torch_random_augmentationIncre\n"
+        "  kwargs:\n    n: 2  # drawn\n    m: 7  # of 10\n    magnitude_std: 0.5\n",
+        dict(randaug_n=2),
+    ),
+    "teacher": (KD, {}),
+    "mimic": (KD_OLD[len(KD) :], dict(weights="student.pth")),
+    "runtime": ("\n  runtime:\n    runner:\n      type: kd\n", {}),
+    "saver": (
+        "saver: # Required.\n  save_dir: a/checkpoints\n  results_dir: a/results\n"
+        "  auto_resume: True\n  pretrain_model: up/ckpt_latest.pth\n",
+        dict(weights="up/ckpt_latest.pth"),
+    ),
+    "optimizer and schedule": (
+        f"    optimizer: {SGD.format(0.01, 0.0005)}\n    "
+        + textwrap.indent(unwarmed("MultiStepLR", "milestones: [50, 100], gamma: 0.1"), "  ")[2:],
+        dict(epochs=150, lr=0.01, weight_decay=5e-4, nesterov=True)
+        | dict(schedule="multistep", milestones=[50, 100]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_of_the_page_is_read_alone(name):
+    text, knobs = BLOCKS[name]
+    assert changed(textwrap.dedent(text)) == knobs
+
+
+def test_an_alias_without_its_anchor_is_ups_usual_or_left_out():
+    found = united_perception.loads(BLOCKS["imagenet"][0])
+    assert "UP's usual torch_color_jitter {'brightness': 0.2" in said(
+        found, "*pil_color_jitter", TAKEN
+    )
+    assert "*normalize: no such anchor" in found.params() and "*torch_resize" in found.params()
+    found = united_perception.loads(KD)
+    assert "*num_classes has no anchor" in said(found, "teacher[1].kwargs.num_classes", NOTHING)
+    assert found.distillation["teachers"]["teacher"]["model"] == "resnet152"
+    text = "optimizer: {type: SGD, kwargs: {lr: *lr, nesterov: *no}}\nnet: [*head]\ntrainer: *all"
+    found = united_perception.loads(text)
+    assert found.recipe == Recipe(momentum=0.0)
+    assert len([n for n in found.notes if "has no anchor in this text" in n.text]) == 4
+
+
+@pytest.mark.parametrize(
+    "text, number, words",
+    [
+        (
+            "optimizer:\n  momentum=0.9,weight_decay=0.0001)\n  type: LAMB\n  kwargs:\n"
+            "    lr: 0.008\n    weight_decay: 0.02\n",
+            2,
+            ["'momentum=0.9,weight_decay=0.0001)'", "comment"],
+        ),
+        (
+            "- name: post_process\ntype: base_cls_postprocess\nkwargs:\n   cls_loss:\n"
+            "     type: bce\n     kwargs:\n       {}\n",
+            2,
+            ["- name: post_process", "indent"],
+        ),
+        (KESTREL.replace("'UNKNOWN'", "'UNKNOWN").split("  class")[0], 12, ["quote", "close"]),
+        # the same faults where PyYAML finds something else, or nothing at all
+        (
+            "optimizer:\n  type: SGD\n  momentum=0.9)\n  kwargs: {lr: 1}\n",
+            3,
+            ["'momentum=0.9)'", "comment"],
+        ),
+        ("optimizer:\n  type: SGD\n  kwargs:\n    lr: 0.1\n      (of 2)\n", 5, ["'0.1 (of 2)'"]),
+        ("net:\n- name: post_process\ntype: x\nkwargs: {}\n", 3, ["- name: post_process"]),
+        ("optimizer:\ntype: SGD\nkwargs: {lr: 0.1}\n", 2, ["`optimizer`", "indent"]),
+        ("optimizer:\n  type: SGD\n  kwargs:\n  lr: 0.1\n", 4, ["`lr`", "kwargs", "indent"]),
+        (KESTREL.replace("'UNKNOWN'", "'UNKNOWN"), 12, ["quote"]),
+        ("a: 1\nsaver: {save_dir: 'x, b: 2}\nc: 'd'\n", 2, ["quote"]),
+        ('runtime:\n  task_names: "cls\n  random_seed: 1\n  x: "y"\n', 2, ["quote"]),
+        ("optimizer:\n  type: SGD\n\tkwargs: {}\n", 3, ["a tab"]),
+        ("a: 1\n---\nb: 2\n", 2, ["second document"]),
+        ("dataset: {a: 1\nb: 2\n", 2, ["brackets"]),
+    ],
+)
+def test_a_broken_block_names_the_line_and_the_repair(text, number, words):
+    message = refused(text)
+    assert f"line {number}: " in message and all(word in message for word in words), message
+
+
+# ---- hostile files
+
+
+def nested(depth: int, mark: str = "[]") -> str:
+    return f"a: {mark[0] * depth}{mark[1] * depth}"
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+HOSTILE = {
+    "nothing": ("", "holds nothing"),
+    "only a comment": ("# a\n", "holds nothing"),
+    "a word": ("hello\n", "'hello'"),
+    "a number": ("5\n", "'5'"),
+    "a list of words": ("- a\n- b\n", "wanted a block"),
+    "a date": ("2026-01-01\n", "wanted blocks"),
+    "python object": ("a: !!python/object/apply:os.system ['echo']\n", "!!python/object/apply"),
+    "python name": ("a: !!python/name:os.system\n", "!!python/name:os.system"),
+    "a tag of a key": ("!!python/name:os.system : 1\n", "!!python/name"),
+    "include": ("a: !include other.yaml\n", "line 1: the tag '!include'"),
+    "include with a merge": ("<<: !include other.yaml\n", "!include"),
+    "binary": ("a: !!binary aGVsbG8=\n", "!!binary"),
+    "set": ("a: !!set {b: null}\n", "!!set"),
+    "overrides": ("overwrite@: {trainer.max_epoch: 3}\n", "write its values"),
+    "doubled key": ("saver:\n  a: 3\n  a: 4\n", "line 3: 'a' stands twice in saver"),
+    "doubled block": ("a: 1\nb: 2\na: 1\n", "line 3: 'a' stands twice in the file"),
+    "doubled anchor": ("a: &x 1\nb: &x 2\n", "line 2"),
+    "cycle": ("a: &a [*a]\n", "its own anchor"),
+    "cycle of blocks": ("net: &a\n  - kwargs: {cls_loss: *a}\n", "its own anchor"),
+    "billion laughs": (LAUGHS, "aliases stand for more"),
+    "deep aliases": (
+        "".join(f"a{i}: &a{i} {nested(20)[3:23]}*a{i - 1}{nested(20)[23:]}\n" for i in range(15)),
+        "deeper blocks",
+    ),
+    "deep lists": (nested(500), "nested"),
+    "deeper lists": (nested(20_000), "nested"),
+    "deep blocks": ("".join(f"{' ' * i}a:\n" for i in range(200)), "nested"),
+    "open lists": ("[" * 50_000, "nested"),
+    "many entries": ("a: [" + "1, " * 15_000 + "]", "more entries"),
+    "many keys": ("".join(f"k{i}: 1\n" for i in range(3_500)), "more entries"),
+    "huge": ("# a\n" * 20_000, "at most"),
+    "one line": ("a" * 59_000 + ": 1\n", "line 1"),
+    "zero byte": ("a: \x00\n", "line 1"),
+    "control": ("a: 1\nb: \x07\n", "line 2"),
+    "surrogate": ("a: \udcff\n", "line 1"),
+    "nan": ("optimizer: {type: SGD, kwargs: {lr: .nan}}\n", "kwargs.lr is '.nan'"),
+    "infinity": ("optimizer: {type: SGD, kwargs: {lr: .inf}}\n", "kwargs.lr is '.inf'"),
+    "text nan": ("optimizer: {type: SGD, kwargs: {lr: 'nan'}}\n", "wanted a number"),
+    "text overflow": ("optimizer: {type: SGD, kwargs: {lr: '1e999'}}\n", "wanted a number"),
+    "long number": (f"a: {'9' * 5000}\n", "line 1"),
+    "sexagesimal": (f"a: 1{':59' * 3000}\n", "line 1"),
+    "many epochs": ("trainer: {max_epoch: 99999999}\n", "less than or equal to 100000"),
+    "no epochs": ("trainer: {max_epoch: 0}\n", "above 0"),
+    "epochs in words": ("trainer:\n  max_epoch: many\n", "line 2: trainer.max_epoch is 'many'"),
+    "half an epoch": ("trainer: {max_epoch: 0.5}\n", "whole number"),
+    "a list of epochs": ("trainer: {max_epoch: [1]}\n", "whole number"),
+    "true epochs": ("trainer: {max_epoch: true}\n", "whole number"),
+    "a negative warm-up": ("lr_scheduler: {warmup_iter: -5}\n", "0 or more"),
+    "a list for a block": ("trainer: [1]\n", "wanted a block"),
+    "a word for a block": ("dataset: files\n", "wanted a block"),
+    "an empty block": ("trainer:\n", "trainer is empty"),
+    "an empty inner block": ("dataset:\n  train:\n", "dataset.train is empty"),
+    "a block for a list": ("net: {a: 1}\n", "wanted a list"),
+    "words for kwargs": ("optimizer: {type: SGD, kwargs: lr}\n", "optimizer.kwargs is 'lr'"),
+    "a block for a word": ("optimizer: {type: {a: 1}}\n", "a line of text"),
+    "two lines for a word": ("saver: {pretrain_model: \"a\\nb\"}\n", "a line of text"),
+    "a key of blocks": ("{a: 1}: 2\n", "no plain name"),
+    "a key of lists": ("? [a]\n: 2\n", "no plain name"),
+    "an unknown alias for a key": ("*a : 2\n", "no plain name"),
+    "a bad escape": ('a: "\\xZZ"\n', "line 1"),
+    "a large escape": ('a: "\\UFFFFFFFF"\n', ""),
+    "a bad bool": ("a: !!bool maybe\n", "line 1"),
+    "a bad int": ("a: !!int x\n", "line 1"),
+    "int of a list": ("a: !!int [1]\n", "!!int"),
+    "text of a block": ("a: !!str {b: 1}\n", "!!str"),
+    "a warm-up that no recipe has": ("lr_scheduler: {warmup_iter: 5, warmup_ratio: 3}\n"
+     "optimizer: {type: SGD, kwargs: {lr: 1}}\n", "warmup_ratio: 3.0"),
+    "an lr of 0": ("optimizer: {type: SGD, kwargs: {lr: 0}}\n", "optimizer.kwargs.lr"),
+    "an lr below eta_min": ("optimizer: {type: SGD, kwargs: {lr: 0.1}}\nlr_scheduler: {type: "
+     "CosineAnnealingLR, kwargs: {T_max: 9, eta_min: 0.2}}\n", "lr_min"),
+    "a negative length": ("lr_scheduler: {type: StepLR, kwargs: {step_size: -9}}\n", "above 0"),
+    "a crop that is no square": ("a: {type: torch_random_resized_crop, kwargs: {size: [2, 3]}}\n",
+     "two equal ones"),
+    "RandAugment of nothing": ("a: {type: torch_random_augmentation, kwargs: {}}\n", "without n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_a_sentence_within_a_second(name):
+    text, words = HOSTILE[name]
+    started = time.process_time()
+    message = refused(text)
+    assert time.process_time() - started < 1
+    assert words in message and len(message) < 500, message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: ~\nb: [~, {c: ~}]\n'': 1\n",
+        "dataset: {}\ntrainer: {}\nnet: []\nhooks:\nmimic: {}\nto_kestrel: {}\nema: {}\nquant:\n",
+        "trainer: {optimizer: {}, lr_scheduler: {}}\n",
+        "lr_scheduler: {type: CosineAnnealingLR, kwargs: {T_max: 1.0e-8, warmup_iter: 9}}\n",
+        "dataset: {train: {dataset: {kwargs: {transformer: [{}]}}}}\n",
+        "net: [{name: head}, {type: x_head}, {kwargs: {cls_loss: []}}, {name: backbone}]\n",
+        "a: |\n  two\n  lines\nb: >\n  folded\n  text\n",
+        '2026-01-01: 2026-01-02\n1: 2\ntrue: no\n"a b\\nc: d": 1\n"a\\u2028b": 1\n',
+        "a: {type: to_tensor, kwargs: }\n",
+    ],
+)
+def test_an_odd_file_is_read_or_refused_and_its_params_are_sound(text, tmp_path):
+    try:
+        found = united_perception.loads(text, gpus=2)
+    except UnitedPerceptionError:
+        return
+    path = tmp_path / "recipe.yaml"
+    path.write_text(found.params(), encoding="utf-8")
+    assert Recipe.read(path) == found.recipe
+
+
+def test_a_key_cannot_smuggle_a_knob_into_the_params(tmp_path):
+    text = (
+        '"a\\nlr: 5": 1\n"b\\u2028lr: 5": 1\n"c\\x85lr: 5": 1\nsaver: {"d\\nlr: 6": "\\nlr: 7"}\n'
+    )
+    found = united_perception.loads(text, name="x\nlr: 8\x85lr: 9")
+    lines = found.params().splitlines()
+    assert found.recipe.changed() == {"name": "x\nlr: 8\x85lr: 9"}
+    [knob] = [line for line in lines if not line.startswith("#")]
+    assert knob.startswith('"name": "x\\nlr: 8') and knob.isprintable()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(found.params(), encoding="utf-8")
+    assert Recipe.read(path) == found.recipe
+
+
+def test_many_unknown_keys_make_no_endless_params(tmp_path):
+    text = "".join(f"unknown_{i}: 1\n" for i in range(1000))
+    found = united_perception.loads(text)
+    assert len(found.notes) == 1000 and "and 900 more" in found.params()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(found.params(), encoding="utf-8")
+    assert Recipe.read(path) == Recipe()
+
+
+@pytest.mark.parametrize("gpus", [0, -1, 1.5, "4", True, 10**12])
+def test_numbers_of_gpus_and_pictures_are_checked(gpus):
+    assert "gpus is" in refused("a: 1", gpus=gpus)
+    assert "train_images is" in refused("a: 1", train_images=gpus)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"a: 1", ["a: 1"]])
+def test_what_is_no_text_is_refused(text):
+    assert "wanted YAML text" in refused(text)
+
+
+def test_a_name_that_is_no_name_of_a_folder_is_refused():
+    assert "name" in refused("a: 1", name="a/b")
+
+
+MUTATIONS = "'\"[]{}:,-&*!#|>%@ \n\t0x9.eé~"
+
+
+def mutated(text: str, rng: random.Random) -> str:
+    """A few cuts, copies and odd characters."""
+    for _ in range(rng.randint(1, 4)):
+        i, j = sorted(rng.randrange(len(text)) for _ in range(2))
+        j = min(j, i + 60)
+        text = rng.choice(
+            [
+                text[:i] + text[j:],
+                text[:i] + rng.choice(MUTATIONS) + text[i + 1 :],
+                text[:j] + text[i:],
+                text[:i] + rng.choice(["null", "[]", "-1", "1e9", "*x", "true"]) + text[j:],
+            ]
+        )
+        text = text or "a"
+    return text
+
+
+def test_a_mutated_file_is_read_or_refused(tmp_path):
+    rng = random.Random(7)
+    texts = [text for text, _ in BLOCKS.values()] * 12
+    texts += [config(**slots) for slots, _, _ in FAMILIES.values()]
+    outcomes = {True: 0, False: 0}
+    for text in texts:
+        text = mutated(textwrap.dedent(text), rng)
+        try:
+            found = united_perception.loads(text)
+        except UnitedPerceptionError as error:
+            outcomes[False] += 1
+            assert len(str(error)) > 10
+            continue
+        outcomes[True] += 1
+        (tmp_path / "recipe.yaml").write_text(found.params(), encoding="utf-8")
+        assert Recipe.read(tmp_path / "recipe.yaml") == found.recipe
+    assert min(outcomes.values()) > 20
+
+
+@pytest.mark.parametrize("word", ["many", "-3", "[1, 2]", "{a: 1}", "null", "true", "''", "1e30"])
+def test_a_value_of_a_wrong_type_is_read_or_refused_wherever_it_stands(word):
+    """Every fifteenth value of a whole configuration, replaced by the word; each word its own."""
+    tree = yaml.safe_load(config(extra=EMA.format(0.99) + "\n" + KD_NEW + KESTREL))
+    value, places = yaml.safe_load(word), list(leaves(tree))
+    for where in places[sum(map(ord, word)) % 15 :: 15]:
+        spoilt = copy.deepcopy(tree)
+        *path, last = [int(k) if k.isdigit() else k for k in re.findall(r"[^.\[\]]+", where)]
+        node = spoilt
+        for key in path:
+            node = node[key]
+        node[last] = value
+        try:
+            united_perception.loads(yaml.safe_dump(spoilt, default_flow_style=None))
+        except UnitedPerceptionError as error:
+            assert "beyond computing" not in str(error)
+
+
+# ---- files and the command
+
+
+def test_a_file_names_its_run(tmp_path):
+    path = tmp_path / "res18.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + config().replace("\n", "\r\n").encode())
+    found = united_perception.load(path, gpus=16)
+    assert found.recipe.changed() == {"name": "res18", **read("plain").recipe.changed()}
+    assert found.params().startswith("# res18.yaml: read from United Perception's res18.yaml\n")
+    assert united_perception.load(path, name="mine").recipe.name == "mine"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "no such file"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "cannot be read as text"),
+        (bytes(range(256)) * 2000, "at most 60,000"),
+        (b"a: 1\n" * 10**6, "at most 60,000"),
+        (b"a: [\n", "line "),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_name(content, words, tmp_path):
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UnitedPerceptionError) as caught:
+        united_perception.load(path)
+    assert words in str(caught.value) and "x.yaml: " in str(caught.value)
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UnitedPerceptionError, match="no plain file"):
+            united_perception.load(path)
+
+
+def command(*words) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "workbench", "import-up", *map(str, words)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_the_command_prints_the_params_and_tells_the_notes(tmp_path):
+    slots, gpus, _ = FAMILIES["resnet50D"]
+    path = tmp_path / "res50d.yaml"
+    path.write_text(config(**slots))
+    done = command(path, "--gpus", gpus, "--train-images", 1_281_167, "--name", "mine")
+    assert done.returncode == 0, done.stderr
+    params = tmp_path / "params.yaml"
+    params.write_text(done.stdout)
+    assert Recipe.read(params) == read("resnet50D", name="mine").recipe
+    assert "6,256 to 6,260 steps" in done.stderr and "--gpus" not in done.stderr
+    path.write_text("optimizer:\n  type: 'SGD\n")
+    done = command(path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("UnitedPerceptionError: ") and "line 2" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,1306 @@
+"""Reads United Perception's YAML: a whole configuration, or any block of its classification page.
+
+    found = load("res50_strikes_300e_bce.yaml", gpus=32)
+    print(found.params())                 # a flat params file with the notes in it
+
+The recipe does what the file says. Where United Perception (UP) itself would have done something
+else a note says what, in numbers; nothing of a file is passed over in silence, nothing is run.
+"""
+
+import functools
+import math
+import posixpath
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from workbench.recipe import RESNETS, Recipe, RecipeError
+
+TAKEN, NOTHING = "taken", "no meaning here"
+DEFECT = "would not have done what it says"
+IMAGENET = 1_281_167  # pictures of ImageNet-1k's training list
+
+
+class UnitedPerceptionError(ValueError):
+    """No file of United Perception's, or a broken one; the text names the line and a repair."""
+
+
+class Note(NamedTuple):
+    """What became of one place of a file: a dotted path, an *alias or a missing --option."""
+
+    kind: str  # TAKEN, NOTHING or DEFECT
+    where: str
+    text: str
+
+    @property
+    def assumed(self) -> bool:
+        return self.where.startswith(("*", "--")) and "." not in self.where
+
+
+@dataclass(frozen=True)
+class Found:
+    """A recipe, what is to be said about it, and the blocks that a recipe has no knobs for.
+
+    distillation: {"teachers": {key: {"model", "weights", ...}}, "mimics": [{"name", "teacher",
+    "pairs" of (student's, teacher's) modules, "loss", "temperature", "weight", "warmup_steps"}],
+    "task_loss": bool}. deployment: to_kestrel as it stands, checked, resize_hw as [h, w].
+    """
+
+    recipe: Recipe
+    notes: list[Note]
+    distillation: dict[str, Any] | None
+    deployment: dict[str, Any] | None
+    source: str
+    origin: dict[str, Note] = field(repr=False)  # knob -> its note
+
+    def params(self) -> str:
+        """A params file: the notes as comments, then the changed knobs and where they stood."""
+        head = f"{self.recipe.name}.yaml: read from United Perception's {self.source}"
+        lines = [f"# {head if head.isprintable() else ascii(head)}"]
+        wrap = {"width": 100, "initial_indent": "#   ", "subsequent_indent": "#     "}
+        for kind in (TAKEN, DEFECT, NOTHING):
+            notes = [n for n in self.notes if n.kind == kind and n not in self.origin.values()]
+            notes = [n for n in notes if kind != TAKEN or n.assumed]
+            lines += [f"# {kind}:"] if notes else []
+            for note in notes[:100]:  # a params file is a page or two
+                lines += textwrap.wrap(f"{note.where}: {note.text}", **wrap)
+            lines += [f"#   and {len(notes) - 100} more"] if len(notes) > 100 else []
+        for knob, value in self.recipe.changed().items():
+            how = {"default_style": None if str(value).isprintable() else '"', "width": 10**6}
+            how |= {"default_flow_style": True, "allow_unicode": True}
+            line = yaml.safe_dump({knob: value}, **how).strip()[1:-1]
+            if note := self.origin.get(knob):
+                line = f"{line:<25} # {note.where}{note.text.removeprefix(_says(knob, value))}"
+            lines.append(line)
+        return "\n".join(lines) + "\n"
+
+    def summary(self) -> str:
+        """How many notes there are of each kind, and those that a person should read."""
+        counts = [f"{sum(n.kind == k for n in self.notes)} {k}" for k in (TAKEN, NOTHING, DEFECT)]
+        told = [f"  {n.where}: {n.text}" for n in self.notes if n.kind == DEFECT or n.assumed]
+        return "\n".join([f"{self.source}: {', '.join(counts)}", *told])
+
+
+def load(
+    path: str | Path,
+    *,
+    gpus: int | None = None,
+    train_images: int | None = None,
+    name: str | None = None,
+) -> Found:
+    """What a file says, as `loads` has it; the run is named after the file without `name`."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise OSError("no such file" if not path.exists() else "no plain file")
+        with path.open("rb") as file:
+            content = file.read(4 * _MOST_TEXT + 4)
+        text = content.decode("utf-8-sig", "ignore" if len(content) > 4 * _MOST_TEXT else "strict")
+    except (OSError, ValueError) as error:
+        raise UnitedPerceptionError(f"{path}: cannot be read as text: {error}") from None
+    return _read(text, path.name, gpus, train_images, path.stem if name is None else name)
+
+
+def loads(
+    text: str, *, gpus: int | None = None, train_images: int | None = None, name: str | None = None
+) -> Found:
+    """What a text says: a whole configuration, or a block of one.
+
+    `gpus` turns UP's batch size, which counts for one GPU, into that of a step (1 if not given);
+    `train_images` turns steps into epochs (ImageNet-1k). Raises UnitedPerceptionError.
+    """
+    return _read(text, "text", gpus, train_images, name)
+
+
+def _read(text: str, source: str, gpus: Any, images: Any, name: str | None) -> Found:
+    try:
+        for option, value in (("gpus", gpus), ("train_images", images)):
+            if value is not None and (type(value) is not int or not 0 < value < 10**12):
+                raise UnitedPerceptionError(f"{option} is {value!r}; wanted a whole number above 0")
+        return _Importer(_parse(text), gpus, images).found(source, name)
+    except UnitedPerceptionError as error:
+        raise UnitedPerceptionError(f"{source}: {error}") from None
+    except (ArithmeticError, ValueError) as error:
+        raise UnitedPerceptionError(f"{source}: a number beyond computing: {error}") from None
+
+
+def _says(knob: str, value: Any) -> str:
+    return f"{knob} {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ---- YAML, as nodes that know their line
+
+_MOST_TEXT, _MOST_NODES, _DEEPEST = 60_000, 3_000, 30
+
+# What an alias stands for when its anchor is in another block of the page: UP's usual pipeline.
+_USUAL = """
+random_resized_crop: {type: torch_random_resized_crop, kwargs: {size: 224}}
+random_horizontal_flip: {type: torch_random_horizontal_flip}
+pil_color_jitter:
+  {type: torch_color_jitter, kwargs: {brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1}}
+torch_resize: {type: torch_resize, kwargs: {size: 256}}
+torch_center_crop: {type: torch_center_crop, kwargs: {size: 224}}
+to_tensor: {type: to_tensor}
+normalize: {type: normalize, kwargs: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}}
+mixup: {type: torch_mixup, kwargs: {alpha: 0.2}}
+rand_erase: {type: torch_randerase, kwargs: {probability: 0.25}}
+cutmix_mixup:
+  {type: torch_cutmix_mixup, kwargs: {mixup_alpha: 0.1, cutmix_alpha: 1.0, switch_prob: 0.5}}
+random_augmentation:
+  {type: torch_random_augmentationIncre, kwargs: {n: 2, m: 7, magnitude_std: 0.5}}
+"""
+
+
+@dataclass(eq=False)
+class _Node:
+    """A piece of a file; an alias and its anchor are one node, `where` is where it stands first."""
+
+    value: Any  # a dict of nodes, a list of nodes, a plain value or an _Alias
+    where: str
+    line: int
+    used: bool = False  # somebody asked for it
+    told: bool = False  # a note speaks of everything in it
+    size: int = 1  # nodes it stands for, and their depth, aliases written out
+    depth: int = 1
+
+    def children(self) -> Iterator["_Node"]:
+        if isinstance(self.value, dict | list):
+            yield from self.value.values() if isinstance(self.value, dict) else self.value
+
+    def all(self) -> Iterator["_Node"]:
+        yield self
+        for child in self.children():
+            yield from child.all()
+
+    def plain(self) -> Any:
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
+
+
+class _Alias(yaml.ScalarNode):
+    """An alias whose anchor is in another text; its value is the name."""
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader as far as its graph of nodes: these are counted, any alias is let through."""
+
+    depth = count = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) and event.anchor not in self.anchors:
+            self.get_event()
+            return _Alias("", event.anchor, event.start_mark, event.end_mark)
+        self.depth, self.count = self.depth + 1, self.count + 1
+        if self.depth > _DEEPEST or self.count > _MOST_NODES:
+            what = "nested more deeply" if self.depth > _DEEPEST else "more entries"
+            raise _fault(event.start_mark.line + 1, f"{what} than a configuration")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _fault(line: int, text: str) -> UnitedPerceptionError:
+    return UnitedPerceptionError(f"line {line}: {text}")
+
+
+def _parse(text: str, top: str = "") -> _Node:
+    """The nodes of a YAML text. Raises UnitedPerceptionError, whatever the text is."""
+    if not isinstance(text, str) or len(text) > _MOST_TEXT:
+        raise UnitedPerceptionError(f"wanted YAML text of at most {_MOST_TEXT:,} characters")
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _fault(line, f"{error.character!r} is no character of a text file") from None
+    except yaml.MarkedYAMLError as error:
+        raise _explained(error, text.splitlines() or [""]) from None
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # PyYAML on odd escapes
+        raise UnitedPerceptionError(f"no YAML: {error}") from None
+    if not isinstance(root, yaml.CollectionNode):
+        came = _short(root.value) if root else "nothing"
+        raise UnitedPerceptionError(f"holds {came}; wanted blocks such as `trainer:` or `dataset:`")
+    return _Builder(loader).node(root, top)
+
+
+def _explained(error: yaml.MarkedYAMLError, lines: list[str]) -> UnitedPerceptionError:
+    """The line to mend, and how, for an error of PyYAML's."""
+    problem, context = error.problem or "", error.context or ""
+    last = min((error.problem_mark or error.context_mark).line, len(lines) - 1)
+    start = min(error.context_mark.line if error.context_mark else 0, last)
+    if "single document" in context:
+        return _fault(last + 1, "a second document begins; keep one")
+    if "\\t" in problem:
+        return _fault(last + 1, "a tab; indent with spaces")
+    bare = [re.sub(r"(^|\s)#.*|\"[^\"]*\"|'[^']*'", "", line).strip() for line in lines]
+    at = lambda i: _short(lines[i].strip())
+    # A quote that is not closed runs on to the next one, or to the end of the text.
+    for i in [start] if "quoted" in context else range(last, max(-1, last - 4), -1):
+        if re.search(r"[:\[,-]\s*['\"]", bare[i]):
+            return _fault(i + 1, f"the quote of {at(i)} is not closed; close it")
+    above = next((i for i in range(last - 1, -1, -1) if bare[i]), last)
+    for i in sorted({start, above, last}):
+        if bare[i] and ":" not in bare[i] and bare[i][0] not in "-[]{}&*!|>%@?":
+            more = "put it behind a # if it is the tail of a wrapped comment, or delete it"
+            return _fault(i + 1, f"{at(i)} is no `key: value`; {more}")
+    if context == "while parsing a block collection":
+        more = f"stands beside the entry {at(start)}, not in it; indent it by two spaces more"
+        return _fault(last + 1, f"{at(last)} {more}, and type and kwargs alike")
+    more = "look at the indentation, brackets and quotes here and in the line above"
+    return _fault(last + 1, f"{at(last)}: {problem}; {more}")
+
+
+class _Builder:
+    """PyYAML's graph -> _Nodes; refuses what PyYAML lets pass and no configuration means."""
+
+    VALUES = {f"tag:yaml.org,2002:{tag}" for tag in ("int", "float", "bool", "null")}
+    TEXTS = {f"tag:yaml.org,2002:{tag}" for tag in ("str", "timestamp", "value", "merge")}
+    BLOCKS = {f"tag:yaml.org,2002:{tag}" for tag in ("seq", "map")}
+
+    def __init__(self, loader: _Loader):
+        self.loader, self.done = loader, {}
+
+    @functools.cached_property
+    def usual(self) -> dict[str, _Node]:
+        return _parse(_USUAL, "*").value
+
+    def node(self, source: yaml.Node, where: str) -> _Node:
+        line = source.start_mark.line + 1
+        if isinstance(source, _Alias):
+            return self.usual.get(source.value) or _Node(source, where, line)
+        if id(source) in self.done:
+            if self.done[id(source)] is None:
+                raise _fault(line, "an alias in the block of its own anchor")
+            return self.done[id(source)]
+        self.done[id(source)] = None
+        scalar = isinstance(source, yaml.ScalarNode)
+        if source.tag not in (self.VALUES | self.TEXTS if scalar else self.BLOCKS):
+            tag = source.tag.replace("tag:yaml.org,2002:", "!!")
+            raise _fault(line, f"the tag {_short(tag)} has no place here; write out what it means")
+        node = _Node(getattr(self, source.id)(source, where, line), where, line)
+        node.size += sum(child.size for child in node.children())
+        node.depth += max((child.depth for child in node.children()), default=0)
+        if node.size > _MOST_NODES or node.depth > _DEEPEST:
+            raise _fault(line, "aliases stand for more, or for deeper blocks, than a configuration")
+        self.done[id(source)] = node
+        return node
+
+    def scalar(self, source: yaml.ScalarNode, where: str, line: int) -> Any:
+        last = source.end_mark.line + 1
+        if source.style not in ("|", ">") and last > line:
+            text = f"the text {_short(source.value)} goes on from line {line} to {last}: close its"
+            more = "quote, or put behind a # or delete the line that is no `key: value`"
+            raise _fault(line if source.style else last, f"{text} {more}")
+        if source.tag in self.TEXTS:
+            return source.value
+        try:
+            value = self.loader.construct_object(source)
+        except Exception:  # a number of YAML's that Python has not, a tag on the wrong value
+            value = math.nan
+        if value is not None and not abs(value) < 1e18:
+            raise _fault(line, f"{where} is {_short(source.value)}; wanted a number, not too large")
+        return value
+
+    def sequence(self, source: yaml.SequenceNode, where: str, line: int) -> list[_Node]:
+        return [self.node(item, f"{where}[{i}]") for i, item in enumerate(source.value)]
+
+    def mapping(self, source: yaml.MappingNode, where: str, line: int) -> dict[str, _Node]:
+        own: dict[str, _Node] = {}
+        merged: dict[str, _Node] = {}
+        for key, value in source.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, _Alias) or not isinstance(key, yaml.ScalarNode):
+                raise _fault(line, "a key that is no plain name")
+            self.node(key, where)  # refuses its tag
+            name = key.value if re.fullmatch(r"[\w@ -]{1,60}", key.value) else _short(key.value)
+            if key.tag.endswith(":merge"):
+                blocks = self.node(value, where)
+                for block in blocks.value if isinstance(blocks.value, list) else [blocks]:
+                    if not isinstance(block.value, dict):
+                        raise _fault(line, "<< wants a mapping, such as `<<: *anchor`")
+                    merged = {**block.value, **merged}
+                continue
+            if name in own:
+                raise _fault(line, f"{name!r} stands twice in {where or 'the file'}; keep one")
+            if re.match("over(write|ride)@?$", name):
+                raise _fault(line, f"{name} is not read; write its values into their blocks")
+            own[name] = self.node(value, f"{where}.{name}" if where.strip("*") else where + name)
+        self.contents_inside(own)
+        return {**merged, **own}
+
+    def contents_inside(self, block: dict[str, _Node]) -> None:
+        """Refuses `type` and `kwargs` beside their block: PyYAML reads them as something else."""
+        beside, names = block.get("type") or block.get("kwargs"), list(block)
+        for name, following in zip(names, [*names[1:], None], strict=True) if beside else ():
+            value, line, what = block[name].value, beside.line, "`type` and `kwargs` stand"
+            entry = value[-1].value if isinstance(value, list) and value else {}
+            if value is None and name == "kwargs" and following:
+                line, what = block[following].line, f"`{following}` stands"
+            elif isinstance(entry, dict) and "name" in entry and "type" not in entry:
+                name = f"- name: {entry['name'].plain()}"
+            elif value is not None or name not in _BLOCKS:
+                continue
+            raise _fault(line, f"{what} beside `{name}`, not in it; indent by two spaces more")
+
+
+_BLOCKS = set(
+    "dataset train test trainer optimizer lr_scheduler saver runtime runner net ema mimic evaluator"
+    " batch_sampler sampler dataloader batch_fn image_reader cls_loss teacher student normalize"
+    " initializer to_kestrel".split()
+)
+
+
+# ---- what UP's names mean
+
+# {key: knob, or (knob, its value where the key is missing)}; "" is never there: it goes without
+_MIXUP = {"alpha": ("mixup_alpha", 1.0)}
+_CUTMIX = {"alpha": ("cutmix_alpha", 1.0)}
+_EITHER = {key: (key, 1.0) for key in ("mixup_alpha", "cutmix_alpha")}
+_EITHER["switch_prob"] = ("switch_prob", 0.5)
+_OWN = {"": ("mix_per_sample", True)}
+_RANDAUG = {"n": "randaug_n", "m": "randaug_m", "magnitude_std": ("randaug_std", 0.0)}
+_FILTER = {"interpolation": ("interpolation", "bilinear")}
+_CROP = {"size": "image_size", "scale": ("crop_scale", [0.08, 1.0]), "ratio": "crop_ratio"}
+_ERASE = {"probability": ("erase_prob", 0.5), "mode": "erase_mode", "max_count": "erase_count"}
+_TRANSFORMS: dict[str, dict[str, Any]] = {  # in the order in which they are applied here
+    "torch_random_resized_crop": {**_CROP, **_FILTER},
+    "torch_resize": {"size": "val_resize", **_FILTER},
+    "torch_center_crop": {"size": "val_image_size"},
+    "torch_random_horizontal_flip": {"p": ("flip", 0.5)},
+    "torch_auto_augmentation": {"": ("autoaugment", True)},
+    "torch_random_augmentation": {**_RANDAUG, "": ("randaug_increasing", False)},
+    "torch_random_augmentationIncre": {**_RANDAUG, "": ("randaug_increasing", True)},
+    "torch_color_jitter": {k: k for k in ("brightness", "contrast", "saturation", "hue")},
+    "to_tensor": {},
+    "normalize": {"mean": "mean", "std": "std"},
+    "torch_randerase": _ERASE,
+    "torch_mixup": {**_MIXUP, **_OWN},
+    "torch_cutmix": {**_CUTMIX, **_OWN},
+    "torch_cutmix_mixup": {**_EITHER, **_OWN},
+    "batch_mixup": _MIXUP,
+    "batch_cutmix": _CUTMIX,
+    "batch_cutmixup": _EITHER,
+}
+_VALIDATION = ("torch_resize", "torch_center_crop")
+
+_ADAM = {"lr": ("lr", 1e-3), "weight_decay": ("weight_decay", 0.01)}
+_SGD = {"lr": "lr", "momentum": ("momentum", 0.0), "nesterov": "nesterov"}
+_LAMB = {"max_grad_norm": ("clip_grad_norm", 1.0), "trust_clip": "trust_clip"}
+_OPTIMIZERS = {  # type: (optimizer, knobs, keys that have none)
+    "SGD": ("sgd", {**_SGD, "weight_decay": "weight_decay"}, "dampening"),
+    "AdamW": ("adamw", _ADAM, "betas eps amsgrad"),
+    "LAMB": (
+        "lamb",
+        {**_ADAM, **_LAMB, "always_adapt": "always_adapt"},
+        "betas eps bias_correction grad_averaging",
+    ),
+}
+_GROUPS = "bn_w bn_b ln_w ln_b linear_w linear_b nodecay layer_decay".split()
+_BY_EPOCH = {"": ("lr_per_epoch", True)}
+_SCHEDULES: dict[str, tuple[str, str, dict[str, Any]]] = {  # type: (schedule, its length, knobs)
+    "MultiStepLR": ("multistep", "milestones", {"gamma": "gamma"}),
+    "StepLR": ("step", "step_size", {"gamma": "gamma"}),
+    "CosineAnnealingLR": ("cosine", "T_max", {"eta_min": "lr_min"}),
+    "CosineLREpochScheduler": ("cosine", "T_max", {"eta_min": "lr_min", **_BY_EPOCH}),
+    "EpochBasedCosineAnnealingLR": ("cosine", "T_max", _BY_EPOCH),
+    "polylr": ("polynomial", "T_max", {"power": "power", "eta_min": "lr_min"}),
+    "OneCycleLR": ("one_cycle", "T_max", {"max_lr": "lr"}),
+}
+_WARMUPS = {"linear": "linear", "exp": "exponential", "cosine": "cosine"}
+
+# UP's name in small letters, without signs, "transformer" and a last 224 -> timm's
+_REGNETS = {m: f"{m // 100:03}" for m in (200, 400, 600, 800, 1600, 3200, 4000, 6400)}
+_VITS = (("base", 16), ("base", 32), ("large", 16), ("huge", 14))
+_WIDTHS = {"": "100", "0.35": "035", "0.5": "050", "0.75": "075", "1.4": "140"}
+_SIZES = ("tiny", "small", "base", "large", "xlarge")
+_TIMM = {
+    **{name: name for name in RESNETS},
+    **{f"regnet{kind}{m}m": f"regnet{kind}_{_REGNETS[m]}" for kind in "xy" for m in _REGNETS},
+    **{f"convnext{size}": f"convnext_{size}" for size in _SIZES},
+    **{f"efficientnetb{i}": f"efficientnet_b{i}" for i in range(8)},
+    **{f"mobilenetv2{scale}": f"mobilenetv2_{width}" for scale, width in _WIDTHS.items()},
+    **{f"mobilenetv3{size}": f"mobilenetv3_{size}_100" for size in ("small", "large")},
+    **{f"vit{n}{p}": f"vit_{s}_patch{p}_224" for s, p in _VITS for n in (s, s[0], f"{s}patch")},
+    **{f"deit{size}": f"deit_{size}_patch16_224" for size in _SIZES[:3]},
+    **{f"swin{size}": f"swin_{size}_patch4_window7_224" for size in _SIZES[:4]},
+    **{f"swin{size}384": f"swin_{size}_patch4_window12_384" for size in ("base", "large")},
+}
+_MIMIC_LOSSES = {"kl": "kl_loss", "kd": "kd_loss", "ce": "ce_loss", "l2": "l2_loss"}
+
+# why -> the keys that say nothing here, wherever they stand
+_NOTHING = {
+    "there is one task here": "task_names",
+    "part of UP's runner or loader, changes no result": "aligned model_helper inferencer prev"
+    " strict gather_group memory_friendly memcached to_float32 pin_memory fix_seed extra_input"
+    " transform inplace data_pool dataset_timer rank_cls reload_cfg image_type mimic_as_jobs"
+    " memory_empty",
+    "draws depend on the seed and the picture, not on the process": "rank_init",
+    "batch norms are one per device": "async_norm sync_bn",
+    "batch norms keep timm's eps and momentum": "special_bn_init",
+    "last.pt is always kept, see checkpoint_minutes": "save_freq save_start only_save_latest",
+    "last.pt is always kept; UP counts steps under trainer, epochs under saver": "save_latest_freq",
+    "the last epoch is always evaluated, see val_every": "test_start is_eval",
+    "a run folder is runs_dir/<name>-seed<seed>": "save_dir",
+    "predictions.parquet is in the run folder; UP writes here only with save_result or"
+    " memory_friendly": "results_dir save_result save_score",
+    "names of UP's, torchvision's and timm's weights are all known": "task_type",
+    "top-1 and top-5 of one centre crop are always kept": "evaluator",
+    "labels have the classes of the data": "num_classes",
+    "no counterpart: labels are taken as they stand, one a picture": "label_mapping multilabel",
+    "no counterpart: a line of a list is a picture and its label": "parser_info inference_cfg",
+    "boxes: 1 to erase_count, 2 to 33 % of the area, sides 0.3 to 1 / 0.3": "min_count min_area"
+    " max_area min_aspect max_aspect num_splits",
+    "timm wires its models itself": "out_layers out_strides out_planes in_plane inplanes use_pool"
+    " input_feature_idx img_size window_size layer_scale_init_value init_value layer_scale",
+    "no counterpart: every layer is trained": "frozen_layers",
+    "timm's initial weights; UP's msra draws with a std of sqrt(1 / fan_in)": "initializer"
+    " head_init_scale init_std",
+    "no counterpart: the classifier is one linear layer": "classifier_cfg",
+    "no knob; betas stay 0.9 and 0.999, eps 1e-6 in lamb and 1e-8 in adamw, the rest torch's"
+    " defaults": "betas eps dampening amsgrad bias_correction grad_averaging",
+    "it ends with the training": "max_iter",
+    "no knob: the loss has weight 1": "loss_weight",
+    "rises over 0.3 of the steps from lr / 25, ends at lr / 250,000, momentum stays": "pct_start"
+    " div_factor final_div_factor cycle_momentum base_momentum max_momentum total_steps",
+    "UP reads it and does not use it": "mimic_norm",
+    "UP's name of the loss": "prefix",
+    "UP does not use it": "size",
+    "no counterpart: quantisation": "quant quantization nnie",
+    "no counterpart: sparse training": "sparsity sparse",
+    "no counterpart: UP's service": "adela serialize ceph_dir",
+    "a checkpoint is left whenever a run is stopped": "auto_checkpoint",
+    "best.safetensors and metrics.csv are always kept": "auto_save_best auto_save_metric",
+    "see log_every": "train_val_logger",
+    "a figure of finished runs, no part of a training": "grad_cam feature_vis",
+}
+_NOTHING = {key: why for why, keys in _NOTHING.items() for key in keys.split()}
+
+# (end of a path, pattern of the value, kind, text), also for values that are taken
+_FACTS = [
+    ("^fp16", "(?!False).*", DEFECT, "UP reads it in `runtime` only: it trained in fp32"),
+    ("^iter_base", "True", DEFECT, "UP reads it in `runtime` only; its scheduler counted epochs"),
+    ("runtime.fp16", "(?!False).*", NOTHING, "bf16 where the device computes in it, see precision"),
+    ("runtime.device", "cuda.*", NOTHING, "auto takes a GPU, see device"),
+    ("runtime.device", "(?!cuda).*", DEFECT, "UP needs CUDA whatever this says; see device"),
+    ("random_seed", r"\d{6,}", DEFECT, "NumPy refuses the square of it in UP, from 65,536 on"),
+    ("runner.type", "(?!base|kd).*", NOTHING, "no counterpart"),
+    ("meta_type", ".*(custom_det|inference_only).*", NOTHING, "no counterpart"),
+    ("image_reader.type", "(?!fs_pillow).*", NOTHING, "pictures are decoded by Pillow"),
+    ("color_mode", "BGR", DEFECT, "UP trains with red and blue swapped; RGB here"),
+    ("color_mode", "GRAY", NOTHING, "pictures are RGB here"),
+    (r"\.sampler.type", "(?!dist|local).*", NOTHING, "no counterpart: every picture once an epoch"),
+    ("evaluator.kwargs.num_classes", ".*", DEFECT, "UP's evaluator does not take it: a TypeError"),
+    ("use_prec_rec_f1", "True", DEFECT, "without save_score UP computes it from class numbers"),
+    ("save_result", "True", DEFECT, "UP deletes results_dir first"),
+    ("save_dir", "checkpoints/cls_std/?", DEFECT, "many of UP's files share it; with auto_resume a "
+     "second recipe goes on there from the first one's checkpoint, silent about what does not fit"),
+    ("normalize.type", ".*sync.*", NOTHING, "batch norms are one per device"),
+    ("normalize.type", "freeze_bn", NOTHING, "here batch norms are trained"),
+    ("normalize.kwargs.momentum", r"1.*|0\.[5-9].*", DEFECT, "torch's momentum is the share of the "
+     "new batch, so hardly anything is averaged; timm's stays"),
+    ("representation_size", ".*", DEFECT, "UP crashes on it: an argument is missing"),
+    ("type", "fpn_cls_head", DEFECT, "UP's last version cannot build it"),
+    ("ema_type", "exp", NOTHING, "grows as 1 - exp(-t / 2000) in UP; constant from the start here"),
+    ("inner_T", r"(?!1$|1\.0$).*", NOTHING, "decay^inner_T every inner_T steps; every step here"),
+    ("ema.kwargs.warmup", r"(?!1$|1\.0$).*", NOTHING, "lower at first in UP; constant here"),
+    ("type", "torch_(mixup|cutmix|cutmix_mixup)", DEFECT, "UP's last version does not know it and "
+     "stops; earlier ones drew anew for every picture, as mix_per_sample does, and the last of "
+     "those had wrong areas, so wrong labels, in CutMix"),
+    ("type", "torch_auto_augmentation", NOTHING, "torchvision's 25 policies here; UP has 24, 20 of "
+     "them distinct, and turns one way only"),
+    ("type", "OneCycleLR", NOTHING, "UP moves momentum from 0.95 to 0.85 and back; it stays here"),
+    ("type", "EpochBasedCosineAnnealingLR", DEFECT, "UP knows it only where its yolov5 plugin is "
+     "imported; eta_min is a share of lr"),
+    ("type", "ReduceLROnPlateau", DEFECT, "UP steps it without a metric, which fails"),
+]  # fmt: skip
+
+
+def _square(value: Any) -> int:
+    """a number of pixels, or two equal ones"""
+    return _as(int, value[0] if isinstance(value, list) and value == value[:1] * 2 else value, 1)
+
+
+def _height_width(value: Any) -> list[int]:
+    """height and width such as 224x224"""
+    height, width = value.lower().split("x") if isinstance(value, str) else value
+    return [_as(int, height, 1), _as(int, width, 1)]
+
+
+def _labels(value: Any) -> dict[str, Any]:
+    """categories, each with a list of labels"""
+    return {name: {**about, "labels": _as([str], about["labels"])} for name, about in value.items()}
+
+
+_KINDS = {
+    **dict.fromkeys(("image_size", "val_image_size", "val_resize"), _square),
+    **dict.fromkeys(("crop_scale", "crop_ratio", "mean", "std"), [float]),
+    **{"num_classes": int, "workers": int, "clip_grad_norm": float, "ema_decay": float},
+}
+_KESTREL = {
+    **dict.fromkeys(("toks_type", "plugin", "model_name", "version", "save_to", "type"), str),
+    **dict.fromkeys(("is_rgb", "save_all_label", "add_softmax"), bool),
+    **{"input_channel": int, "resize_hw": _height_width, "class_label": _labels},
+    **{"pixel_means": [float], "pixel_stds": [float], "support_labels": object},
+}
+
+
+def _as(kind: Any, value: Any, least: float = -math.inf) -> Any:
+    """A value as bool, int, float, str, a list of one of them or object (anything).
+
+    Raises ValueError, TypeError, LookupError or AttributeError.
+    """
+    if isinstance(kind, list):
+        return [_as(kind[0], v, least) for v in (value if isinstance(value, list) else [value])]
+    if kind not in (bool, int, float, str):
+        return value if kind is object else kind(value)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    if kind is str and not str(value).isprintable():
+        raise ValueError
+    if kind in (bool, str):
+        return kind(value)
+    if not math.isfinite(number := float(value)) or number < least or kind(number) != number:
+        raise ValueError
+    return kind(number)
+
+
+def _wanted(kind: Any, least: float) -> str:
+    """What _as wants, in words."""
+    if isinstance(kind, list):
+        return f"a list, each {_wanted(kind[0], least)}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a line of text"}
+    text = words.get(kind) or kind.__doc__
+    return text if least == -math.inf else f"{text}, {'0 or more' if least == 0 else 'above 0'}"
+
+
+def _half_cosine(peak: float, low: float, share: float) -> float:
+    """As UP computes it: outside 0 to 1 it goes on."""
+    return low + (peak - low) * (1 + math.cos(math.pi * share)) / 2
+
+
+# ---- the import
+
+
+class _Importer:
+    """One pass over the nodes; what nobody asked for is told at the end."""
+
+    def __init__(self, root: _Node, gpus: int | None, images: int | None):
+        if isinstance(root.value, list):  # the page shows an entry of `net` alone
+            root = _Node({"net": root}, "", root.line)
+        self.root, self.gpus, self.images = root, gpus, images
+        self.values: dict[str, Any] = {}
+        self.origin: dict[str, Note] = {}
+        self.notes: dict[Note, None] = {}  # each once, in their order
+        self.batch: int | None = None  # pictures of a step
+        self.counted = False  # whether the number of pictures mattered
+
+    def found(self, source: str, name: str | None) -> Found:
+        self.values |= {} if name is None else {"name": name}
+        self.runtime()
+        self.data()
+        self.trainer()
+        self.net(self.root.value.get("net"), self.take)
+        self.run()
+        distillation, deployment = self.distillation(), self.deployment()
+        recipe = self.recipe()
+        self.rest()
+        notes = [*self.origin.values(), *self.notes]
+        return Found(recipe, notes, distillation, deployment, source, self.origin)
+
+    # asking
+
+    def at(self, node: _Node, path: str) -> _Node | None:
+        """The node at a dotted path; None where nothing stands, or empty kwargs."""
+        for key in path.split("."):
+            node = self.mapping(node).value.get(key)
+            if node is None or (node.value is None and key == "kwargs"):
+                return None
+        return node
+
+    def where(self, node: _Node, path: str) -> str:
+        found = self.at(node, path)
+        return found.where if found else f"{node.where}.{path}".lstrip(".")
+
+    def block(self, node: _Node, path: str) -> _Node:
+        """The mapping at a dotted path, an empty one where nothing stands."""
+        found = self.at(node, path)
+        return self.mapping(found) if found else _Node({}, self.where(node, path), node.line)
+
+    def mapping(self, node: _Node) -> _Node:
+        if isinstance(node.value, _Alias):
+            return _Node({}, self.unknown(node).where, node.line)
+        if not isinstance(node.value, dict):
+            came = "empty" if node.value is None else _short(node.plain())
+            raise _fault(node.line, f"{node.where} is {came}; wanted a block of `key: value`")
+        node.used = True
+        return node
+
+    def entries(self, node: _Node | None) -> list[_Node]:
+        """The mappings of a list."""
+        if node is None or node.value is None:
+            return []
+        if not isinstance(node.value, list):
+            raise _fault(node.line, f"{node.where} is {_short(node.plain())}; wanted a list")
+        node.used = True
+        return [entry for entry in map(self.mapping, node.value) if entry.value]
+
+    def unknown(self, node: _Node) -> _Node:
+        self.note(NOTHING, node, f"*{node.value.value} has no anchor in this text; left out")
+        return node
+
+    def get(self, node: _Node, path: str, kind: Any, default: Any = None, least=-math.inf) -> Any:
+        """What stands at a dotted path as `kind`, see _as; the default where nothing does."""
+        if (found := self.at(node, path)) is None or found.value is None:
+            return default
+        for part in found.all():
+            part.used = True
+            if isinstance(part.value, _Alias):
+                self.unknown(part)
+                return default
+        try:
+            value = _as(kind, came := found.plain(), least)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
+            text = f"{found.where} is {_short(found.plain())}; wanted {_wanted(kind, least)}"
+            raise _fault(found.line, text) from None
+        if isinstance(came, str) and isinstance(value, int | float):
+            self.say(DEFECT, found.where, f"{_short(came)} is text to YAML 1.1; read as {value:g}")
+        return value
+
+    # telling
+
+    def say(self, kind: str, where: str, text: str) -> None:
+        self.notes[Note(kind, where or "the file", text)] = None
+
+    def note(self, kind: str, node: _Node, text: str) -> None:
+        """A note on a node and everything in it."""
+        for part in node.all():
+            part.used = part.told = True
+        self.say(kind, node.where, text)
+
+    def take(self, knob: str, value: Any, where: str, why: str = "") -> None:
+        """Sets a knob; where it was set before, this counts."""
+        self.values[knob] = value
+        text = _says(knob, value) + (f"; {why}" if why else "")
+        self.origin[knob] = Note(TAKEN, where, text)
+
+    def leave(self, knob: str, kind: str, text: str) -> None:
+        """Unsets a knob, for a reason."""
+        self.values.pop(knob)
+        self.say(kind, self.origin.pop(knob, Note(TAKEN, knob, "")).where, f"{text}; left out")
+
+    def put(self, node: _Node, table: dict[str, Any], take: Callable | None = None) -> None:
+        """Takes the knobs of a table, see _TRANSFORMS, from a block."""
+        for key, knob in table.items():
+            knob, default = knob if isinstance(knob, tuple) else (knob, None)
+            kind = _KINDS.get(knob) or type(Recipe.model_fields[knob].default)
+            if (value := self.get(node, key, kind) if key else None) is not None:
+                (take or self.take)(knob, value, node.value[key].where)
+            elif default is not None:
+                self.take(knob, default, node.where.removesuffix(".kwargs") + ".type", "implied")
+
+    def recipe(self) -> Recipe:
+        """The recipe; a knob that would change nothing in it leaves a note in its place."""
+        while True:
+            try:
+                return Recipe(**self.values)
+            except RecipeError as error:
+                problems = {text.partition(":")[0]: text for text in error.problems}
+                idle = {k: text for k, text in problems.items() if " would change nothing " in text}
+                for knob, text in idle.items():
+                    self.leave(knob, NOTHING, text)
+                if not idle:
+                    where = lambda k: f" ({self.origin[k].where})" if k in self.origin else ""
+                    lines = [f"\n  - {text}{where(knob)}" for knob, text in problems.items()]
+                    raise UnitedPerceptionError("no recipe comes of it" + "".join(lines)) from None
+
+    def rest(self) -> None:
+        """Notes on values, on what nobody asked for and on what was assumed."""
+        for part in dict.fromkeys(part for part in self.root.all() if part.where):
+            for path, pattern, kind, text in _FACTS:
+                if not part.told and re.search(f"{path}$", part.where):
+                    if re.fullmatch(pattern, str(part.plain())):
+                        self.note(kind, part, text)
+        self.tell("", self.root, {note.where for note in (*self.notes, *self.origin.values())})
+        if self.batch and self.gpus is None:
+            self.say(TAKEN, "--gpus", "not given, 1 assumed: batch_size is UP's for one GPU")
+        if self.counted and self.images is None:
+            text = f"not given, {IMAGENET:,} assumed (ImageNet-1k): {self.steps:,} steps an epoch"
+            self.say(TAKEN, "--train-images", text)
+
+    def tell(self, key: str, node: _Node, told: set[str], above: str = "") -> None:
+        value, block = node.value, isinstance(node.value, dict)
+        if node.told or value in ({}, []) or (node.where in told and not block):
+            return
+        above = _NOTHING.get(key, above)
+        if not node.used:
+            text = "empty" if value is None else "not known here"
+            self.note(NOTHING, node, above or f"{text}; left out")
+        elif not isinstance(value, dict | list):
+            self.note(TAKEN, node, _short(value))
+        else:
+            for key, child in value.items() if block else enumerate(value):
+                self.tell(str(key), child, told, above)
+
+    # data
+
+    def runtime(self) -> None:
+        at = self.block(self.root, "runtime")
+        self.put(at, {"random_seed": "seed"})
+        if (device := self.get(at, "device", str)) in ("cpu", "mps"):
+            self.take("device", device, "runtime.device")
+        if self.get(at, "fp16", object) is False:
+            self.take("precision", "fp32", "runtime.fp16")
+        self.runner = self.get(at, "runner.type", str, "base")
+        self.by_step = self.get(at, "iter_base", bool, False)
+        self.meant_by_step = self.by_step or self.get(self.root, "iter_base", bool, False)
+
+    def data(self) -> None:
+        data, whole = self.block(self.root, "dataset"), "dataset" in self.root.value
+        if whole:
+            self.take("dataset", "files", "dataset")
+        inner = {side: self.block(data, f"{side}.dataset") for side in ("train", "test")}
+        if "train" not in data.value and "test" not in data.value:
+            inner["train"] = data  # the page shows the inner block alone
+        paths: dict[str, tuple[list[str], str]] = {}
+        for side, block in inner.items():
+            kwargs = self.block(block, "kwargs")
+            for key in ("meta_file", "image_reader.kwargs.image_dir"):
+                knob = f"{side.replace('test', 'val')}_{'list' if key == 'meta_file' else 'root'}"
+                if found := self.get(kwargs, key, [str]):
+                    paths[knob] = found, self.where(kwargs, key)
+            self.get(block, "type", str)
+            self.get(kwargs, "meta_type", [str])
+            for key in ("type", "kwargs.color_mode"):
+                self.get(kwargs, f"image_reader.{key}", str)
+            self.transforms(kwargs, side)
+        self.put(self.block(inner["train"], "kwargs"), {"fraction": "fraction"})
+        self.places(paths)
+        for home in (data, self.block(data, "train")):
+            self.loader(home)
+        for key in ("batch_sampler", "dataloader"):
+            if node := self.at(data, f"test.{key}"):
+                self.note(NOTHING, node, "chosen here, it changes no result")
+        for node in list(self.root.children()):
+            name = node.value.get("type") if isinstance(node.value, dict) else None
+            if name and not name.used and name.plain() in list(_TRANSFORMS):
+                if not whole:
+                    self.transform(node, "test" if name.value in _VALIDATION else "train")
+                else:
+                    text = f"{name.value} is in no transformer list and no batch_fn: does nothing"
+                    self.note(DEFECT, node, text)
+        self.sizes()
+
+    def places(self, paths: dict[str, tuple[list[str], str]]) -> None:
+        """Absolute paths become a data_dir and paths below it; others stay as they are."""
+        for knob, (found, where) in list(paths.items()):
+            if not all(found):
+                self.say(DEFECT, where, "an empty path: UP finds nothing")
+                del paths[knob]
+            else:
+                clean = lambda p: p if "://" in p else re.sub("^//", "/", posixpath.normpath(p))
+                paths[knob] = [clean(path) for path in found], where
+        folders = [
+            posixpath.dirname(path) if knob.endswith("list") else path
+            for knob, (found, _) in paths.items()
+            for path in found
+        ]
+        absolute = bool(folders) and all(path.startswith("/") for path in folders)
+        base = posixpath.commonpath(folders) if absolute else "/"
+        for knob, (found, where) in paths.items():
+            below = [posixpath.relpath(path, base) for path in found] if base != "/" else found
+            self.take(knob, below, where)
+        if base != "/":
+            self.take("data_dir", base, "dataset", "holds all its lists and pictures")
+        elif folders and not absolute:
+            text = "its paths start from where UP was called, or lie in a store; say data_dir"
+            self.say(NOTHING, "dataset", text)
+
+    def loader(self, at: _Node) -> None:
+        sampler = self.block(at, "batch_sampler.kwargs")
+        loader = self.block(at, "dataloader.kwargs")
+        for key in ("batch_sampler.type", "dataloader.type", "batch_sampler.kwargs.sampler.type"):
+            self.get(at, key, str)
+        if size := self.get(sampler, "batch_size", int, least=1):
+            self.batch = size * (self.gpus or 1)
+            why = f"{size:,} on each of {self.gpus or 1:,} GPUs"
+            self.take("batch_size", self.batch, self.where(sampler, "batch_size"), why)
+        self.put(sampler, {"drop_last": "drop_last"})
+        self.put(loader, {"drop_last": "drop_last", "num_workers": "workers"})
+        if "batch_fn" in loader.value:
+            self.transform(self.block(loader, "batch_fn"), "train")
+
+    def transforms(self, kwargs: _Node, side: str) -> None:
+        node = kwargs.value.get("transformer")
+        done = [self.transform(entry, side) for entry in self.entries(node)]
+        order = [list(_TRANSFORMS).index(name) for name in done if name in _TRANSFORMS]
+        if order != sorted(set(order)):
+            text = "here the order is crop, flip, AutoAugment, RandAugment, jitter, erase"
+            self.say(NOTHING, node.where, text)
+        if side == "train" and "to_tensor" in done and "normalize" not in done:
+            for knob, value in (("mean", 0.0), ("std", 1.0)):
+                self.take(knob, [value] * 3, node.where, "has no normalize")
+
+    def transform(self, node: _Node, side: str) -> str:
+        """Takes what one transform or batch function means; its type comes back."""
+        name, kwargs = self.get(node, "type", str, ""), self.block(node, "kwargs")
+        before = {**self.values}, {**self.origin}
+        if node.where.startswith("*"):
+            text = f"no such anchor in this text; UP's usual {name} {kwargs.plain() or ''}".rstrip()
+            self.say(TAKEN, node.where, text)
+        if name not in _TRANSFORMS:
+            self.note(NOTHING, node, f"no counterpart of {name or 'what has no type'}")
+        elif side == "train" and name in _VALIDATION:
+            self.note(NOTHING, node, "no counterpart: training crops at random, see crop_scale")
+        elif side == "test" and name not in (*_VALIDATION, "normalize", "to_tensor"):
+            self.note(NOTHING, node, "no counterpart: validation takes one centre crop")
+        else:
+            self.put(kwargs, _TRANSFORMS[name])
+        if "andom_augm" in name and "randaug_n" not in self.values:
+            raise _fault(node.line, f"{node.where}: {name} without n; how many are drawn?")
+        for knob in ("mean", "std", "interpolation") if side == "test" else ():
+            if knob in before[0] and self.values[knob] != before[0][knob]:
+                self.values[knob], self.origin[knob] = (state[knob] for state in before)
+                self.say(NOTHING, node.where, f"{knob} is the training's, {self.values[knob]}")
+        return name
+
+    def sizes(self) -> None:
+        """No validation size that is the training's; a resize where the text has none."""
+        train, val = self.values.get("image_size"), self.values.pop("val_image_size", None)
+        note = self.origin.pop("val_image_size", None)
+        if val and val != train:
+            self.take("val_image_size" if train else "image_size", val, note.where)
+        if (val or train) and "val_resize" not in self.values:
+            text = "no torch_resize in this text; UP's 256 for 224"
+            self.take("val_resize", round((val or train) * 8 / 7), "*torch_resize", text)
+
+    # optimisation
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of an epoch; None where the text names no batch size."""
+        self.counted |= self.batch is not None
+        return self.batch and math.ceil((self.images or IMAGENET) / self.batch)
+
+    @property
+    def total(self) -> int | None:
+        return self.iterations or (self.epochs and self.steps and self.epochs * self.steps)
+
+    def trainer(self) -> None:
+        whole = "trainer" in self.root.value
+        at = self.block(self.root, "trainer") if whole else self.root
+        self.epochs = self.get(at, "max_epoch", int, least=1)
+        self.iterations = None if self.epochs else self.get(at, "max_iter", int, least=1)
+        if self.epochs:
+            self.take("epochs", self.epochs, self.where(at, "max_epoch"))
+        elif self.iterations and self.steps:
+            exact = self.iterations / self.steps
+            self.epochs = max(1, round(exact))
+            why = f"{self.iterations:,} steps are {exact:.2f} epochs of {self.steps:,}"
+            self.take("epochs", self.epochs, self.where(at, "max_iter"), why)
+        elif self.iterations:
+            self.say(NOTHING, self.where(at, "max_iter"), "no batch size in this text; say epochs")
+        for key, read in (("optimizer", self.optimizer), ("lr_scheduler", self.scheduler)):
+            home = at if key in at.value else self.root
+            if whole and home is self.root:
+                text = "UP looks for it in `trainer` and stops with a KeyError"
+                self.say(DEFECT, key, text + ("; taken from here" * (key in home.value)))
+            if key in home.value:
+                read(self.block(home, key))
+        if every := self.get(at, "test_freq", int, least=1):
+            steps = self.iterations and (self.meant_by_step or every > (self.epochs or every))
+            why = f"{every:,} steps" if steps and self.steps else ""
+            every = min(max(1, round(every / self.steps)), self.epochs) if why else every
+            self.take("val_every", every, self.where(at, "test_freq"), why)
+        ema = self.block(self.root, "ema")
+        if not self.get(ema, "enable", bool, True):
+            self.note(NOTHING, ema, "enable is false")
+        else:
+            self.put(self.block(ema, "kwargs"), {"decay": "ema_decay"})
+            for key in ("ema_type", "kwargs.inner_T", "kwargs.warmup"):
+                self.get(ema, key, object)
+
+    def optimizer(self, at: _Node) -> None:
+        name, kwargs, where = self.get(at, "type", str, ""), self.block(at, "kwargs"), at.where
+        plain = {"lr": "lr", "weight_decay": "weight_decay"}
+        ours, knobs, others = _OPTIMIZERS.get(name, ("", plain, " ".join(kwargs.value)))
+        self.put(kwargs, knobs)
+        if ours:
+            self.take("optimizer", ours, f"{where}.type")
+        else:
+            self.say(NOTHING, f"{where}.type", f"no counterpart of {name or 'none'}; choose one")
+        for key, node in kwargs.value.items():
+            if key not in (*knobs, *others.split(), "pconfig", "special_param_group"):
+                self.note(DEFECT, node, f"{name} does not take it: UP stops with a TypeError")
+        if "lr" not in kwargs.value:
+            self.say(DEFECT, f"{where}.kwargs", f"no lr; {self.values.get('lr', 0.1)} is taken")
+        if self.values.get("nesterov") and not self.values["momentum"]:
+            self.leave("nesterov", DEFECT, "torch refuses nesterov without momentum")
+        for home in (at, kwargs):
+            for key in ("pconfig", "special_param_group"):
+                self.groups(home.value.get(key))
+
+    def groups(self, node: _Node | None) -> None:
+        """Groups without decay become decay_all: false; by kind of layer or by part of a name."""
+        many = node is None or isinstance(node.value, list)
+        for entry in self.entries(node) if many else [self.mapping(node)]:
+            named = self.get(entry, "key", str)
+            for name, group in {named: entry}.items() if named else entry.value.items():
+                self.group(name, group, not named)
+
+    def group(self, name: str, group: _Node, by_kind: bool) -> None:
+        inner = group.value if isinstance(group.value, dict) else {}
+        decays = [self.get(group, f"{k}weight_decay", float) for k in ("", "kwargs.") if inner]
+        if "nodecay" in inner:
+            self.note(DEFECT, inner["nodecay"], f"UP ignores it inside {name}")
+        if by_kind and name not in _GROUPS:
+            self.note(DEFECT, group, f"UP knows no group {name} and stops with a KeyError")
+        elif name == "nodecay" or (0 in decays and name not in ("layer_decay", "linear_w")):
+            why = f"{name} has none; here norms, biases and position embeddings together"
+            self.take("decay_all", False, group.where, why)
+            for part in group.all():
+                part.used = True
+        else:
+            self.note(NOTHING, group, "no counterpart: groups differ in decay alone, see decay_all")
+
+    def scheduler(self, at: _Node) -> None:
+        name, kwargs = self.get(at, "type", str, ""), self.block(at, "kwargs")
+        kind = f"{at.where}.type"
+        ours, key, table = _SCHEDULES.get(name, ("", "T_max", {}))
+        said = self.get(kwargs, key, [float], [], least=1e-9)
+        where, longest, steps = self.where(kwargs, key), max(said, default=0), self.steps
+        meant = self.meant_by_step or bool(self.iterations and longest > 2 * (self.epochs or 0))
+        lengths = sorted(x / steps if meant and steps else x for x in said)
+        if self.epochs is None and not self.iterations and said:
+            last, before = round(lengths[-1]), round(lengths[-2] if said[1:] else 0)
+            guess = {"multistep": 2 * last - before, "step": 3 * last}.get(ours, last)
+            self.epochs = max(1, guess)
+            self.take("epochs", self.epochs, where, "no max_epoch in this text: a guess from this")
+        climb = self.warmup(at, 1 if meant else steps)
+        if not ours:
+            self.say(NOTHING, kind, f"no counterpart of {name or 'none'}; a cosine is taken")
+            return
+        self.take("schedule", ours, kind)
+        self.put(kwargs, table)
+        rounded = sorted({round(x) for x in lengths} - {0})
+        reached = [m for m in rounded if m < (self.epochs or math.inf)]
+        if ours in ("multistep", "step"):
+            if reached != rounded:
+                text = f"{rounded[len(reached) :]} are never over in {self.epochs} epochs"
+                self.say(DEFECT, where, text)
+            if rounded != lengths:
+                self.say(NOTHING, where, f"as whole epochs, each once: {rounded}")
+            if not reached:
+                self.take("schedule", "constant", kind, f"{name} that never steps")
+            elif ours == "step":
+                self.take("step_epochs", reached[0], where)
+            else:
+                self.take("milestones", reached, where)
+        elif ours == "cosine" and not said:
+            self.say(DEFECT, where, "missing: UP stops with a TypeError; all epochs here")
+        elif ours != "one_cycle":
+            self.falling(name, kwargs, where, (longest, lengths[-1] if said else 0), climb)
+
+    def falling(
+        self, name: str, kwargs: _Node, where: str, length: tuple[float, float], climb: int
+    ) -> None:
+        """Knobs of a cosine or polynomial, and where UP's own rate parts from theirs.
+
+        `length` is the figure in the file and what it means in epochs, `climb` the warm-up's steps.
+        """
+        (said, epochs), steps, total = length, self.steps, self.total
+        peak, low = self.values.get("lr", 1.0), self.values.get("lr_min", 0.0)
+        begin = "warmup_iter" if name == "CosineAnnealingLR" else "warm_epoch"
+        start = self.get(kwargs, begin, float, 0.0, least=0)
+        own, shape = (total or 0) - climb, _half_cosine  # own: steps from the peak to the end
+        if name == "CosineAnnealingLR":
+            last = said * (1 if self.by_step else steps or 0)
+            share = lambda t: (t - start) / (last - start)
+            if round(epochs) != self.epochs:
+                own = epochs * (steps or 0) - climb
+                self.take("cosine_epochs", own / steps if steps and own > 0 else epochs, where)
+        elif name == "polylr":
+            share, power = lambda t: t / total, self.values.get("power", 1.0)
+            shape = lambda peak, low, x: low + (peak - low) * max(0.0, 1 - x) ** power
+        else:
+            share, own = lambda t: (t // steps - start) / epochs, epochs * (steps or 0)
+            self.take("cosine_epochs", epochs, where, "from the end of the warm-up")
+            if name.startswith("EpochBased"):
+                low = peak * self.get(kwargs, "eta_min", float, 0.0)
+                self.take("lr_min", low, self.where(kwargs, "eta_min"), "a share of lr in UP")
+        text = f"{start:g}, but the warm-up takes {climb:,} steps"
+        if not (steps and total):
+            if name == "CosineAnnealingLR" and start != climb:
+                self.say(DEFECT, self.where(kwargs, begin), f"{text}: in UP lr jumps; not here")
+            return
+        hold = steps if "lr_per_epoch" in self.values else 1
+        here = lambda t: shape(peak, low, min(1.0, max(0, t // hold * hold - climb) / max(1, own)))
+        there = lambda t: shape(peak, low, share(t))
+        unit = "" if "lr" in self.values else " x lr"
+        if abs(there(climb) - here(climb)) > 1e-4 * peak:
+            text += f" ({climb / steps:.2f} epochs): in UP lr jumps from {peak:.5g} to"
+            text += f" {there(climb):.5g}{unit} where it ends; here it goes on from {peak:.5g}"
+            self.say(DEFECT, self.where(kwargs, begin), text)
+        end = there(total - 1)
+        if end - low > 1e-4 * peak:
+            same = "here too" if abs(end - here(total - 1)) < 1e-3 * peak else "not here"
+            text = f"in UP lr ends at {end:.8g}{unit} and not at {low:g}; {same}"
+            if said != epochs and not self.by_step:
+                text = f"{said:,.0f} epochs to UP while runtime.iter_base is not true: {text}"
+            self.say(DEFECT, where, text)
+
+    def warmup(self, at: _Node, unit: int | None) -> int:
+        """Takes the warm-up and the lr it climbs to; the number of its steps comes back."""
+        steps = self.get(at, "warmup_iter", int, 0, least=0)
+        epochs = self.get(at, "warmup_epochs", float, 0.0, least=0)
+        by_epochs = int(epochs * (unit or 0))
+        keys = ["warmup_iter", "warmup_epochs"]
+        key, other = keys[::-1] if by_epochs > steps or (epochs and not steps) else keys
+        if steps and epochs:
+            self.say(NOTHING, self.where(at, other), f"{key} is longer")
+        steps, where = max(steps, by_epochs), self.where(at, key)
+        if key == "warmup_epochs" and unit != 1 and (epochs.is_integer() or not unit):
+            self.take("warmup_epochs", epochs, where)
+        elif steps:
+            self.take("warmup_steps", steps, where)
+        factor = self.factor(at)
+        kind = self.get(at, "warmup_type", str, "exp")
+        ratio = self.get(at, "warmup_ratio", float, -1.0)
+        if kind not in _WARMUPS or (kind == "exp" and ratio == 0 and (steps or epochs)):
+            text = "it multiplies from 0" if kind in _WARMUPS else "UP knows no such warm-up"
+            self.say(DEFECT, self.where(at, "warmup_type"), f"{text}; linear is taken")
+            kind = "linear"
+        if steps or epochs:
+            why = "UP's default" if "warmup_type" not in at.value else ""
+            self.take("warmup", _WARMUPS[kind], self.where(at, "warmup_type"), why)
+            why = "UP starts from the file's lr then" if ratio < 0 else ""
+            start = 1 / factor if ratio < 0 else ratio
+            self.take("warmup_ratio", start, self.where(at, "warmup_ratio"), why)
+        for key in ("warmup_type", "warmup_ratio"):
+            if key in at.value and not (steps or epochs):
+                self.note(NOTHING, at.value[key], "there is no warm-up")
+        if self.total and steps >= self.total:
+            text = f"a warm-up of {steps:,} of {self.total:,} steps never reaches lr; shorten it"
+            self.say(DEFECT, where, text)
+        elif self.total and steps > 0.25 * self.total and abs(steps * ratio - 10) < 0.2:
+            text = f"{steps / self.steps:.1f} of {self.epochs} epochs; as warmup_ratio is 1 /"
+            text += f" {1 / ratio:,.0f}, {steps // 10:,} to {1 / ratio:,.0f} steps may be meant"
+            self.say(DEFECT, where, text)
+        return steps
+
+    def factor(self, at: _Node) -> float:
+        """What UP multiplies lr by; it is in the knob afterwards."""
+        register = self.get(at, "warmup_register_type", str, "base")
+        where, lr = self.where(at, "warmup_register_type"), self.values.get("lr")
+        if register == "no_scale_lr":
+            return 1.0
+        if register != "base" or not self.batch or lr is None:
+            why = "UP multiplies lr by GPUs x batch size unless this is no_scale_lr"
+            why = why if register == "base" else f"UP knows no {register}"
+            self.say(DEFECT, where, f"{why}; lr is left as it is")
+            return 1.0
+        text = f"not no_scale_lr, so UP multiplies lr {lr:g} by GPUs x batch size {self.batch:,}"
+        self.say(DEFECT, where, f"{text}: {lr * self.batch:.8g} is taken")
+        self.take("lr", lr * self.batch, self.origin["lr"].where, f"{lr:g} x {self.batch:,}")
+        return float(self.batch)
+
+    # model and loss
+
+    def net(self, node: _Node | None, take: Callable) -> None:
+        """Hands the knobs of a network to `take`: the recipe's, or those of a teacher."""
+        for block in self.entries(node):
+            name, kind = self.get(block, "name", str, ""), self.get(block, "type", str, "")
+            kwargs = self.block(block, "kwargs")
+            if name == "backbone" and kind:
+                self.backbone(block, kind, kwargs, take)
+            elif name == "head" or kind.endswith("_head"):
+                self.put(kwargs, {"dropout": "dropout"}, take)
+                if kind == "vit_head" and (node := self.at(kwargs, "dropout")):
+                    self.say(DEFECT, node.where, "UP's vit_head never applies it")
+                where = self.where(kwargs, "num_classes")
+                counts = self.get(kwargs, "num_classes", [int], [], least=1)
+                if counts:
+                    take("num_classes", counts[0], where)
+                if len(counts) > 1:
+                    self.say(NOTHING, where, f"no counterpart of {len(counts)} heads; one is taken")
+            elif "cls_loss" in kwargs.value and take == self.take:
+                self.loss(kwargs.value["cls_loss"])
+            elif not name.startswith("post") or take != self.take:
+                self.note(NOTHING, block, f"no counterpart of {name} {kind}".rstrip())
+
+    def backbone(self, block: _Node, kind: str, kwargs: _Node, take: Callable) -> None:
+        where, plain = self.where(block, "type"), re.sub("_[dD]$", "", kind)
+        key = re.sub(r"[^a-z0-9.]|transformer|224$", "", plain.lower())
+        for part in ("scale", "width_mult", "mode"):
+            key += re.sub(r"^1(\.0)?$", "", self.get(kwargs, part, str, ""))
+        if key.startswith("swin") and self.get(kwargs, "window_size", object) == 12:
+            key = key.removesuffix("384") + "384"
+        if key in _TIMM or plain in _TIMM.values():
+            take("model", _TIMM.get(key, plain), where)
+        else:
+            take("model", kind, where)
+            self.say(NOTHING, where, f"timm has no {kind}; choose a model")
+        if plain != kind and key in RESNETS:
+            take("avg_down", True, where)
+            text = "no whole ResNet-D in UP: 7x7 stem unless deep_stem, a padded pool in shortcuts"
+            self.say(DEFECT, where, f"{text}; avg_down is the nearest, deep_stem makes it whole")
+        table = {"deep_stem": "deep_stem", "avg_down": "avg_down", "drop_path_rate": "drop_path"}
+        self.put(kwargs, table, take)
+        if "normalize" not in kwargs.value and key in RESNETS:
+            text = "missing: UP freezes every batch norm then; here they are trained"
+            self.say(DEFECT, self.where(kwargs, "normalize"), text)
+        self.get(kwargs, "normalize.type", str)
+
+    def loss(self, node: _Node) -> None:
+        if isinstance(node.value, list):
+            node.used = True
+            for other in node.value[1:]:
+                self.note(NOTHING, other, "no counterpart: the loss of another head")
+            node = next(iter(node.value), _Node({}, node.where, node.line))
+        at = self.mapping(node)
+        name, where = self.get(at, "type", str, ""), f"{at.where}.type"
+        mixed = self.values.get("mixup_alpha", 0) > 0 or self.values.get("cutmix_alpha", 0) > 0
+        if name in ("ce", "stce", "label_smooth_ce"):
+            self.take("loss", "ce", where)
+            self.put(self.block(at, "kwargs"), {"smooth_ratio": "label_smoothing"})
+            if mixed and (share := self.values.get("label_smoothing")):
+                text = f"mixed labels sum to 1 - {share:g} / classes in UP, and with up_smoothing"
+                self.say(DEFECT, self.where(at, "kwargs.smooth_ratio"), text)
+                self.take("up_smoothing", True, where, "labels are mixed")
+        elif name == "bce":
+            bias = self.get(at, "kwargs.bias", bool, False)
+            why = "" if bias else "mean over classes; UP's strikes files have bias: true"
+            self.take("loss", "bce", where, why)
+            for knob in ("bce_sum", "bce_shift") if bias else ():
+                self.take(knob, True, self.where(at, "kwargs.bias"))
+            if bias and not mixed:
+                text = "UP ignores it for labels that are not mixed: the mean over classes"
+                self.say(DEFECT, self.where(at, "kwargs.bias"), text)
+        else:
+            self.say(NOTHING, where, f"no counterpart of {name or 'none'}; ce is taken")
+
+    # the run
+
+    def run(self) -> None:
+        saver = self.block(self.root, "saver")
+        self.put(saver, {"auto_resume": "auto_resume", "pretrain_model": "weights"})
+        self.put(saver, {"resume_model": "resume_from"})
+        if "resume_from" in self.values:
+            text = "a run folder can be continued; of UP's checkpoint take the weights: `weights`"
+            self.say(NOTHING, "saver.resume_model", text)
+            if "weights" in self.values:
+                self.leave("weights", DEFECT, "resume_model comes first")
+        for at in self.entries(self.root.value.get("hooks")):
+            name, mode = self.get(at, "type", str, ""), self.get(at, "kwargs.mode", str, "")
+            if name != "grad_clipper":
+                self.note(NOTHING, at, _NOTHING.get(name, f"no counterpart of {name}"))
+            elif mode not in ("", "pre_defined"):
+                self.note(NOTHING, at, f"no counterpart of {mode}, a limit that follows the norms")
+            elif most := self.get(at, "kwargs.max_norm", float, least=1e-9):
+                least = min(most, self.values.get("clip_grad_norm", most))
+                why = "" if least == most else "LAMB's own is smaller"
+                self.take("clip_grad_norm", least, self.where(at, "kwargs.max_norm"), why)
+
+    def distillation(self) -> dict[str, Any] | None:
+        """Teachers and losses, in the page's schema or that of UP's last version."""
+        top = self.root.value.items()
+        nets = {k: node for k, node in top if "teacher" in k and isinstance(node.value, list)}
+        mimic = self.block(self.root, "mimic")
+        if not nets and "mimic" not in self.root.value and self.runner != "kd":
+            return None
+        teachers: dict[str, dict[str, Any]] = {key: {} for key in nets}
+        for key, node in nets.items():
+
+            def take(knob: str, value: Any, where: str, why: str = "", into=teachers[key]) -> None:
+                into[knob] = value
+                self.say(TAKEN, where, f"the teacher's {_says(knob, value)}")
+
+            self.net(node, take)
+        jobs = [self.block(mimic, key) for key in mimic.value if key.startswith("mimic_job")]
+        mimics = [entry for job in jobs or [mimic] for entry in self.mimic(job, teachers)]
+        for key in (k for k, teacher in teachers.items() if mimics and "weights" not in teacher):
+            text = "no teacher_weight: UP would learn from random weights, and say nothing"
+            self.say(DEFECT, f"mimic.{key}", text)
+        if "net" in self.root.value and self.runner != "kd":
+            self.say(DEFECT, "mimic", "UP distils only with runtime.runner.type kd")
+        own = self.get(mimic, "task_loss", bool, True)
+        return {"teachers": teachers, "mimics": mimics, "task_loss": own}
+
+    def mimic(self, job: _Node, teachers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        name = self.get(job, "mimic_name", str, job.where)
+        kind = self.get(job, "mimic_type", str, "l2")
+        kwargs, scale = job, 1.0
+        if old := [key for key in ("mimic_name", "mimic_type") if key in job.value]:
+            text = f"UP's last version ignores {', '.join(old)} and student_weight; without cfgs it"
+            self.say(DEFECT, job.where, f"{text} takes an L2 loss of normalised logits")
+        slots = list(self.block(job, "cfgs").children())
+        for slot in slots:
+            kind, kwargs = self.get(slot, "type", str, "l2"), self.block(slot, "kwargs")
+            scale = self.get(kwargs, "loss_weight", float, 1.0)
+        if len(slots) > 1:
+            self.say(NOTHING, f"{job.where}.cfgs", "one loss a mimic: the last is taken")
+        if self.get(job, "mimic_ins_type", str, "base") != "base":
+            self.say(NOTHING, f"{job.where}.mimic_ins_type", "for detection; base is taken")
+        loss = _MIMIC_LOSSES.get(kind, kind)
+        if loss == "kl_loss":
+            text = "UP's KL of softmax(ReLU(logits)) has no temperature; Hinton's is kd_loss"
+            self.say(NOTHING, job.where, text)
+        weight = scale * self.get(job, "loss_weight", float, 1.0)
+        entry = {"name": name, "loss": loss, "weight": weight}
+        entry["temperature"] = self.get(kwargs, "T", float, 1.0, least=1e-9)
+        entry["warmup_steps"] = max(0, self.get(job, "warm_up_iters", int, 0))
+        if weights := self.get(job, "student.student_weight", str):
+            where = self.where(job, "student.student_weight")
+            if "weights" in self.values:
+                self.say(NOTHING, where, "saver.pretrain_model is what the student starts from")
+            else:
+                self.take("weights", weights, where)
+        ours, found = self.get(job, "student.mimic_name", [str], []), []
+        blocks = [key for key, node in job.value.items() if isinstance(node.value, dict)]
+        for key in (key for key in blocks if "teacher" in key):
+            theirs = self.get(job, f"{key}.mimic_name", [str], [])
+            if len(ours) != len(theirs):
+                text = f"{len(ours)} modules of the student, {len(theirs)} of {key}; wanted pairs"
+                raise _fault(job.line, text)
+            teacher = teachers.setdefault(key, {})
+            for there, into in (("teacher_weight", "weights"), ("teacher_bn_mode", "bn_mode")):
+                if value := self.get(job, f"{key}.{there}", str):
+                    teacher[into] = value
+            found.append({**entry, "teacher": key, "pairs": list(zip(ours, theirs, strict=True))})
+        return found
+
+    def deployment(self) -> dict[str, Any] | None:
+        if "to_kestrel" not in self.root.value:
+            return None
+        at = self.block(self.root, "to_kestrel")
+        values = {key: self.get(at, key, kind) for key, kind in _KESTREL.items()}
+        found = {key: value for key, value in values.items() if value is not None}
+        wrong = {
+            "toks_type": found.get("toks_type") != "cls" and "only cls packs a classifier",
+            "plugin": "plugin" not in found and "missing; UP needs classifier",
+            "add_softmax": found.get("add_softmax")
+            and "the exported scores are a softmax already: it is applied twice",
+            "is_rgb": not found.get("is_rgb", True) and "false, but training reads RGB",
+        }
+        for key, knob in (("pixel_means", "mean"), ("pixel_stds", "std")):
+            ours = [round(255 * x, 3) for x in self.values.get(knob, [])]
+            theirs = found.get(key, [0, 0, 0])
+            if len(theirs) != 3:
+                raise _fault(at.line, f"to_kestrel.{key} is {theirs}; wanted three numbers")
+            far = any(abs(a - b) > 0.5 for a, b in zip(theirs, ours, strict=False))
+            wrong[key] = key in found and far and f"{theirs}, but training has {ours}"
+        for key, text in wrong.items():
+            if text:
+                self.say(DEFECT, f"to_kestrel.{key}", text)
+        return found
