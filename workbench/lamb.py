@@ -28,9 +28,10 @@ class LAMB(torch.optim.Optimizer):
     max_grad_norm None switches the clipping off; all else may differ between parameter groups.
     Raises ValueError for values out of range, RuntimeError for sparse gradients.
 
-    A step never waits for a GPU. `.grad` may hold the clipped gradients after it. A parameter
-    without gradient is left alone, and its step number too. The state of a parameter is that of
-    torch's fused Adam: exp_avg and exp_avg_sq in its dtype, step in float32 on its device.
+    A step does not wait for a GPU, unless it clips over several devices. After it `.grad` may hold
+    the clipped gradients. A parameter without gradient is left alone, and its step number too. The
+    state of a parameter is that of torch's fused Adam: exp_avg and exp_avg_sq in its dtype, step in
+    float32 on its device.
     """
 
     def __init__(
@@ -88,16 +89,21 @@ class LAMB(torch.optim.Optimizer):
     def _update(self, params: list[Tensor], group: dict, clip: Tensor | None) -> None:
         # The kernel subtracts Adam's direction from what it is given: handed -weight_decay p
         # instead of p, with a rate of 1, it leaves -u. It walks memory in order and does not look
-        # at strides, so everything gets those of u.
+        # at strides, so gradients and state must have those of u.
         updates = torch._foreach_mul(params, -group["weight_decay"])
         states = [self._state(p, u) for p, u in zip(params, updates, strict=True)]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
-        # Private, but what torch.optim.Adam(fused=True) calls: three passes over memory less than
-        # public functions, and the clipping on the way, by a factor that stays on the device.
+        grads = [_like(p.grad, u) for p, u in zip(params, updates, strict=True)]
+        if clip is not None:
+            # In place: copies would cost more than all the rest of the clipping. The kernel's own
+            # grad_scale gains nothing, is float32 whatever the gradients are, and unknown to MPS.
+            torch._foreach_div_(grads, clip.to(params[0].device))
+        # Private, but what torch.optim.Adam(fused=True) calls: one pass over memory, where public
+        # functions take seven.
         torch._fused_adam_(
             updates,
-            [_like(p.grad, u) for p, u in zip(params, updates, strict=True)],
+            grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -109,7 +115,6 @@ class LAMB(torch.optim.Optimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            grad_scale=None if clip is None else clip.to(params[0].device, torch.float32),
         )
         if group["weight_decay"] == 0 and not group["always_adapt"]:
             torch._foreach_add_(params, updates, alpha=group["lr"])
