@@ -17,6 +17,17 @@ from workbench.recipe import Recipe
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {"fraction": 0.25, "epochs": 2, "crop_scale": [0.5, 1.0], "workers": 0, "log_every": 1}
+STRIKES = {  # what a notebook has to show and a resume has to find again
+    "optimizer": "lamb",
+    "lr": 0.005,
+    "loss": "bce",
+    "bce_sum": True,
+    "randaug_n": 2,
+    "mixup_alpha": 0.2,
+    "cutmix_alpha": 1.0,
+    "erase_prob": 0.25,
+    "ema_decay": 0.9,
+}
 
 
 def cells(path, kind="code"):
@@ -85,11 +96,11 @@ def test_a_misspelt_knob_ends_papermill_with_a_message_and_leaves_no_run(tmp_pat
 
 
 def test_papermill_killed_in_training_goes_on_and_ends_as_if_undisturbed(tmp_path):
-    recipe = Recipe(**SMALL, runs_dir=str(tmp_path / "undisturbed"))
+    recipe = Recipe(**SMALL, **STRIKES, runs_dir=str(tmp_path / "undisturbed"))
     undisturbed = runs.Run(recipe.folder)
     list(training.fit(recipe, undisturbed))
 
-    params = params_file(tmp_path, checkpoint_minutes=0)
+    params = params_file(tmp_path, checkpoint_minutes=0, **STRIKES)
     command = papermill("02_baseline.ipynb", tmp_path / "out.ipynb", "-f", str(params))
     run = runs.Run(tmp_path / "runs" / "baseline-seed0")
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -113,12 +124,13 @@ def test_papermill_killed_in_training_goes_on_and_ends_as_if_undisturbed(tmp_pat
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 5, "figures stay on paper"
     text = "".join(o.get("text", "") for o in outputs)
     assert "epoch   2" in text and "finished: top-1" in text
+    assert "11 steps an epoch of 324 pictures" in text and "warning: mixing in 2 epochs" in text
     assert "0%|" not in text, "a progress bar froze in the saved notebook"
 
 
 def test_the_augmentation_notebook_runs_on_any_recipe(tmp_path):
     output = tmp_path / "out.ipynb"
-    params = ROOT / "params" / "digits_baseline.yaml"
+    params = ROOT / "params" / "digits_strikes.yaml"
     done = subprocess.run(
         papermill("01_augmentation.ipynb", output, "-f", str(params)),
         capture_output=True,
@@ -131,9 +143,15 @@ def test_the_augmentation_notebook_runs_on_any_recipe(tmp_path):
         for c in executed.cells
         if c.cell_type == "code"
     }
-    assert pictures["grid"] == 2 and pictures["strengths"] == 2
-    assert pictures["eats"] == 1 and pictures["lr"] == 1
-    assert pictures["picker"] == 1, "the widget's static twin"
+    assert pictures["grid"] == 3 and pictures["strengths"] == 2
+    assert all(pictures[cell] == 1 for cell in ("randaugment", "eats", "mixed", "lr"))
+    assert pictures["picker"] == pictures["magnitude"] == 1, "the widgets' static twins"
+    [table] = [o.data["text/html"] for c in executed.cells if c.id == "randaugment"
+               for o in c.outputs if "text/html" in o.get("data", {})]  # fmt: skip
+    assert "solarize_add_all" in table and "of the side" in table
+    assert not [
+        o for c in executed.cells for o in c.get("outputs", []) if o.get("name") == "stderr"
+    ]
 
 
 def test_interrupt_in_a_kernel_ends_the_cell_normally_and_the_kernel_lives(tmp_path):
