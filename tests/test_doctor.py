@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from workbench import doctor, training
+from workbench import ROOT, doctor, models, training
 from workbench.recipe import Recipe
 
 IMAGENET = {"images": 1_281_167, "classes": 1000}
@@ -58,7 +58,7 @@ def test_the_half_life_of_an_average_is_what_halving_it_takes():
     while weight > 0.5:
         weight *= 0.9999
         steps += 1
-    assert abs(steps - 6931) <= 1 and "younger than 6,931 steps (5.54 epochs, 2.8%" in facts
+    assert abs(steps - 6931) <= 1 and "younger than 6,931 steps (5.54 epochs of 200)" in facts
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
@@ -109,14 +109,16 @@ STRIKES = dict(loss="bce", bce_threshold=0.2, mixup_alpha=0.1, cutmix_alpha=1.0)
 WARNED = [
     # (words of the warning, a recipe that earns it, what takes it away again)
     ("68.25", {**LAMB, **STRIKES, "model": "resnet18", "epochs": 100}, {"model": "resnet50"}),
-    ("0.005 to 0.008 here", {**LAMB, "lr": 0.04}, {"lr": 0.008}),
-    ("0.0018 to 0.0028 here", {**LAMB, "batch_size": 256}, {"lr": 0.002}),
+    ("0.005 to 0.008 is", {**LAMB, "lr": 0.04}, {"lr": 0.008}),
+    ("0.0018 to 0.008 is", {**LAMB, "batch_size": 256, "lr": 0.0005}, {"lr": 0.002}),
+    ("0.01 to 0.016 is", {**LAMB, "batch_size": 8192, "lr": 0.005}, {"lr": 0.012}),
     ("without clip_grad_norm", {**LAMB, "clip_grad_norm": None}, {"clip_grad_norm": 1.0}),
     ("linear rule says 0.4", {**KNOWN, "lr": 4.0}, {"lr": 0.8}),
     ("linear rule says 3.2", {**KNOWN, "batch_size": 8192}, {"lr": 3.2}),
     ("no warm-up", {**KNOWN, "warmup_epochs": 0.0}, {"warmup_steps": 1000}),
     ("6,256", {**KNOWN, "warmup_epochs": 0.0, "warmup_steps": 62_560}, {"warmup_steps": 6256}),
-    ("half-life of 28%", {**KNOWN, "epochs": 20, "ema_decay": 0.9999}, {"ema_decay": 0.999}),
+    ("half-life of 6,931 steps of 25,040", {**KNOWN, "epochs": 20, "ema_decay": 0.9999},
+     {"ema_decay": 0.999}),
     ("bce_sum, a larger lr", {**KNOWN, "loss": "bce"}, {"bce_sum": True, "bce_shift": True}),
     ("ask for longer training", {**KNOWN, "epochs": 90, "mixup_alpha": 0.2}, {"epochs": 200}),
     (
@@ -126,7 +128,7 @@ WARNED = [
     ),
     ("moves by 70 of 64 pixels", {**KNOWN, "image_size": 64, "randaug_n": 2},
      {"randaug_form": "timm"}),
-    ("mirrored b is a d", {"dataset": "letters", "flip": 0.5}, {"flip": 0.0}),
+    ("is another or none", {"dataset": "letters", "flip": 0.5}, {"flip": 0.0}),
     ("its error rises below 16", {**KNOWN, "micro_batch_size": 8}, {"micro_batch_size": 32}),
     ("reach beyond the last epoch", {**KNOWN, "warmup_epochs": 20.0, "cosine_epochs": 200.0},
      {"cosine_epochs": None}),
@@ -151,6 +153,17 @@ def test_every_rule_has_a_recipe_that_earns_it():
 
 def test_a_fine_tuning_is_not_measured_by_the_rates_of_training_from_scratch():
     assert said("warning", **{**KNOWN, "lr": 0.001, "warmup_epochs": 0.0, "weights": "a.pt"}) == ""
+
+
+def test_the_shipped_small_recipes_are_not_warned_of_their_own_rates():
+    for path in (ROOT / "params").glob("*_strikes.yaml"):
+        found = doctor.examine(Recipe.read(path), images=50_000, classes=10)
+        assert not [f for f in found if "LAMB with" in f.text], path
+
+
+def test_a_model_that_does_not_exist_is_refused_with_the_nearest():
+    with pytest.raises(models.ModelError, match="resnet18"):
+        doctor.examine(Recipe(model="resnet18q"), images=1000, classes=10)
 
 
 def test_a_batch_larger_than_the_list_is_refused_in_words():

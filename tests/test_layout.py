@@ -28,7 +28,7 @@ LEVEL_2 = {
     "export": {"models", "data", "evaluation", "runs"},
     "comparison": {"runs"},
     "united_perception": {"recipe"},
-    "doctor": {"data", "training"},
+    "doctor": {"data", "models", "recipe", "training"},
 }
 BELOW_VIEWS = {*BELOW_TRAINING, *LEVEL_2}
 ARROWS = {

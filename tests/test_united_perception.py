@@ -17,7 +17,14 @@ import yaml
 
 from workbench import ROOT, training, united_perception
 from workbench.recipe import Recipe
-from workbench.united_perception import DEFECT, IMAGENET, NOTHING, TAKEN, UnitedPerceptionError
+from workbench.united_perception import (
+    DEFECT,
+    IMAGENET,
+    MISSING,
+    NOTHING,
+    TAKEN,
+    UnitedPerceptionError,
+)
 
 # ---- configurations in the shape of UP's, written for these tests; @slots@ differ between them
 
@@ -576,7 +583,7 @@ def test_a_backbone_has_timms_name(name, options, model):
 @pytest.mark.parametrize("name, options", [("cswin_tiny", ""), ("mobilenet_v2", "scale: 2.0")])
 def test_a_backbone_that_timm_has_not_keeps_its_name_and_is_told(name, options):
     found = united_perception.loads(config(backbone=name, options=options))
-    assert found.recipe.model == name and "timm has no" in said(found, "net[0].type", NOTHING)
+    assert found.recipe.model == name and "timm has no" in said(found, "net[0].type", MISSING)
 
 
 # ---- learning rates by UP's formulas, written out slowly
@@ -861,17 +868,17 @@ def edited(*pairs: tuple[str, str]) -> str:
          "Pillow"),
         ("{topk: [1, 5]}", "{topk: [1, 5], num_classes: 1000}", DEFECT,
          "dataset.test.dataset.kwargs.evaluator.kwargs.num_classes", "TypeError"),
-        ("type: dist,", "type: class_balance,", NOTHING,
+        ("type: dist,", "type: class_balance,", MISSING,
          "dataset.train.batch_sampler.kwargs.sampler.type", "every picture once"),
         ("  - type: auto_save_best", "  - {type: grad_clipper, kwargs: {mode: moving_average,"
-         " max_norm: 5}}", NOTHING, "hooks[0]", "moving_average"),
+         " max_norm: 5}}", MISSING, "hooks[0]", "moving_average"),
         ("in_plane: 512", "dropout: 0.1, representation_size: 4", DEFECT,
          "net[1].kwargs.representation_size", "crashes"),
         ("*pil_color_jitter, ", "", DEFECT, "pil_color_jitter", "in no transformer list"),
-        ("num_classes: *num_classes, in_plane", "num_classes: [1000, 7], in_plane", NOTHING,
+        ("num_classes: *num_classes, in_plane", "num_classes: [1000, 7], in_plane", MISSING,
          "net[1].kwargs.num_classes", "2 heads"),
-        ("label_smooth_ce", "softmax_eql", NOTHING, "net[2].kwargs.cls_loss.type", "ce is taken"),
-        ("type: SGD", "type: RMSprop", NOTHING, "trainer.optimizer.type", "RMSprop"),
+        ("label_smooth_ce", "softmax_eql", MISSING, "net[2].kwargs.cls_loss.type", "ce is taken"),
+        ("type: SGD", "type: RMSprop", MISSING, "trainer.optimizer.type", "RMSprop"),
         ("momentum: 0.9", "momentum: 0.9, dampening: 0.1", NOTHING,
          "trainer.optimizer.kwargs.dampening", "no knob"),
         ("*to_tensor, *normalize]\n    batch", "*to_tensor]\n    batch", NOTHING,
@@ -952,10 +959,41 @@ def test_what_is_assumed_stands_in_the_summary():
     assert "--train-images: not given, 1,281,167" in found.summary()
     found = united_perception.loads(config(), gpus=4, train_images=5000)
     assert "--" not in found.summary() and found.recipe.batch_size == 256
-    counts = [sum(n.kind == kind for n in found.notes) for kind in (TAKEN, NOTHING, DEFECT)]
-    assert found.summary().startswith(
-        "text: {} taken, {} no meaning here, {} would".format(*counts)
-    )
+    kinds = (MISSING, DEFECT, NOTHING, TAKEN)
+    counts = [sum(n.kind == kind for n in found.notes) for kind in kinds]
+    told = ", ".join(f"{n} {kind}" for n, kind in zip(counts, kinds, strict=True))
+    assert found.summary().startswith(f"text: {told}")
+
+
+UNKNOWN = [
+    # (in the configuration, instead, where, the nearest name)
+    ("type: SGD", "type: SDG", "trainer.optimizer.type", "SGD"),
+    ("type: MultiStepLR", "type: MultistepLR", "trainer.lr_scheduler.type", "MultiStepLR"),
+    ("type: resnet18", "type: resnet18q", "net[0].type", "resnet18"),
+    ("type: label_smooth_ce", "type: label_smooth_cee", "net[2].kwargs.cls_loss.type",
+     "label_smooth_ce"),
+    ("test_freq:", "test_freqq:", "trainer.test_freqq", "test_freq"),
+    ("gamma:", "gama:", "trainer.lr_scheduler.kwargs.gama", "gamma"),
+    ("brightness:", "brigtness:", "pil_color_jitter.kwargs.brigtness", "brightness"),
+    ("saver:", "savr:", "savr", "saver"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("there, instead, where, nearest", UNKNOWN, ids=[u[1] for u in UNKNOWN])
+def test_what_is_not_understood_comes_first_with_the_nearest_name(there, instead, where, nearest):
+    text = config()
+    assert there in text
+    found = united_perception.loads(text.replace(there, instead, 1))
+    assert f"the nearest is {nearest!r}" in said(found, where, MISSING)
+    first = found.summary().splitlines()[1:3]
+    assert first[0] == f"{MISSING}:" and first[1].startswith(f"  {where}: ")
+    assert found.params().splitlines()[1] == f"# {MISSING}:"
+
+
+def test_a_usual_configuration_is_understood_whole():
+    found = united_perception.loads(config())
+    assert [n for n in found.notes if n.kind == MISSING] == []
+    assert MISSING + ":" not in found.summary()
 
 
 def test_a_knob_that_would_change_nothing_leaves_a_note():
@@ -1086,7 +1124,7 @@ def test_groups_without_decay_become_decay_all(groups, decay_all):
     more = "" if groups.startswith("kwargs") else "kwargs: {lr: 1, weight_decay: 0.1}, "
     found = united_perception.loads(f"optimizer: {{type: AdamW, {more}{groups}}}")
     assert found.recipe.decay_all is decay_all
-    told = [n for n in found.notes if n.kind == NOTHING and "see decay_all" in n.text]
+    told = [n for n in found.notes if n.kind == MISSING and "see decay_all" in n.text]
     assert bool(told) is decay_all
 
 
@@ -1104,9 +1142,9 @@ def test_ema_that_is_not_enabled_is_off():
     ],
 )
 def test_forms_of_ema_that_differ_are_told(more, where, words):
-    assert words in said(united_perception.loads(f"ema: {{enable: true, {more}}}"), where, NOTHING)
+    assert words in said(united_perception.loads(f"ema: {{enable: true, {more}}}"), where, MISSING)
     plain = "ema: {enable: true, ema_type: linear, kwargs: {decay: 0.9, inner_T: 1, warmup: 1}}"
-    assert said(united_perception.loads(plain), where, NOTHING) == ""
+    assert said(united_perception.loads(plain), where, MISSING) == ""
 
 
 # ---- distillation and deployment
@@ -1154,8 +1192,8 @@ mimic:
 def test_a_teachers_blocks_are_no_knobs_of_the_recipe():
     text = KD + "  - {name: post_process, kwargs: {cls_loss: {type: bce}}}\n"
     found = united_perception.loads(text + "num_classes: 7\nteacher_bn_mode: train\n")
-    assert found.recipe == Recipe() and "no counterpart" in said(found, "teacher[2]", NOTHING)
-    assert "left out" in said(found, "teacher_bn_mode", NOTHING)
+    assert found.recipe == Recipe() and "no counterpart" in said(found, "teacher[2]", MISSING)
+    assert "left out" in said(found, "teacher_bn_mode", MISSING)
 
 
 KESTREL = """
@@ -1301,7 +1339,7 @@ def test_an_alias_without_its_anchor_is_ups_usual_or_left_out():
     )
     assert "*normalize: no such anchor" in found.params() and "*torch_resize" in found.params()
     found = united_perception.loads(KD)
-    assert "*num_classes has no anchor" in said(found, "teacher[1].kwargs.num_classes", NOTHING)
+    assert "*num_classes has no anchor" in said(found, "teacher[1].kwargs.num_classes", MISSING)
     assert found.distillation["teachers"]["teacher"]["model"] == "resnet152"
     text = "optimizer: {type: SGD, kwargs: {lr: *lr, nesterov: *no}}\nnet: [*head]\ntrainer: *all"
     found = united_perception.loads(text)

@@ -114,6 +114,8 @@ def test_a_label_is_a_name_or_the_shares_of_a_mix():
     assert plots.label_text(torch.tensor([0.0, 1.0, 0.0, 0.0]), CLASSES) == CLASSES[1]
     mixed = plots.label_text(torch.tensor([0.38, 0.0, 0.62, 0.0]), CLASSES)
     assert mixed == f"0.62 {CLASSES[2]}\n0.38 {CLASSES[0]}"
+    hardly = plots.label_text(torch.tensor([0.002, 0.998, 0.0, 0.0]), CLASSES)
+    assert hardly == f"0.998 {CLASSES[1]}\n0.002 {CLASSES[0]}"
 
 
 def test_colours_differ_in_lightness_too():

@@ -59,12 +59,24 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
     run = runs.Run(recipe.folder)
     progress = widgets.Progress(run)
     for row in training.fit(recipe, run):
+        if not progress.started:
+            _warn(recipe, run.environment())
         progress.show(row)
     if training.is_first():
         progress.close()
         print(f"run folder: {run.path}")
     if run.status()["state"] == "stopped":
         raise typer.Exit(STOPPED)
+
+
+def _warn(recipe, environment: dict) -> None:
+    """Prints what speaks against a recipe; training goes on."""
+    from workbench import doctor
+
+    sizes = {"images": environment["train_images"], "classes": len(environment["classes"])}
+    for finding in doctor.examine(recipe, **sizes):
+        if finding.kind == "warning":
+            print(finding, flush=True)
 
 
 @app.command()

@@ -61,13 +61,15 @@ def grid(
 
 
 def label_text(target: Any, classes: Sequence[str]) -> str:
-    """A class number as its name; a soft label as its shares: "0.62 cat, 0.38 dog"."""
+    """A class number as its name; a soft label as its shares, a line each: "0.62 cat"."""
     if np.ndim(target) == 0:
         return classes[int(target)]
     shares = np.asarray(target)
-    if shares.max() > 0.995:
+    if shares.max() >= 0.9995:
         return classes[int(shares.argmax())]
-    return "\n".join(f"{shares[i]:.2f} {classes[i]}" for i in np.argsort(-shares) if shares[i] > 0)
+    digits = 2 if shares.max() < 0.995 else 3
+    mixed = [i for i in np.argsort(-shares) if shares[i] > 0]
+    return "\n".join(f"{shares[i]:.{digits}f} {classes[i]}" for i in mixed)
 
 
 def strips(rows: Mapping[str, tuple[Sequence[Any], Sequence[str]]], heading: str = "") -> Figure:

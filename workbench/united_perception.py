@@ -7,12 +7,13 @@ The recipe does what the file says. Where United Perception (UP) itself would ha
 else a note says what, in numbers; nothing of a file is passed over in silence, nothing is run.
 """
 
+import difflib
 import functools
 import math
 import posixpath
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import yaml
 from workbench.recipe import RESNETS, Recipe, RecipeError
 
 TAKEN, NOTHING = "taken", "no meaning here"
+MISSING = "not understood or not reproduced, decide"
 DEFECT = "would not have done what it says"
 IMAGENET = 1_281_167  # pictures of ImageNet-1k's training list
 
@@ -33,7 +35,7 @@ class UnitedPerceptionError(ValueError):
 class Note(NamedTuple):
     """What became of one place of a file: a dotted path, an *alias or a missing --option."""
 
-    kind: str  # TAKEN, NOTHING or DEFECT
+    kind: str  # TAKEN, MISSING, DEFECT or NOTHING
     where: str
     text: str
 
@@ -63,7 +65,7 @@ class Found:
         head = f"{self.recipe.name}.yaml: read from United Perception's {self.source}"
         lines = [f"# {head if head.isprintable() else ascii(head)}"]
         wrap = {"width": 100, "initial_indent": "#   ", "subsequent_indent": "#     "}
-        for kind in (TAKEN, DEFECT, NOTHING):
+        for kind in (MISSING, TAKEN, DEFECT, NOTHING):
             notes = [n for n in self.notes if n.kind == kind and n not in self.origin.values()]
             notes = [n for n in notes if kind != TAKEN or n.assumed]
             lines += [f"# {kind}:"] if notes else []
@@ -81,9 +83,14 @@ class Found:
 
     def summary(self) -> str:
         """How many notes there are of each kind, and those that a person should read."""
-        counts = [f"{sum(n.kind == k for n in self.notes)} {k}" for k in (TAKEN, NOTHING, DEFECT)]
-        told = [f"  {n.where}: {n.text}" for n in self.notes if n.kind == DEFECT or n.assumed]
-        return "\n".join([f"{self.source}: {', '.join(counts)}", *told])
+        kinds = (MISSING, DEFECT, NOTHING, TAKEN)
+        counts = {k: sum(n.kind == k for n in self.notes) for k in kinds}
+        lines = [f"{self.source}: {', '.join(f'{n} {kind}' for kind, n in counts.items())}"]
+        for kind in (MISSING, DEFECT, TAKEN):
+            notes = [n for n in self.notes if n.kind == kind and (kind != TAKEN or n.assumed)]
+            lines += [f"{kind}:"] if notes else []
+            lines += [f"  {n.where}: {n.text}" for n in notes]
+        return "\n".join(lines)
 
 
 def load(
@@ -496,25 +503,25 @@ _FACTS = [
     ("runtime.device", "(?!cuda).*", DEFECT, "UP needs CUDA whatever this says; see device"),
     ("random_seed", r"\d{6,}", DEFECT, "NumPy refuses the square of it in UP, from 65,536 on"),
     ("runner.type", "(?!base|kd).*", NOTHING, "no counterpart"),
-    ("meta_type", ".*(custom_det|inference_only).*", NOTHING, "no counterpart"),
+    ("meta_type", ".*(custom_det|inference_only).*", MISSING, "no counterpart"),
     ("image_reader.type", "(?!fs_pillow).*", NOTHING, "pictures are decoded by Pillow"),
     ("color_mode", "BGR", DEFECT, "UP trains with red and blue swapped; RGB here"),
-    ("color_mode", "GRAY", NOTHING, "pictures are RGB here"),
-    (r"\.sampler.type", "(?!dist|local).*", NOTHING, "no counterpart: every picture once an epoch"),
+    ("color_mode", "GRAY", MISSING, "pictures are RGB here"),
+    (r"\.sampler.type", "(?!dist|local).*", MISSING, "no counterpart: every picture once an epoch"),
     ("evaluator.kwargs.num_classes", ".*", DEFECT, "UP's evaluator does not take it: a TypeError"),
     ("use_prec_rec_f1", "True", DEFECT, "without save_score UP computes it from class numbers"),
     ("save_result", "True", DEFECT, "UP deletes results_dir first"),
     ("save_dir", "checkpoints/cls_std/?", DEFECT, "many of UP's files share it; with auto_resume a "
      "second recipe goes on there from the first one's checkpoint, silent about what does not fit"),
     ("normalize.type", ".*sync.*", NOTHING, "batch norms are one per device"),
-    ("normalize.type", "freeze_bn", NOTHING, "here batch norms are trained"),
+    ("normalize.type", "freeze_bn", MISSING, "here batch norms are trained"),
     ("normalize.kwargs.momentum", r"1.*|0\.[5-9].*", DEFECT, "torch's momentum is the share of the "
      "new batch, so hardly anything is averaged; timm's stays"),
     ("representation_size", ".*", DEFECT, "UP crashes on it: an argument is missing"),
     ("type", "fpn_cls_head", DEFECT, "UP's last version cannot build it"),
-    ("ema_type", "exp", NOTHING, "grows as 1 - exp(-t / 2000) in UP; constant from the start here"),
-    ("inner_T", r"(?!1$|1\.0$).*", NOTHING, "decay^inner_T every inner_T steps; every step here"),
-    ("ema.kwargs.warmup", r"(?!1$|1\.0$).*", NOTHING, "lower at first in UP; constant here"),
+    ("ema_type", "exp", MISSING, "grows as 1 - exp(-t / 2000) in UP; constant from the start here"),
+    ("inner_T", r"(?!1$|1\.0$).*", MISSING, "decay^inner_T every inner_T steps; every step here"),
+    ("ema.kwargs.warmup", r"(?!1$|1\.0$).*", MISSING, "lower at first in UP; constant here"),
     ("type", "torch_(mixup|cutmix|cutmix_mixup)", DEFECT, "UP's last version does not know it and "
      "stops; earlier ones drew anew for every picture, as mix_per_sample does, and the last of "
      "those had wrong areas, so wrong labels, in CutMix"),
@@ -525,6 +532,25 @@ _FACTS = [
      "imported; eta_min is a share of lr"),
     ("type", "ReduceLROnPlateau", DEFECT, "UP steps it without a metric, which fails"),
 ]  # fmt: skip
+
+
+# Keys that are read by their names alone, for the hint beside one that is not known.
+_KEYS = {
+    *_BLOCKS,
+    *_NOTHING,
+    *(key for table in _TRANSFORMS.values() for key in table if key),
+    *(key for _, table, others in _OPTIMIZERS.values() for key in (*table, *others.split())),
+    *(key for _, length, table in _SCHEDULES.values() for key in (length, *table) if key),
+    *"random_seed fraction drop_last num_workers batch_size decay enable dropout smooth_ratio bias"
+    " auto_resume pretrain_model resume_model max_epoch max_iter test_freq meta_file meta_type"
+    " image_dir transformer warmup_iter warmup_epochs warmup_type warmup_ratio"
+    " warmup_register_type iter_base drop_path_rate deep_stem avg_down num_classes hooks".split(),
+}
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.6)
+    return f"; the nearest is {close[0]!r}" if close else ""
 
 
 def _square(value: Any) -> int:
@@ -657,7 +683,7 @@ class _Importer:
         return [entry for entry in map(self.mapping, node.value) if entry.value]
 
     def unknown(self, node: _Node) -> _Node:
-        self.note(NOTHING, node, f"*{node.value.value} has no anchor in this text; left out")
+        self.note(MISSING, node, f"*{node.value.value} has no anchor in this text; left out")
         return node
 
     def get(self, node: _Node, path: str, kind: Any, default: Any = None, least=-math.inf) -> Any:
@@ -745,8 +771,10 @@ class _Importer:
             return
         above = _NOTHING.get(key, above)
         if not node.used:
-            text = "empty" if value is None else "not known here"
-            self.note(NOTHING, node, above or f"{text}; left out")
+            if above or value is None:
+                self.note(NOTHING, node, above or "empty; left out")
+            else:
+                self.note(MISSING, node, f"not known here; left out{_near(key, _KEYS)}")
         elif not isinstance(value, dict | list):
             self.note(TAKEN, node, _short(value))
         else:
@@ -860,7 +888,8 @@ class _Importer:
             text = f"no such anchor in this text; UP's usual {name} {kwargs.plain() or ''}".rstrip()
             self.say(TAKEN, node.where, text)
         if name not in _TRANSFORMS:
-            self.note(NOTHING, node, f"no counterpart of {name or 'what has no type'}")
+            text = f"no counterpart of {name or 'what has no type'}{_near(name, _TRANSFORMS)}"
+            self.note(MISSING, node, text)
         elif side == "train" and name in _VALIDATION:
             self.note(NOTHING, node, "no counterpart: training crops at random, see crop_scale")
         elif side == "test" and name not in (*_VALIDATION, "normalize", "to_tensor"):
@@ -939,7 +968,8 @@ class _Importer:
         if ours:
             self.take("optimizer", ours, f"{where}.type")
         else:
-            self.say(NOTHING, f"{where}.type", f"no counterpart of {name or 'none'}; choose one")
+            text = f"no counterpart of {name or 'none'}; sgd is taken{_near(name, _OPTIMIZERS)}"
+            self.say(MISSING, f"{where}.type", text)
         for key, node in kwargs.value.items():
             if key not in (*knobs, *others.split(), "pconfig", "special_param_group"):
                 self.note(DEFECT, node, f"{name} does not take it: UP stops with a TypeError")
@@ -972,7 +1002,7 @@ class _Importer:
             for part in group.all():
                 part.used = True
         else:
-            self.note(NOTHING, group, "no counterpart: groups differ in decay alone, see decay_all")
+            self.note(MISSING, group, "no counterpart: groups differ in decay alone, see decay_all")
 
     def scheduler(self, at: _Node) -> None:
         name, kwargs = self.get(at, "type", str, ""), self.block(at, "kwargs")
@@ -989,7 +1019,8 @@ class _Importer:
             self.take("epochs", self.epochs, where, "no max_epoch in this text: a guess from this")
         climb = self.warmup(at, 1 if meant else steps)
         if not ours:
-            self.say(NOTHING, kind, f"no counterpart of {name or 'none'}; a cosine is taken")
+            text = f"no counterpart of {name or 'none'}; a cosine is taken{_near(name, _SCHEDULES)}"
+            self.say(MISSING, kind, text)
             return
         self.take("schedule", ours, kind)
         self.put(kwargs, table)
@@ -1133,11 +1164,11 @@ class _Importer:
                 if counts:
                     take("num_classes", counts[0], where)
                 if len(counts) > 1:
-                    self.say(NOTHING, where, f"no counterpart of {len(counts)} heads; one is taken")
+                    self.say(MISSING, where, f"no counterpart of {len(counts)} heads; one is taken")
             elif "cls_loss" in kwargs.value and take == self.take:
                 self.loss(kwargs.value["cls_loss"])
             elif not name.startswith("post") or take != self.take:
-                self.note(NOTHING, block, f"no counterpart of {name} {kind}".rstrip())
+                self.note(MISSING, block, f"no counterpart of {name} {kind}".rstrip())
 
     def backbone(self, block: _Node, kind: str, kwargs: _Node, take: Callable) -> None:
         where, plain = self.where(block, "type"), re.sub("_[dD]$", "", kind)
@@ -1150,7 +1181,7 @@ class _Importer:
             take("model", _TIMM.get(key, plain), where)
         else:
             take("model", kind, where)
-            self.say(NOTHING, where, f"timm has no {kind}; choose a model")
+            self.say(MISSING, where, f"timm has no {kind}; choose a model{_near(kind, _TIMM)}")
         if plain != kind and key in RESNETS:
             take("avg_down", True, where)
             text = "no whole ResNet-D in UP: 7x7 stem unless deep_stem, a padded pool in shortcuts"
@@ -1166,7 +1197,7 @@ class _Importer:
         if isinstance(node.value, list):
             node.used = True
             for other in node.value[1:]:
-                self.note(NOTHING, other, "no counterpart: the loss of another head")
+                self.note(MISSING, other, "no counterpart: the loss of another head")
             node = next(iter(node.value), _Node({}, node.where, node.line))
         at = self.mapping(node)
         name, where = self.get(at, "type", str, ""), f"{at.where}.type"
@@ -1188,7 +1219,8 @@ class _Importer:
                 text = "UP ignores it for labels that are not mixed: the mean over classes"
                 self.say(DEFECT, self.where(at, "kwargs.bias"), text)
         else:
-            self.say(NOTHING, where, f"no counterpart of {name or 'none'}; ce is taken")
+            near = _near(name, ("ce", "stce", "label_smooth_ce", "bce"))
+            self.say(MISSING, where, f"no counterpart of {name or 'none'}; ce is taken{near}")
 
     # the run
 
@@ -1206,7 +1238,7 @@ class _Importer:
             if name != "grad_clipper":
                 self.note(NOTHING, at, _NOTHING.get(name, f"no counterpart of {name}"))
             elif mode not in ("", "pre_defined"):
-                self.note(NOTHING, at, f"no counterpart of {mode}, a limit that follows the norms")
+                self.note(MISSING, at, f"no counterpart of {mode}, a limit that follows the norms")
             elif most := self.get(at, "kwargs.max_norm", float, least=1e-9):
                 least = min(most, self.values.get("clip_grad_norm", most))
                 why = "" if least == most else "LAMB's own is smaller"
