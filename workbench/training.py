@@ -194,12 +194,8 @@ class DeviceTransform:
     """
 
     def __init__(self, recipe: Any, classes: int, device: torch.device):
-        self.seed, self.size, self.classes, self.device = (
-            recipe.seed,
-            recipe.image_size,
-            classes,
-            device,
-        )
+        self.seed, self.size = recipe.seed, recipe.image_size
+        self.classes, self.device = classes, device
         self.normalize = Normalize(recipe, device)
         self.erase = self.mix = None
         if recipe.erase_prob:
