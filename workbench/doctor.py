@@ -3,19 +3,18 @@
     for finding in doctor.examine(recipe, images=1_281_167, classes=1000):
         print(finding)
 
-Facts follow from the recipe; a warning stands on evidence, which it names. It is advice: training
-does not ask the doctor.
+Facts follow from the recipe; a warning stands on evidence, which it names. It is advice: nothing
+is refused for it.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import timm
 import torch
 
 from workbench import data, models, training
-from workbench.recipe import RESNETS
+from workbench.recipe import mixes
 
 
 class Finding(NamedTuple):
@@ -37,8 +36,7 @@ def examine(
     `counts` are the pictures of every class, where they are known. Raises TrainingError for a
     recipe that cannot be trained on so many pictures, ModelError for a model that does not exist.
     """
-    if recipe.model not in RESNETS and not timm.is_model(recipe.model.partition(".")[0]):
-        models.create(recipe.model, classes)  # raises, with the nearest names
+    models.check_name(recipe.model)
     per_epoch = data.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
     if per_epoch == 0:
         raise training.TrainingError(
@@ -97,7 +95,7 @@ def _classes(images: int, classes: int, counts: Sequence[int] | None) -> str:
 
 def _rate(recipe: Any, per_epoch: int, steps: int) -> str:
     rate = training.lr_schedule(recipe, per_epoch)
-    climb = _climb(recipe, per_epoch)
+    climb = training.warmup_steps(recipe, per_epoch)
     text = f"lr stands at its peak of {recipe.lr:g}"
     if climb:
         text = (
@@ -107,10 +105,6 @@ def _rate(recipe: Any, per_epoch: int, steps: int) -> str:
     return (
         text + f", is {rate(steps // 2):.3g} half way and {rate(steps - 1):.3g} in the last step."
     )
-
-
-def _climb(recipe: Any, per_epoch: int) -> int:
-    return recipe.warmup_steps or round(recipe.warmup_epochs * per_epoch)
 
 
 def _pull(recipe: Any, classes: int) -> str:
@@ -153,7 +147,7 @@ def _few(number: float) -> str:
 
 
 def _mixing(recipe: Any) -> list[str]:
-    if not (recipe.mixup_alpha or recipe.cutmix_alpha):
+    if not mixes(recipe):
         return []
     share = recipe.switch_prob if recipe.mixup_alpha else 1.0
     share = share if recipe.cutmix_alpha else 0.0
@@ -179,10 +173,6 @@ def _small(recipe: Any) -> bool:
     )
 
 
-def _mixes(recipe: Any) -> bool:
-    return recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0
-
-
 def _from_scratch(recipe: Any) -> bool:
     return not (recipe.weights or recipe.pretrained or recipe.resume_from)
 
@@ -190,7 +180,7 @@ def _from_scratch(recipe: Any) -> bool:
 def _strikes_on_a_small_network(recipe, per_epoch, steps, classes):
     return (
         recipe.loss == "bce"
-        and _mixes(recipe)
+        and mixes(recipe)
         and recipe.epochs <= 100
         and _small(recipe)
         and _from_scratch(recipe)
@@ -237,7 +227,7 @@ def _sgd_rate(recipe, per_epoch, steps, classes):
 
 def _no_warmup(recipe, per_epoch, steps, classes):
     return (
-        _climb(recipe, per_epoch) == 0
+        training.warmup_steps(recipe, per_epoch) == 0
         and recipe.schedule != "one_cycle"
         and _from_scratch(recipe)
         and recipe.batch_size >= 1024
@@ -247,7 +237,7 @@ def _no_warmup(recipe, per_epoch, steps, classes):
 
 
 def _long_warmup(recipe, per_epoch, steps, classes):
-    climb = _climb(recipe, per_epoch)
+    climb = training.warmup_steps(recipe, per_epoch)
     return (
         climb > 0.2 * steps
         and f"the warm-up takes {climb:,} of {steps:,} steps; published recipes take 1 to 7 %. "
@@ -278,7 +268,7 @@ def _weak_pull(recipe, per_epoch, steps, classes):
 
 def _short_mixing(recipe, per_epoch, steps, classes):
     return (
-        _mixes(recipe)
+        mixes(recipe)
         and recipe.epochs < 100
         and _from_scratch(recipe)
         and f"mixing in {recipe.epochs} epochs: mixed pictures ask for longer training, Bag of "

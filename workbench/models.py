@@ -38,9 +38,7 @@ def create(
     deep_stem and avg_down are UP's flags for resnet18 to resnet152; both together give timm's
     resnet*d (BoT, section 4, "ResNet-D", with a stem 32 wide). Raises ModelError.
     """
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:6] or _near(name)
-        raise ModelError(f"timm has no model {name!r}; close names: {', '.join(near) or 'none'}")
+    check_name(name)
     options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": dropout}
     if deep_stem:
         options |= {"stem_type": "deep", "stem_width": 32}
@@ -64,6 +62,13 @@ def create(
                 f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); fetch the file "
                 "elsewhere and name it in weights, or set pretrained: false"
             ) from None
+
+
+def check_name(name: str) -> None:
+    """Raises ModelError, with the nearest names, where timm has no such model."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:6] or _near(name)
+        raise ModelError(f"timm has no model {name!r}; close names: {', '.join(near) or 'none'}")
 
 
 def _near(name: str) -> list[str]:

@@ -535,7 +535,7 @@ _UNUSED = [
         lambda r: (
             (r.loss != "ce" and f"since loss is {r.loss}")
             or (r.label_smoothing == 0 and "since label_smoothing is 0")
-            or (not _mixes(r) and "since no labels are mixed (mixup_alpha, cutmix_alpha)")
+            or (not mixes(r) and "since no labels are mixed (mixup_alpha, cutmix_alpha)")
         ),
     ),
     (
@@ -549,7 +549,7 @@ _UNUSED = [
             and "since mixup_alpha and cutmix_alpha are not both on"
         ),
     ),
-    ("mix_per_sample", lambda r: not _mixes(r) and "since mixup_alpha and cutmix_alpha are 0"),
+    ("mix_per_sample", lambda r: not mixes(r) and "since mixup_alpha and cutmix_alpha are 0"),
     ("erase_mode erase_count", lambda r: r.erase_prob == 0 and "since erase_prob is 0"),
 ]
 
@@ -643,13 +643,13 @@ _WRONG = [
     ),
     (
         "batch_size",
-        lambda r: r.batch_size == 1 and _mixes(r) and "1 picture has no partner to mix with",
+        lambda r: r.batch_size == 1 and mixes(r) and "1 picture has no partner to mix with",
     ),
     (
         "micro_batch_size",
         lambda r: (
             (r.micro_batch_size or 0) % 2 == 1
-            and _mixes(r)
+            and mixes(r)
             and f"{r.micro_batch_size} is odd, but pictures are mixed in pairs"
         ),
     ),
@@ -702,7 +702,8 @@ def _roots(lists: list[str], roots: list[str]) -> str | bool:
     )
 
 
-def _mixes(recipe: Any) -> bool:
+def mixes(recipe: Any) -> bool:
+    """Whether labels come mixed, by Mixup or CutMix."""
     return recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0
 
 

@@ -78,13 +78,18 @@ def test_transform(recipe: Any) -> augmentation.TestTransform:
 test_transform.__test__ = False  # pytest: no test
 
 
+def warmup_steps(recipe: Any, steps_per_epoch: int) -> int:
+    """Steps of climb, from warmup_steps or warmup_epochs."""
+    return recipe.warmup_steps or round(recipe.warmup_epochs * steps_per_epoch)
+
+
 def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate as a function of the step, counted from 0.
 
     Raises TrainingError when the warm-up would leave no training at the peak.
     """
     steps = recipe.epochs * steps_per_epoch
-    climb = recipe.warmup_steps or round(recipe.warmup_epochs * steps_per_epoch)
+    climb = warmup_steps(recipe, steps_per_epoch)
     if climb >= steps:
         raise TrainingError(
             f"the warm-up takes {climb} steps and the whole training {steps}; lower warmup_steps"
