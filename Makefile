@@ -1,4 +1,5 @@
 # make demo   train the digits baseline through papermill (builds .venv first)
+# make demo-distillation   a teacher of the digits, then its student   make demo-downstream   from digits to letters
 # make test   the tests                make lint    ruff over code and notebooks
 # make lab    JupyterLab               make bench   every benchmark
 # make train PARAMS=params/cifar10_baseline.yaml SET="-p data_dir=/data/cifar10"   any recipe through papermill
@@ -6,10 +7,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARAMS ?= params/digits_baseline.yaml
 
-.PHONY: demo test lab bench train venv lint
+.PHONY: demo demo-distillation demo-downstream test lab bench train venv lint
 
 demo: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb params/digits_baseline.yaml
+
+demo-distillation: venv
+	$(BIN)/python -m workbench train params/digits_teacher.yaml
+	$(BIN)/python -m workbench notebook notebooks/03_distillation.ipynb params/digits_distillation.yaml
+
+demo-downstream: venv
+	$(BIN)/python -m workbench train params/digits_baseline.yaml
+	$(BIN)/python -m workbench train params/letters_downstream.yaml -p name=letters_scratch -p weights=
+	$(BIN)/python -m workbench notebook notebooks/04_downstream.ipynb params/letters_downstream.yaml
 
 train: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb $(PARAMS) $(SET)

@@ -741,7 +741,7 @@ def test_a_picture_that_vanished_does_not_lower_the_training_loss(world):
 def test_a_picture_that_vanishes_and_leaves_one_in_its_batch_does_not_end_the_training(world):
     recipe = small(world, verify_data=False, name="new", epochs=1, batch_size=8)
     content = data.open_data(recipe)
-    rows, _ = data.step_rows(2, 18, 0, 8)
+    rows, _ = data.Sampler(content.train.label, seed=0, batch_size=8).rows(2)
     assert len(rows) == 2
     gone = content.train.file[rows[0]]
     without(world, f"pictures/train/{gone}")
@@ -799,7 +799,7 @@ def test_a_loss_that_is_not_finite_names_step_and_pictures_and_keeps_the_last_go
     entries = data.read_list(world / "pictures/train.txt", world / "pictures/train")
     spoilt = pd.read_csv(run.file("nonfinite.csv"))
     step = int(spoilt.step[0])
-    rows, _ = data.step_rows(step, 18, 0, 6)
+    rows, _ = data.Sampler(entries.label, seed=0, batch_size=6).rows(step)
     assert f"at step {step};" in str(caught.value)
     assert repr(entries.file[rows[0]]) in str(caught.value)
     assert spoilt.file.tolist() == entries.file[rows].tolist()

@@ -1,8 +1,11 @@
 """Lists become frames, frames become batches that depend on the recipe and the step alone."""
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -382,6 +385,60 @@ def test_step_seeds_differ_by_seed_step_and_rank():
 )
 def test_steps_per_epoch_keep_or_drop_the_incomplete_batch(count, batch_size, drop_last, steps):
     assert data.steps_per_epoch(count, batch_size, drop_last) == steps
+    sampler = data.Sampler(range(count), seed=0, batch_size=batch_size, drop_last=drop_last)
+    assert sampler.steps_per_epoch == steps
+
+
+@pytest.mark.parametrize(
+    "count, seed, batch_size, drop_last, copies, balance, digest",
+    [
+        (18, 3, 5, False, 1, 0.0, "3372de7ce1daccf4"),
+        (18, 3, 5, True, 1, 0.0, "6c5a86b3abf03f05"),
+        (1297, 0, 64, False, 1, 0.0, "39fa72d84ff33996"),
+        (1297, 0, 64, False, 3, 0.0, "43f35e3225c4eff9"),
+        (1000, 2**32 - 1, 256, True, 4, 0.0, "b1ff815abc481249"),
+        (1000, 3, 256, False, 1, 0.5, "6f1b346c42375586"),
+        (1000, 3, 256, False, 3, 1.0, "9cf95b6544245e28"),
+    ],
+)
+def test_the_rows_of_a_step_never_change(
+    count, seed, batch_size, drop_last, copies, balance, digest
+):
+    """Golden: with other rows or draws an earlier run could not be repeated or taken up again."""
+    sampler = data.Sampler(
+        np.arange(count) ** 2 % 13,
+        seed=seed,
+        batch_size=batch_size,
+        drop_last=drop_last,
+        repeated_aug=copies,
+        class_balance=balance,
+    )
+    parts = [a for step in range(3 * sampler.steps_per_epoch) for a in sampler.rows(step)]
+    text = b"".join(a.astype("<i8").tobytes() for a in parts)
+    assert hashlib.sha256(text).hexdigest()[:16] == digest
+    purposes = (data.ORDER, data.DRAW, data.STEP, data.ERASE, data.MIX, data.BALANCE)
+    assert purposes == tuple(range(6))
+
+
+def test_a_sampler_makes_the_order_of_an_epoch_once_and_keeps_two(monkeypatch):
+    made, order = [], data.order
+    monkeypatch.setattr(data, "order", lambda *names: (made.append(names[1]), order(*names))[1])
+    sampler = data.Sampler(np.arange(20), seed=0, batch_size=5)
+    for step in (0, 4, 1, 5, 2, 6, 3, 7):
+        sampler.rows(step)
+    assert made == [0, 1]
+    for step in (8, 7, 9, 4):
+        sampler.rows(step)
+    assert made == [0, 1, 2]
+    assert sampler.rows(0)[0].tolist() == order(0, 0, 20)[:5].tolist() and made == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_rows_are_whole_numbers_that_nobody_can_write_over(balance, copies):
+    how = dict(seed=0, batch_size=5, repeated_aug=copies, class_balance=balance)
+    for part in data.Sampler([0, 0, 0, 1, 1, 1, 1], **how).rows(1):
+        assert part.dtype == np.int64 and part.shape == (2,) and not part.flags.writeable
 
 
 # ---- batches
@@ -536,7 +593,7 @@ def test_one_copy_is_no_repetition():
 
 
 def test_the_streams_of_copies_purposes_and_places_are_different():
-    keys = [(p, e, i, c) for p in range(5) for e in range(3) for i in range(3) for c in range(3)]
+    keys = [(p, e, i, c) for p in range(6) for e in range(3) for i in range(3) for c in range(3)]
     drawn = [data.stream(1, *key).random(4).tobytes() for key in keys]
     assert len(set(drawn)) == len(keys)
 
@@ -604,6 +661,310 @@ def test_a_picture_that_breaks_later_is_left_out_and_named_never_swapped(picture
     assert set(seen) == set(range(18)) - {7}
     assert all(torch.equal(seen[i], whole[i]) for i in seen)
     assert sum(b.total for b in got) == 18
+
+
+# ---- class balance
+
+
+RARE = {0: 40, 3: 12, 4: 5, 9: 2, 70: 1}  # pictures of a label; 60 in all, labels with gaps
+
+
+def labelled(sizes: dict[int, int]) -> np.ndarray:
+    """Labels in no order."""
+    labels = np.repeat(list(sizes), list(sizes.values()))
+    return np.random.default_rng(5).permutation(labels)
+
+
+def drawn(labels, epochs=range(1), **knobs) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows and copies of whole epochs."""
+    sampler = data.Sampler(labels, **{"seed": 3, "batch_size": 7, **knobs})
+    count = sampler.steps_per_epoch
+    for epoch in epochs:
+        parts = [sampler.rows(step) for step in range(epoch * count, (epoch + 1) * count)]
+        rows, copies = map(np.concatenate, zip(*parts, strict=True))
+        yield rows, copies
+
+
+def shown(labels, rows: np.ndarray) -> dict[int, int]:
+    """How many pictures of each label come."""
+    return dict(
+        zip(*(a.tolist() for a in np.unique(labels[rows], return_counts=True)), strict=True)
+    )
+
+
+def test_full_balance_shows_every_class_equally_often():
+    labels = labelled(RARE)
+    for rows, _ in drawn(labels, range(5), class_balance=1.0):
+        assert shown(labels, rows) == dict.fromkeys(RARE, 12)
+
+
+def test_half_a_balance_shows_classes_by_the_square_root_of_their_pictures():
+    labels = labelled({0: 1, 1: 4, 2: 9, 3: 16, 4: 30})  # 60 in all
+    rows, _ = next(drawn(labels, class_balance=0.5))
+    root = np.sqrt([1, 4, 9, 16, 30])
+    assert np.abs(list(shown(labels, rows).values()) - 60 * root / root.sum()).max() < 1
+    labels = labelled({2: 1, 3: 4, 5: 9, 7: 16})  # 30 in all, the roots add up to 10
+    for rows, _ in drawn(labels, range(5), class_balance=0.5):
+        assert shown(labels, rows) == {2: 3, 3: 6, 5: 9, 7: 12}
+
+
+@pytest.mark.parametrize("balance", [0.0, 1e-9])
+def test_no_balance_shows_every_picture_once(balance):
+    labels = labelled(RARE)
+    for epoch, (rows, copies) in enumerate(drawn(labels, range(3), class_balance=balance)):
+        assert sorted(rows) == list(range(60)) and not copies.any()
+        assert balance or rows.tolist() == data.order(3, epoch, 60).tolist()
+
+
+@pytest.mark.parametrize("balance", [0.1, 0.25, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        RARE,
+        {5: 17},
+        {0: 1, 1: 1, 2: 1},
+        {0: 1, 1: 99},
+        {i: 1 + i * i % 23 for i in range(50)},
+        {i: 3 for i in range(31)},
+    ],
+    ids=["rare", "one class", "single pictures", "one of a hundred", "many", "equal"],
+)
+def test_an_epoch_has_its_length_every_class_and_pictures_as_often_as_their_class_mates(
+    sizes, balance
+):
+    labels = labelled(sizes)
+    weights = {c: n ** (1 - balance) for c, n in sizes.items()}
+    for rows, copies in drawn(labels, range(3), class_balance=balance):
+        assert len(rows) == len(copies) == len(labels)
+        times = np.bincount(rows, minlength=len(labels))
+        for c, weight in weights.items():
+            own = times[labels == c]
+            assert own.sum() > 0 and own.max() - own.min() <= 1
+            assert abs(own.sum() - len(labels) * weight / sum(weights.values())) < 1
+        for row in range(len(labels)):  # each time under a copy of its own
+            assert sorted(copies[rows == row]) == list(range(times[row]))
+
+
+@pytest.mark.parametrize(
+    "shares, whole",
+    [
+        ([1.5, 2.3, 0.2], [2, 2, 0]),
+        ([0.4, 2.8, 2.8], [0, 3, 3]),
+        ([0.7, 0.6, 0.6, 0.1], None),
+        ([4.0, 1.0], [4, 1]),
+        ([2.99999999999, 1.00000000001], [3, 1]),
+        ([5.00000000001, 0.99999999999], [5, 1]),
+        ([0.99999999999] * 3, [1, 1, 1]),
+        ([7.0], [7]),
+        ([], []),
+    ],
+)
+def test_the_largest_remainders_are_rounded_up(shares, whole):
+    got = data.apportion(np.array(shares), np.random.default_rng(0)).tolist()
+    assert got == whole or whole is None and got in ([1, 1, 0, 0], [1, 0, 1, 0])
+
+
+def test_equal_remainders_are_rounded_up_equally_often_however_the_machine_rounds():
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    shares = np.array([1.25, 0.25 + 1e-12, 3.25 - 1e-12, 7.25])
+    more = sum(data.apportion(shares, rng) - np.floor(shares) for _ in range(2000))
+    assert stats.chisquare(more).pvalue > 1e-3 and more.sum() == 2000
+
+
+def test_what_cannot_be_divided_goes_to_every_class_in_turn():
+    from scipy import stats
+
+    labels = labelled({0: 7, 1: 2, 2: 2})
+    epochs = [shown(labels, rows) for rows, _ in drawn(labels, range(2000), class_balance=1.0)]
+    assert all(sorted(epoch.values()) == [3, 4, 4] for epoch in epochs)
+    fewer = np.bincount([min(epoch, key=epoch.get) for epoch in epochs], minlength=3)
+    assert stats.chisquare(fewer).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_over_many_epochs_each_picture_of_a_class_comes_equally_often(balance):
+    from scipy import stats
+
+    labels = labelled(RARE)
+    epochs = drawn(labels, range(2000), class_balance=balance)
+    times = np.stack([np.bincount(rows, minlength=60) for rows, _ in epochs])
+    for label in (0, 3, 4, 9):
+        own = times[:, labels == label]
+        size = own.shape[1]
+        more = (
+            own.sum(axis=1) % size
+        )  # that many, none twice, so they spread less than a chi-square
+        spread = (more * (size - more) / (size * (size - 1))).sum()
+        if spread:
+            square = ((own.sum(axis=0) - own.sum() / size) ** 2).sum() / spread
+            assert 1e-3 < stats.chi2.sf(square, size - 1) < 1 - 1e-3
+        else:
+            assert len(set(own.ravel().tolist())) == 1
+
+
+def test_every_place_of_a_balanced_epoch_is_equally_likely_for_every_class():
+    from scipy import stats
+
+    labels = labelled(RARE)
+    epochs = [labels[rows] for rows, _ in drawn(labels, range(1000), class_balance=1.0)]
+    for place in (0, 30, 59):
+        counts = np.unique([epoch[place] for epoch in epochs], return_counts=True)[1]
+        assert len(counts) == 5 and stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_a_balanced_order_differs_by_seed_and_epoch_and_not_by_the_way_it_is_asked():
+    labels = labelled(RARE)
+    how = dict(class_balance=0.5)
+    orders = [tuple(r) for s in range(4) for r, _ in drawn(labels, range(4), seed=s, **how)]
+    assert len(set(orders)) == 16
+    chosen = {tuple(sorted(rows)) for rows in orders}
+    assert len(chosen) == 16  # not only the places are drawn anew
+    for size in (1, 8, 60, 100):
+        rows = [tuple(rows) for rows, _ in drawn(labels, range(4), batch_size=size, **how)]
+        assert rows == orders[12:]
+    sampler = data.Sampler(pd.Series(labels), seed=3, batch_size=7, **how)
+    sampler = pickle.loads(pickle.dumps(sampler))  # as a worker that is not forked gets it
+    for step in (35, 2, 17, 8, 0):
+        part = slice(step % 9 * 7, step % 9 * 7 + 7)
+        assert tuple(sampler.rows(step)[0]) == orders[12 + step // 9][part]
+
+
+def test_names_and_gaps_of_labels_do_not_matter():
+    labels = labelled(RARE)
+    dense = np.searchsorted(sorted(RARE), labels)
+    epochs = [drawn(of, range(3), class_balance=0.7) for of in (labels, dense, dense - 2)]
+    for first, *others in zip(*epochs, strict=True):
+        assert all(np.array_equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("batch_size", [7, 60, 61])
+def test_a_balanced_epoch_drops_its_incomplete_batch_and_nothing_else(batch_size):
+    labels = labelled(RARE)
+    sampler, dropping = (
+        data.Sampler(labels, seed=0, batch_size=batch_size, class_balance=1.0, drop_last=drop)
+        for drop in (False, True)
+    )
+    assert dropping.steps_per_epoch == 60 // batch_size
+    steps = sampler.steps_per_epoch
+    assert sum(len(sampler.rows(step)[0]) for step in range(steps)) == 60
+    for step in range(dropping.steps_per_epoch):
+        # the second epoch too, where steps of the two are no longer numbered alike
+        for ours, theirs in ((step, step), (steps + step, dropping.steps_per_epoch + step)):
+            assert np.array_equal(sampler.rows(ours), dropping.rows(theirs))
+            assert len(dropping.rows(theirs)[0]) == batch_size
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [7, 12, 100])
+@pytest.mark.parametrize("balance", [0.3, 1.0])
+def test_balance_and_repetition_together_show_no_draw_twice(copies, batch_size, balance):
+    labels = labelled(RARE)
+    how = dict(repeated_aug=copies, batch_size=batch_size, class_balance=balance)
+    for rows, number in drawn(labels, range(10), **how):
+        assert len(rows) == 60
+        assert len(set(zip(rows.tolist(), number.tolist(), strict=True))) == 60
+        size = max(1, batch_size // copies)
+        for start in range(0, 60 - size * copies + 1, size * copies):  # each chunk comes in turns
+            whole = slice(start, start + size * copies)
+            turns, draws = rows[whole].reshape(copies, -1), number[whole].reshape(copies, -1)
+            assert (turns == turns[0]).all() and (draws - draws[0] == np.c_[:copies]).all()
+            assert (draws[0] % copies == 0).all()
+
+
+def test_under_repetition_the_classes_come_equally_often_on_average():
+    labels = labelled(RARE)
+    epochs = drawn(labels, range(1000), repeated_aug=3, class_balance=1.0)
+    total = sum(np.array([shown(labels, rows).get(c, 0) for c in RARE]) for rows, _ in epochs)
+    assert total.sum() == 60_000 and np.abs(total / 12_000 - 1).max() < 0.03
+
+
+def test_a_class_so_rare_that_its_draws_run_out_is_an_error_that_names_it():
+    most = {7: 1, 8: 2**17 - 1}
+    rows, copies = next(drawn(labelled(most), class_balance=1.0, batch_size=2**17))
+    assert copies.max() == 2**16 - 1 and (labelled(most)[rows] == 7).sum() == 2**16
+    last, before = (data.stream(0, data.DRAW, 0, 0, c).random() for c in (2**16 - 1, 2**16 - 2))
+    assert last != before
+    more = labelled({7: 1, 8: 2**17})
+    with pytest.raises(
+        DataError, match="label 7 has 1 of 131,073 .* each 65,537 times.* 65,536 in"
+    ):
+        data.Sampler(more, seed=0, batch_size=8, class_balance=1.0)
+    with pytest.raises(DataError, match="label 7 .* each 65,536 times an epoch in 2 copies"):
+        data.Sampler(labelled(most), seed=0, batch_size=8, class_balance=1.0, repeated_aug=2)
+    with pytest.raises(DataError, match="7 has 2 of 262,145 .* each 65,537 times"):  # one of them
+        data.Sampler(labelled({7: 2, 8: 2**18 - 1}), seed=0, batch_size=8, class_balance=1.0)
+    half = labelled({7: 1, 8: 2**16 - 1})
+    data.Sampler(half, seed=0, batch_size=8, class_balance=1.0, repeated_aug=2)
+    data.Sampler(more, seed=0, batch_size=8, class_balance=0.9)
+    data.Sampler(more, seed=0, batch_size=8)
+
+
+@pytest.fixture
+def uneven(pictures: Path) -> pd.DataFrame:
+    """Six pictures of one class, two of another and one of a third."""
+    return opened(pictures).train.iloc[[0, 1, 2, 3, 4, 5, 6, 7, 12]].reset_index(drop=True)
+
+
+def test_a_balanced_batch_holds_pictures_under_the_draws_of_their_copies(uneven):
+    sampler = data.Sampler(uneven.label, seed=3, batch_size=5, class_balance=1.0)
+    got = taken(uneven, range(6), class_balance=1.0)
+    for batch in got:
+        rows, copies = sampler.rows(batch.step)
+        assert batch.indices.tolist() == rows.tolist() and batch.total == len(rows)
+        assert batch.labels.tolist() == uneven.label[rows].tolist()
+        for row, copy, picture in zip(rows, copies, batch.images, strict=True):
+            rng = data.stream(3, data.DRAW, batch.step // 2, int(row), int(copy))
+            wanted = TRAIN(images.decode(uneven.path[row]), rng)
+            np.testing.assert_array_equal(picture.permute(1, 2, 0), np.asarray(wanted))
+    for first, second in zip(got[::2], got[1::2], strict=True):
+        labels, rows = (
+            torch.cat([getattr(b, t) for b in (first, second)]) for t in ("labels", "indices")
+        )
+        assert torch.bincount(labels).tolist() == [3, 3, 3]
+        seen = torch.cat([first.images, second.images])[rows == 8]
+        assert len(torch.unique(seen, dim=0)) == 3  # one picture three times, each drawn anew
+
+
+# torch warns that two workers are more than a small machine has cores; that is the point here
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_balanced_batches_are_the_same_bytes_for_any_workers_and_from_any_step(
+    uneven, copies, workers, start
+):
+    how = dict(class_balance=0.8, repeated_aug=copies, batch_size=4)
+    whole = taken(uneven, range(8), **how)
+    assert [len(batch.images) for batch in whole[:3]] == [4, 4, 1]
+    got = taken(uneven, range(start, 8), workers=workers, **how)
+    assert len(got) == 8 - start and all(map(same, whole[start:], got))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_processes_share_balanced_steps_out_between_them(uneven, world, micro):
+    how = dict(class_balance=1.0, repeated_aug=2)
+    for whole in taken(uneven, range(6), **how):
+        parts = [
+            part
+            for rank in range(world)
+            for part in taken(
+                uneven,
+                range(whole.step, whole.step + 1),
+                rank=rank,
+                world=world,
+                micro_batch_size=micro,
+                **how,
+            )
+        ]
+        places, rows, pixels = (
+            torch.cat([getattr(part, t) for part in parts]) for t in ("places", "indices", "images")
+        )
+        assert sorted(places.tolist()) == list(range(whole.total))
+        back = torch.argsort(places)
+        assert torch.equal(rows[back], whole.indices) and torch.equal(pixels[back], whole.images)
 
 
 # ---- examining

@@ -1,11 +1,21 @@
 """The doctor's numbers against slow arithmetic, its warnings on cue."""
 
 import math
+import random
+import shutil
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
+import scipy.optimize
+import scipy.special
+import scipy.stats
+import timm
 import torch
+from test_training import assert_same_tensors, train
 
-from workbench import ROOT, doctor, models, training
+from workbench import ROOT, data, distillation, doctor, images, models, training
 from workbench.recipe import Recipe
 
 IMAGENET = {"images": 1_281_167, "classes": 1000}
@@ -132,10 +142,17 @@ WARNED = [
     ("its error rises below 16", {**KNOWN, "micro_batch_size": 8}, {"micro_batch_size": 32}),
     ("reach beyond the last epoch", {**KNOWN, "warmup_epochs": 20.0, "cosine_epochs": 200.0},
      {"cosine_epochs": None}),
+    ("dist to 74.5", {**KNOWN, "teacher": "a", "mimic_loss": "kl", "cutmix_alpha": 1.0},
+     {"mimic_loss": "dist"}),
+    ("ce on a strong recipe", {**KNOWN, "teacher": "a", "mimic": ["layer4 -> layer4", "logits"],
+     "mimic_loss": ["l2", "ce"], "randaug_n": 2}, {"randaug_n": 0}),
+    ("a tenth or a hundredth", {**KNOWN, "lr": 0.5, "weights": "a.pt"}, {"lr": 0.04}),
+    ("these start at random", {**KNOWN, "freeze": ["conv1"]}, {"pretrained": True}),
+    ("these start at random", {**KNOWN, "probe_epochs": 5}, {"weights": "a.pt", "lr": 0.01}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("words, knobs, cure", WARNED, ids=[w[0] for w in WARNED])
+@pytest.mark.parametrize("words, knobs, cure", WARNED)
 def test_a_trap_is_named_with_its_evidence_and_gone_with_its_cure(words, knobs, cure):
     warned = [f for f in doctor.examine(Recipe(**knobs), **IMAGENET) if f.kind == "warning"]
     [finding] = [f for f in warned if words in f.text]
@@ -149,6 +166,16 @@ def test_every_rule_has_a_recipe_that_earns_it():
         earned = [rule(Recipe(**knobs), 1252, 1252 * knobs.get("epochs", 8), 1000)
                   for _, knobs, _ in WARNED]  # fmt: skip
         assert any(earned), rule.__name__
+
+
+def test_a_run_that_goes_on_starts_neither_at_random_nor_from_other_weights():
+    onward = {**KNOWN, "resume_from": "runs/before", "freeze": ["conv1"], "lr": 0.5}
+    assert said("warning", **onward) == ""
+
+
+def test_a_distillation_of_modules_alone_is_not_warned_of_its_logits():
+    modules = {"mimic": ["layer4 -> layer4"], "mimic_loss": "l2", "cutmix_alpha": 1.0}
+    assert said("warning", **KNOWN, teacher="a", **modules) == ""
 
 
 def test_a_fine_tuning_is_not_measured_by_the_rates_of_training_from_scratch():
@@ -169,3 +196,283 @@ def test_a_model_that_does_not_exist_is_refused_with_the_nearest():
 def test_a_batch_larger_than_the_list_is_refused_in_words():
     with pytest.raises(training.TrainingError, match="above 20 pictures"):
         doctor.examine(Recipe(drop_last=True), images=20, classes=10)
+
+
+# ---- teachers, judged by running them
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> dict[str, str]:
+    """Run folders of two short trainings on digits: cross-entropy and binary cross-entropy."""
+    folder, threads = tmp_path_factory.mktemp("teachers"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    short = {"fraction": 0.5, "epochs": 4, "val_every": 4, "lr": 0.05, "nesterov": True,
+             "workers": 0, "runs_dir": str(folder)}  # fmt: skip
+    losses = {"ce": {}, "bce": {"loss": "bce", "bce_sum": True, "label_smoothing": 0.1}}
+    found = {n: str(train(Recipe(name=n, **short, **k)).path) for n, k in losses.items()}
+    torch.set_num_threads(threads)
+    return found
+
+
+def student(taught: dict[str, str], **changes) -> Recipe:
+    knobs = {"fraction": 0.2, "seed": 1, "crop_scale": [0.5, 1.0], "mixup_alpha": 0.2,
+             "precision": "fp32", "workers": 0, "teacher": list(taught.values())}  # fmt: skip
+    return Recipe(**{**knobs, **changes})
+
+
+@pytest.fixture(scope="module")
+def judged(taught) -> tuple[Recipe, data.Data, pd.DataFrame]:
+    recipe = student(taught)
+    content = data.open_data(recipe)
+    return recipe, content, doctor.teachers(recipe, content, pictures=100, progress=False)
+
+
+def plain(source: str) -> torch.nn.Module:
+    """The model of a run, through timm and torch alone."""
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    model.load_state_dict(torch.load(f"{source}/last.pt", weights_only=True)["model"])
+    return model
+
+
+@torch.no_grad()
+def one_by_one(model: torch.nn.Module, content: data.Data) -> np.ndarray:
+    """Logits of the validation pictures, each read, resized and normalised by itself."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (Recipe().mean, Recipe().std))
+    rows = []
+    for path in content.val.path:
+        picture = images.decode(path)
+        picture = picture.resize((32, 32), images.Image.Resampling.BILINEAR)
+        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+        rows.append(model(((values - mean) / std)[None])[0].numpy())
+    return np.stack(rows).astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def slow(judged, taught) -> dict[str, np.ndarray]:
+    """Every teacher's logits of the validation pictures."""
+    return {source: one_by_one(plain(source), judged[1]) for source in taught.values()}
+
+
+def test_a_teachers_figures_on_the_validation_list_are_those_of_a_plain_loop(judged, slow):
+    recipe, content, report = judged
+    label = content.val.label.to_numpy()
+    fresh = one_by_one(training.create_model(recipe, 10).eval(), content).argmax(1)
+    assert report.teacher.tolist() == list(slow)
+    for row, (source, z) in zip(report.itertuples(), slow.items(), strict=True):
+        hits = sum(int(list(z[i]).index(max(z[i])) == label[i]) for i in range(len(label)))
+        assert row.val_top1 == pytest.approx(100 * hits / 500) and row.val_images == 500
+        assert row.own_top1 == pytest.approx(row.val_top1, abs=0.5)  # there in bf16, maybe
+        offsets = [np.mean(picture) / np.std(picture) for picture in z]
+        assert row.offset == pytest.approx(np.mean(offsets), abs=1e-3)
+        assert row.agreement == pytest.approx(100 * np.mean(z.argmax(1) == fresh))
+        assert row.start_top1 == pytest.approx(100 * np.mean(fresh == label))
+        assert row.parameters == sum(p.numel() for p in plain(source).parameters())
+
+
+@torch.no_grad()
+def test_a_teachers_figures_on_the_crops_are_those_of_the_pictures_that_train(judged, taught):
+    """Four batches of 32 are the first that hold 100 pictures."""
+    recipe, content, report = judged
+    reader = data.batches(
+        content.train, training.train_transform(recipe), seed=1, batch_size=32, steps=range(4)
+    )
+    prepare = training.DeviceTransform(recipe, 10, torch.device("cpu"))
+    shown, soft = (torch.cat(t) for t in zip(*map(prepare, reader), strict=True))
+    assert ((soft > 0).sum(1) == 2).any()  # mixed, so the larger share counts
+    for row, source in zip(report.itertuples(), taught.values(), strict=True):
+        z = plain(source)(shown).double().numpy()
+        assert row.crops == 128
+        assert row.crops_top1 == pytest.approx(100 * np.mean(z.argmax(1) == soft.argmax(1).numpy()))
+        entropies = scipy.stats.entropy(scipy.special.softmax(z, axis=1), axis=1)
+        assert row.entropy == pytest.approx(entropies.mean(), rel=1e-3)
+
+
+def test_binary_cross_entropy_shows_in_the_mean_logit_of_a_teacher(judged, taught, tmp_path):
+    """Told by its run; of a bare file of weights by the offset alone."""
+    _, content, report = judged
+    ce, bce = report.offset
+    assert abs(ce) < 0.1 and bce < -0.5
+    assert report.bce.tolist() == [False, True] and report.smoothing.tolist() == [0.0, 0.1]
+    files = {}
+    for name, source in taught.items():
+        files[name] = str(tmp_path / f"{name}.safetensors")
+        shutil.copy(f"{source}/best.safetensors", files[name])
+    recipe = student(files, teacher_model=["test_resnet"] * 2)
+    bare = doctor.teachers(recipe, content, pictures=32, progress=False)
+    assert bare.bce.tolist() == [False, True]
+    assert bare.own_top1.isna().all() and bare.smoothing.isna().all()
+    np.testing.assert_allclose(bare.val_top1, report.val_top1)
+    assert "in its own run" not in str(doctor.about_teachers(recipe, bare)[0])
+
+
+def nll(log_t: float, z: np.ndarray, y: np.ndarray) -> float:
+    scaled = z / math.exp(log_t)
+    return float(np.mean(scipy.special.logsumexp(scaled, axis=1) - scaled[np.arange(len(y)), y]))
+
+
+def optimal(z: np.ndarray, y: np.ndarray) -> float:
+    found = scipy.optimize.minimize_scalar(
+        nll, bounds=(math.log(0.05), math.log(20)), args=(z, y), method="bounded"
+    )
+    return math.exp(found.x)
+
+
+def test_the_best_temperature_is_scipys(judged, slow):
+    _, content, report = judged
+    label = content.val.label.to_numpy()
+    for found, z in zip(report.temperature, slow.values(), strict=True):
+        assert found == pytest.approx(optimal(z, label), rel=0.025)
+
+
+@pytest.mark.parametrize("times", [0.3, 1.0, 2.0, 6.0])
+def test_logits_that_are_a_multiple_of_honest_ones_have_that_temperature(times):
+    rng = np.random.default_rng(0)
+    honest = rng.normal(size=(4000, 7)) * 2
+    chosen = [rng.choice(7, p=scipy.special.softmax(row)) for row in honest]
+    labels = np.array(chosen)
+    found = doctor.best_temperature(honest * times, labels)
+    assert found == pytest.approx(times, rel=0.1)
+    assert found == pytest.approx(optimal(honest * times, labels), rel=0.021)
+
+
+def test_answers_that_are_all_right_or_no_better_than_guessing_end_at_the_bounds():
+    sure = np.eye(5)
+    assert doctor.best_temperature(sure, np.arange(5)) == pytest.approx(0.05)
+    assert doctor.best_temperature(sure, np.arange(5)[::-1].copy()) == pytest.approx(20)
+
+
+def test_the_report_leaves_student_teachers_and_every_stream_of_chance_alone(taught, monkeypatch):
+    made = []
+
+    class Kept(distillation.Distillation):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(distillation, "Distillation", Kept)
+    knobs = {"dropout": 0.3, "drop_path": 0.2, "mimic": ["logits", "layer4 -> layer4"]}
+    recipe = student(taught, **knobs, mimic_loss=["kl", "l2"])
+    content = data.open_data(recipe)
+    streams = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # noqa: NPY002
+    doctor.teachers(recipe, content, pictures=32, progress=False)
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert (np.random.get_state()[1] == streams[1]).all()  # noqa: NPY002
+    assert random.getstate() == streams[2]
+    [kd] = made
+    assert_same_tensors(
+        kd.student.model.state_dict(), training.create_model(recipe, 10).state_dict()
+    )
+    for teacher, source in zip(kd.teachers, taught.values(), strict=True):
+        theirs = plain(source).state_dict()
+        for name, value in teacher.model.state_dict().items():  # counts of batches start at 0
+            assert torch.equal(value, theirs[name] * (not name.endswith("batches_tracked"))), name
+    assert all(part.training for part in kd.student.modules())
+    networks = (kd.student, *(t.model for t in kd.teachers))
+    assert not [p for network in networks for p in network.parameters() if p.grad is not None]
+
+
+def test_a_step_is_shared_out_by_the_seconds_that_each_takes(taught, monkeypatch):
+    """By a clock that only the forwards move: three seconds, one, and four for the student."""
+    clock = [0.0]
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock[0])
+    recipe = student(taught)
+    kd = distillation.Distillation(
+        recipe, training.create_model(recipe, 10), [str(i) for i in range(10)], torch.device("cpu")
+    )
+    for network, seconds in zip((*(t.model for t in kd.teachers), kd.student), (3, 1, 4),
+                                strict=True):  # fmt: skip
+        network.register_forward_hook(lambda *_, s=seconds: clock.__setitem__(0, clock[0] + s))
+    pictures, labels = torch.zeros(2, 3, 32, 32), torch.tensor([1, 2])
+    assert doctor._step_shares(recipe, kd, pictures, labels, False) == pytest.approx([3 / 8, 1 / 8])
+
+
+def test_the_measured_shares_leave_the_student_its_own(judged):
+    shares = judged[2].step_share
+    assert (shares > 0).all() and shares.sum() < 100
+
+
+def test_a_start_from_the_teachers_own_weights_agrees_with_it_and_gains_nothing(taught):
+    recipe = student({"ce": taught["ce"]}, weights=taught["ce"])
+    content = data.open_data(recipe)
+    report = doctor.teachers(recipe, content, pictures=32, progress=False)
+    assert report.agreement.tolist() == [100.0]
+    assert report.start_top1.tolist() == report.val_top1.tolist()
+    told = "\n".join(map(str, doctor.about_teachers(recipe, report)))
+    assert f"start has top-1 {report.val_top1[0]:.2f} % already, the teacher" in told
+
+
+def test_a_teacher_is_told_in_a_sentence_with_its_figures(judged):
+    recipe, _, report = judged
+    facts = [f.text for f in doctor.about_teachers(recipe, report) if f.kind == "fact"]
+    assert len(facts) == 2
+    for text, row in zip(facts, report.itertuples(), strict=True):
+        assert text.startswith(f"teacher {row.teacher}, test_resnet, 0.4 million parameters: ")
+        assert f"top-1 {row.val_top1:.2f} % of 500 validation pictures" in text
+        assert f"({row.own_top1:.2f} % in its own run)" in text
+        assert f"{row.crops_top1:.1f} % of 128 training crops and mixes" in text
+        assert f"entropy is {row.entropy:.2f} nats" in text
+        assert f"agrees with it on {row.agreement:.1f} %" in text
+
+
+GOOD = {
+    "teacher": "runs/t",
+    "model": "resnet50",
+    "parameters": 25_000_000,
+    "own_top1": 80.0,
+    "val_top1": 79.0,
+    "val_images": 50_000,
+    "crops_top1": 70.0,
+    "crops": 2048,
+    "entropy": 1.1,
+    "offset": -0.01,
+    "bce": False,
+    "temperature": 1.1,
+    "agreement": 0.1,
+    "start_top1": 0.1,
+    "step_share": 30.0,
+    "smoothing": 0.0,
+}
+KL = {"teacher": "a", "mimic_loss": "kl", "temperature": 4.0}
+OF_TEACHERS = [
+    # (words, row, knobs, a row or knobs that take the warning away)
+    ("temperature 8 would do to it what 4", {"bce": True, "temperature": 2.0}, {}, {"bce": False}),
+    ("honest temperature is 1.10", {"bce": True}, {}, {"mimic_loss": "kl_standardized"}),
+    ("mean logit -1.53 standard", {"bce": True, "offset": -1.53}, {},
+     {"mimic": "layer4 -> layer4", "mimic_loss": "l2"}),
+    ("label smoothing 0.1", {"smoothing": 0.1}, {}, {"smoothing": 0.0}),
+    ("label smoothing 0.1", {"smoothing": 0.1}, {"mimic_loss": "dkd"}, {"mimic_loss": "dist"}),
+    ("start has top-1 79.00 % already, the teacher 79.00", {"start_top1": 79.0}, {},
+     {"start_top1": 78.9}),
+    ("knows 47.0 % of the student's crops", {"crops_top1": 47.0}, {}, {"crops_top1": 47.5}),
+    ("loses 5.5 points", {"own_top1": 84.5}, {}, {"own_top1": 84.0}),
+]  # fmt: skip
+
+
+def about(row: dict, knobs: dict) -> list[doctor.Finding]:
+    found = doctor.about_teachers(Recipe(**knobs), pd.DataFrame([{**GOOD, **row}]))
+    return [finding for finding in found if finding.kind == "warning"]
+
+
+@pytest.mark.parametrize("knobs", [KL, {"teacher": "a"}, {**KL, "mimic_loss": "kl_standardized"}])
+def test_a_sound_teacher_is_warned_of_nothing(knobs):
+    assert about({}, knobs) == []
+    assert about({"own_top1": math.nan, "smoothing": None}, knobs) == []
+
+
+@pytest.mark.parametrize("words, row, knobs, cure", OF_TEACHERS)
+def test_a_teacher_of_no_use_is_named_with_the_evidence_and_the_cure_helps(words, row, knobs, cure):
+    [finding] = about(row, {**KL, **knobs})
+    assert words in finding.text and finding.text.startswith("teacher runs/t: ")
+    assert finding.source and str(finding).endswith(f"[{finding.source}]")
+    tempered = {} if cure.get("mimic_loss") != "l2" else {"temperature": 1.0}
+    cured = {k: v for k, v in cure.items() if k in GOOD and k not in Recipe.model_fields}
+    others = {k: v for k, v in cure.items() if k not in cured}
+    assert about({**row, **cured}, {**KL, **knobs, **others, **tempered}) == []
+
+
+def test_every_rule_about_teachers_has_a_row_that_earns_it():
+    for rule, _ in doctor._TEACHER_EVIDENCE:
+        assert any(
+            rule(Recipe(**{**KL, **knobs}), SimpleNamespace(**{**GOOD, **row}))
+            for _, row, knobs, _ in OF_TEACHERS
+        ), rule.__name__

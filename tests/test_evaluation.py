@@ -1,6 +1,7 @@
 """The predictions table and its numbers against torch and scikit-learn."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import CLASSES
@@ -182,3 +183,82 @@ def test_predictions_of_real_pictures_are_the_models_own_answers(pictures):
         answers = model(whole.images.float() / 255).argmax(1)
     assert table.class1.tolist() == answers.tolist()
     assert table.label.tolist() == frame.label.tolist()
+
+
+def test_predicting_leaves_the_parts_in_the_modes_they_were_in():
+    """A frozen norm must not wake because somebody validated."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.9), nn.Flatten(), nn.Linear(12, 4))
+    model.train()[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    given = batches(torch.arange(4), size=2)
+    first, second = (evaluation.predict(model, given, torch.Tensor.float, CPU) for _ in range(2))
+    assert [part.training for part in model] == [False, True, True, True] and model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert first.equals(second)  # without dropout
+
+
+# ---- one model beside another
+
+
+def answers(label: list[int], answer: list[int], files: str = "abcdefgh") -> pd.DataFrame:
+    names = list(files[: len(label)])
+    return pd.DataFrame({"file": names, "list": 0, "label": label, "class1": answer})
+
+
+@pytest.fixture
+def three() -> dict[str, pd.DataFrame]:
+    """Three models on 200 pictures of five classes, the last of which has none."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(4, size=200)
+    wrong = lambda share: np.where(rng.random(200) < share, rng.integers(5, size=200), label)
+    files = [f"{i}.png" for i in range(200)]
+    return {
+        name: pd.DataFrame({"file": files, "list": 0, "label": label, "class1": wrong(share)})
+        for name, share in (("alone", 0.6), ("distilled", 0.4), ("teacher", 0.5))
+    }
+
+
+def test_models_side_by_side_are_counted_class_by_class(three):
+    table = evaluation.side_by_side(three, list("abcde"))
+    assert table.columns.tolist() == ["class", "images", "alone", "distilled", "teacher"]
+    assert table["class"].tolist() == list("abcde")
+    for number, row in enumerate(table.itertuples()):
+        for name in three:
+            pairs = list(zip(three[name].label, three[name].class1, strict=True))
+            mine = [answer for label, answer in pairs if label == number]
+            assert row.images == len(mine)
+            share = 100 * sum(a == number for a in mine) / len(mine) if mine else float("nan")
+            np.testing.assert_allclose(getattr(row, name), share)
+
+
+@pytest.mark.parametrize("other", ["xb", "ba", "a"])
+def test_predictions_of_other_pictures_do_not_stand_side_by_side(other):
+    one = answers([0, 1], [0, 1], "ab")
+    two = answers([0, 1][: len(other)], [0, 1][: len(other)], other)
+    with pytest.raises(data.DataError, match="of different pictures"):
+        evaluation.side_by_side({"one": one, "two": two}, ["x", "y"])
+
+
+def test_what_a_student_says_where_its_teacher_is_wrong_is_counted(three):
+    ours, theirs = three["distilled"], three["teacher"]
+    told = {"same": 0, "other": 0, "right": 0}
+    for i in range(200):
+        if theirs.class1[i] != theirs.label[i]:
+            if ours.class1[i] == theirs.class1[i]:
+                told["same"] += 1
+            elif ours.class1[i] == ours.label[i]:
+                told["right"] += 1
+            else:
+                told["other"] += 1
+    wrong = sum(told.values())
+    assert min(told.values()) > 0
+    found = evaluation.borrowed(ours, theirs)
+    assert found == {"wrong": wrong} | {k: pytest.approx(100 * v / wrong) for k, v in told.items()}
+    assert found["same"] + found["other"] + found["right"] == pytest.approx(100)
+
+
+def test_a_teacher_is_its_own_best_pupil_and_one_without_a_mistake_lends_none(three):
+    teacher = three["teacher"]
+    assert evaluation.borrowed(teacher, teacher)["same"] == 100
+    found = evaluation.borrowed(teacher, teacher.assign(class1=teacher.label))
+    assert found["wrong"] == 0 and np.isnan([found[k] for k in ("same", "other", "right")]).all()

@@ -15,12 +15,12 @@ from workbench import ROOT
 PACKAGE = ROOT / "workbench"
 
 # module -> the modules of ours it may import (design, section 2); a level never imports upwards
-LEVEL_0 = "recipe runs lamb schedule losses augmentation images progress".split()
+LEVEL_0 = "recipe runs lamb schedule losses mimic augmentation images progress".split()
 LEVEL_1 = {
     "data": {"augmentation", "images", "progress"},
     "models": {"recipe"},
-    "distillation": {"losses", "models"},
-    "evaluation": {"data"},
+    "distillation": {"mimic", "models", "recipe", "runs"},
+    "evaluation": {"data", "models"},
 }
 BELOW_TRAINING = {*LEVEL_0, *LEVEL_1}
 LEVEL_2 = {
@@ -28,7 +28,7 @@ LEVEL_2 = {
     "export": {"models", "data", "evaluation", "runs"},
     "comparison": {"runs"},
     "united_perception": {"recipe"},
-    "doctor": {"data", "models", "recipe", "training"},
+    "doctor": {"data", "distillation", "models", "progress", "recipe", "training"},
 }
 BELOW_VIEWS = {*BELOW_TRAINING, *LEVEL_2}
 ARROWS = {

@@ -1,6 +1,7 @@
 """Models against timm, torchvision and the published counts; weights from wherever they lie."""
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -182,7 +183,7 @@ def test_every_format_of_weights_is_loaded_whole(tmp_path, name):
         torch.save(FORMATS[name](source.state_dict()), tmp_path / name)
     result = load(model, tmp_path / name)
     assert same(model, source)
-    assert result.initial == {} and result.ignored == []
+    assert result.anew == {} and result.ignored == []
     wanted = {k for k in source.state_dict() if not k.endswith("num_batches_tracked")}
     assert set(result.loaded) == wanted
     assert f"{len(wanted)} tensors loaded" in str(result) and str(tmp_path / name) in str(result)
@@ -235,7 +236,7 @@ def test_a_united_perception_checkpoint_is_loaded_whole(tmp_path, flags, prefix)
     assert prefix + f"backbone.layer0.0.{'0.' if flags else ''}weight" in theirs
     torch.save({"epoch": 99, "iter": 5, "model": theirs}, tmp_path / "ckpt.pth")
     result = load(model, tmp_path / "ckpt.pth")
-    assert same(model, source) and not result.initial and not result.ignored
+    assert same(model, source) and not result.anew and not result.ignored
 
 
 def test_a_torchvision_checkpoint_gives_torchvisions_logits(tmp_path):
@@ -244,7 +245,7 @@ def test_a_torchvision_checkpoint_gives_torchvisions_logits(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
     ours = create("resnet18", 5, seed=2)
     result = load(ours, tmp_path / "tv.pth")
-    assert not result.initial and not result.ignored
+    assert not result.anew and not result.ignored
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(images), theirs(images))
@@ -255,8 +256,8 @@ def test_a_classifier_of_another_size_is_made_anew_and_said(tmp_path):
     fresh = tiny(3, seed=2)
     torch.save(source.state_dict(), tmp_path / "ten.pth")
     result = load(model, tmp_path / "ten.pth")
-    assert set(result.initial) == {"fc.weight", "fc.bias"}
-    assert "2 left at their initial value" in str(result)
+    assert set(result.anew) == {"fc.weight", "fc.bias"}
+    assert "2 made anew" in str(result)
     assert "file has (10," in str(result) and "model (3," in str(result)
     assert torch.equal(model.fc.weight, fresh.fc.weight)
     assert torch.equal(model.conv1[0].weight, source.conv1[0].weight)
@@ -268,7 +269,7 @@ def test_tensors_that_are_missing_or_left_over_are_said(tmp_path):
     tensors["extra.weight"] = torch.zeros(3)
     torch.save(tensors, tmp_path / "odd.pth")
     result = load(tiny(seed=2), tmp_path / "odd.pth")
-    assert result.initial == {"layer2.0.conv1.weight": "not in the file"}
+    assert result.anew == {"layer2.0.conv1.weight": "not in the file"}
     assert result.ignored == ["extra.weight"]
     assert "layer2.0.conv1.weight (not in the file)" in str(result)
     assert "1 in the file ignored: extra.weight" in str(result)
@@ -367,3 +368,164 @@ def test_half_precision_weights_are_taken_as_numbers(tmp_path):
     load(model, tmp_path / "half.pth")
     assert model.fc.weight.dtype == torch.float32
     torch.testing.assert_close(model.fc.weight, source.fc.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_table_of_a_loading_has_a_row_for_every_tensor_and_its_reason(tmp_path):
+    tensors = tiny(10, seed=1).state_dict()
+    del tensors["bn1.bias"]
+    tensors["extra.weight"] = torch.zeros(3)
+    torch.save(tensors, tmp_path / "odd.pth")
+    model = tiny(3, seed=2)
+    table = load(model, tmp_path / "odd.pth").table()
+    assert table.columns.tolist() == ["tensor", "fate", "why"]
+    assert table.values.tolist()[:4] == [
+        ["bn1.bias", "made anew", "not in the file"],
+        ["fc.weight", "made anew", "file has (10, 96), model (3, 96)"],
+        ["fc.bias", "made anew", "file has (10,), model (3,)"],
+        ["extra.weight", "ignored", "not in the model"],
+    ]
+    rest = [n for n in model.state_dict() if not n.endswith("num_batches_tracked")]
+    rest = [n for n in rest if n not in ("bn1.bias", "fc.weight", "fc.bias")]
+    assert table.values.tolist()[4:] == [[name, "loaded", ""] for name in rest]
+
+
+# ---- whose classes
+
+
+def run_of(path, classes) -> None:
+    """A run folder as far as its weights and classes go."""
+    path.mkdir()
+    torch.save({"model": tiny(len(classes), seed=1).state_dict()}, path / "last.pt")
+    (path / "environment.json").write_text(json.dumps({"classes": classes}))
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, kept",
+    [
+        (["ant", "bee", "cat"], ["ant", "bee", "cat"], True),
+        (["ant", "bee", "cat"], ["ant", "cat", "bee"], False),
+        (["ant", "bee", "cat"], ["dog", "elk", "fox"], False),
+        (["0", "1", "2"], ["ant", "bee", "cat"], True),  # numbers where nobody named the classes
+        (["ant", "bee", "cat"], ["0", "1", "2"], True),
+        (["1", "2", "3"], ["ant", "bee", "cat"], False),  # no bare count from 0
+    ],
+)
+def test_a_head_for_other_classes_is_made_anew_though_its_size_is_right(
+    tmp_path, theirs, ours, kept
+):
+    assert models.same_classes(theirs, ours) is kept
+    run_of(tmp_path / "run", theirs)
+    model, source, fresh = tiny(seed=2), tiny(seed=1), tiny(seed=2)
+    result = load(model, tmp_path / "run", classes=ours)
+    head = source if kept else fresh
+    assert torch.equal(model.fc.weight, head.fc.weight)
+    assert torch.equal(model.conv1[0].weight, source.conv1[0].weight)
+    why = "the file's classes are others"
+    assert result.anew == ({} if kept else {"fc.weight": why, "fc.bias": why})
+    whole = tiny(seed=2)
+    assert load(whole, tmp_path / "run").anew == {}  # nobody said what the classes are
+    assert torch.equal(whole.fc.weight, source.fc.weight)
+
+
+@pytest.mark.parametrize("theirs, same", [(["0", "1"], False), (None, True)])
+def test_another_number_of_classes_is_never_the_same_and_an_unknown_one_may_be(theirs, same):
+    assert models.same_classes(theirs, ["ant", "bee", "cat"]) is same
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "null"])
+def test_a_folder_that_does_not_tell_its_classes_has_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "environment.json").write_text(content)
+    assert models.run_classes(tmp_path) is None
+    assert models.run_classes(tmp_path / "weights.pt") is None
+    (tmp_path / "environment.json").write_text('{"classes": ["ant", "bee"]}')
+    assert models.run_classes(tmp_path) == ["ant", "bee"]
+
+
+# ---- of another model
+
+
+def test_less_than_half_is_refused_with_the_way_out_and_taken_by_force(tmp_path):
+    source = tiny(seed=1)
+    part = {k: v for k, v in source.state_dict().items() if k.startswith(("conv1", "layer1"))}
+    torch.save(part, tmp_path / "part.pth")
+    assert "force_weights: true" in str(unchanged_by(tiny(), tmp_path / "part.pth"))
+    model, fresh = tiny(seed=2), tiny(seed=2)
+    result = load(model, tmp_path / "part.pth", force=True)
+    assert set(result.loaded) == {k for k in part if not k.endswith("num_batches_tracked")}
+    for name, value in model.state_dict().items():
+        wanted = (source if name in result.loaded else fresh).state_dict()[name]
+        assert torch.equal(value, wanted), name
+
+
+def test_half_of_the_model_is_enough_and_one_tensor_less_is_not(tmp_path):
+    model = create("test_vit", 3, image_size=160)
+    tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
+    half, odd = divmod(len(tensors), 2)
+    assert not odd
+    for count, name in ((half, "half.pth"), (half - 1, "less.pth")):
+        torch.save(dict(list(tensors.items())[:count]), tmp_path / name)
+    assert len(load(model, tmp_path / "half.pth").loaded) == half
+    error = unchanged_by(model, tmp_path / "less.pth")
+    assert f"fits {half - 1} of the model's {len(tensors)}" in str(error)
+
+
+def test_force_takes_no_file_of_which_nothing_fits_and_offers_itself_for_none(tmp_path):
+    torch.save({"other.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    model = tiny()
+    for force in (False, True):
+        with pytest.raises(ModelError, match="of another model") as caught:
+            load(model, tmp_path / "other.pth", force=force)
+        assert "force_weights" not in str(caught.value)
+
+
+# ---- parts by name, modes of parts
+
+
+def test_a_module_is_found_by_its_dotted_name():
+    model = tiny()
+    assert models.module(model, "layer3.0.bn2") is model.layer3[0].bn2
+    assert models.module(model, models.classifier(model)) is model.fc
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("layer5", "layer4"), ("layer3.0.bn9", "layer3.0.bn1"), ("stem", "conv1"), ("", "")],
+)
+def test_a_module_that_is_not_there_names_near_ones_that_are(name, near):
+    model = tiny()
+    with pytest.raises(ModelError, match=f"ResNet has no module '{name}'; near: ") as caught:
+        models.module(model, name)
+    told = str(caught.value).partition("near: ")[2].split(", ")
+    assert near in told or not near
+    assert all(models.module(model, found.partition(" and ")[0]) for found in told)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "vit_tiny_patch16_224", "convnext_tiny", "swin_tiny_patch4_window7_224"],
+)
+def test_the_classifier_is_the_module_that_ends_in_the_classes(name):
+    with meta():
+        model = create(name, 37)
+    last = models.module(model, models.classifier(model))
+    assert isinstance(last, nn.Linear) and last.out_features == 37
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ends", [None, Stop])
+def test_after_evaluating_every_part_is_in_the_mode_it_was_in(ends):
+    model = tiny().train()
+    model.layer2.eval()
+    model.layer3[0].bn1.eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    assert set(before.values()) == {True, False}
+    with contextlib.suppress(Stop), models.evaluating(model):
+        assert not any(part.training for part in model.modules())
+        model.layer2.train()
+        if ends:
+            raise ends
+    assert {name: part.training for name, part in model.named_modules()} == before

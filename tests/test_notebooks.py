@@ -1,19 +1,26 @@
 """Notebooks: committed clean, run through papermill, stopped and resumed in a real kernel."""
 
 import ast
+import html
 import json
+import math
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from workbench import ROOT, runs, training
-from workbench.recipe import Recipe
+from workbench import ROOT, data, runs, training
+from workbench.recipe import Recipe, read_params
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {"fraction": 0.25, "epochs": 2, "crop_scale": [0.5, 1.0], "workers": 0, "log_every": 1}
@@ -152,6 +159,216 @@ def test_the_augmentation_notebook_runs_on_any_recipe(tmp_path):
     assert not [
         o for c in executed.cells for o in c.get("outputs", []) if o.get("name") == "stderr"
     ]
+
+
+class Executed:
+    """A notebook that papermill ran: its outputs by the names of the cells."""
+
+    def __init__(self, notebook: str, root: Path, *words: str):
+        output = root / "out.ipynb"
+        command, places = papermill(notebook, output, *words), {"WORKBENCH_ROOT": str(root)}
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **places})
+        assert done.returncode == 0, done.stderr[-3000:]
+        self.cells = {c.id: c.outputs for c in cells(output)}
+        self.text = "".join(self.said(name) for name in self.cells)
+        outputs = [o for outputs in self.cells.values() for o in outputs]
+        assert not [o for o in outputs if o.get("name") == "stderr"]
+        assert "it/s" not in self.text and "0%|" not in self.text and "\r" not in self.text
+        assert not [o for o in outputs if any("widget" in kind for kind in o.get("data", {}))]
+
+    def said(self, name: str) -> str:
+        """What a cell printed."""
+        return "".join(o.get("text", "") for o in self.cells[name])
+
+    def figures(self) -> dict[str, int]:
+        """Pictures by cell, of the cells that show some."""
+        count = {
+            name: sum("image/png" in o.get("data", {}) for o in outputs)
+            for name, outputs in self.cells.items()
+        }
+        return {name: n for name, n in count.items() if n}
+
+    def table(self, name: str) -> dict[str, dict[str, str]]:
+        """The table that a cell shows: its rows by their names, values by their columns."""
+        [shown] = [o["data"]["text/html"] for o in self.cells[name]
+                   if "text/html" in o.get("data", {})]  # fmt: skip
+        rows = [
+            [html.unescape(text) for text in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)]
+            for row in re.findall(r"<tr.*?</tr>", shown, re.S)
+        ]
+        columns, *rest = [row for row in rows if any(row[1:])]  # an index may have a named line
+        return {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rest}
+
+
+def shortened(root: Path, **params: dict) -> None:
+    """Shipped params files in a root of their own, changed to be trained in seconds."""
+    (root / "params").mkdir()
+    for name, changes in params.items():
+        values = read_params(ROOT / "params" / f"{name}.yaml")
+        small = {"fraction": 0.25, "epochs": 2, "workers": 0, "log_every": 1, **changes}
+        (root / "params" / f"{name}.yaml").write_text(json.dumps({**values, **small}))
+
+
+def contents(run: runs.Run) -> dict[str, tuple]:
+    """Bytes and times of all that a training writes."""
+    paths = [p for p in run.path.iterdir() if p.name != "lock"]
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
+
+
+def test_the_distillation_notebook_judges_teaches_and_compares(tmp_path):
+    """Run All as it stands, its teacher first; then the same recipe by name, all finished."""
+    shortened(tmp_path, digits_teacher={}, digits_distillation={})
+    first = Executed("03_distillation.ipynb", tmp_path)
+    names = "digits_distillation", "digits_distillation_alone", "digits_teacher"
+    student, alone, teacher = (runs.Run(tmp_path / "runs" / f"{name}-seed0") for name in names)
+    source = "runs/digits_teacher-seed0"
+    own = teacher.metrics().iloc[-1].top1
+    assert f"teacher, epoch 2 of 2: top-1 {own:.2f} %" in first.said("checks")
+
+    one_each = ["lesson", "curves", "both-curves", "gains", "copied"]
+    assert first.figures() == dict.fromkeys(one_each, 1)
+    report = first.table("report")
+    assert float(report["val_top1"][source]) == pytest.approx(own, abs=1)  # in bf16, maybe
+    assert 0 < float(report["step_share"][source]) < 100
+    assert f"teacher {source}, resnet10t, 4.9 million parameters" in first.said("findings")
+    assert "11 steps an epoch of 324 pictures" in first.said("findings")
+    assert "teachers' answers are kept" in first.said("training")
+    assert "task " in first.said("training") and "mimic " in first.said("training")
+    assert f"student alone: {alone.path}" in first.said("alone")
+
+    table = first.table("result")
+    assert list(table) == ["alone", "distilled", "teacher"]
+    for name, run in (("alone", alone), ("distilled", student), ("teacher", teacher)):
+        last = run.metrics().iloc[-1]
+        for column in ("top1", "top5", "val_loss"):
+            assert float(table[name][column]) == pytest.approx(last[column], abs=1e-3)
+        assert float(table[name]["val_images"]) == 500
+    ours, theirs = student.predictions("raw"), alone.predictions("raw")
+    right = [(frame.class1 == frame.label).tolist() for frame in (ours, theirs)]
+    pairs = Counter(zip(*right, strict=True))
+    assert f"only the distilled student is right: {pairs[True, False]} pictures" in first.text
+    assert f"only the student alone is right: {pairs[False, True]} pictures" in first.text
+    borrowed = first.table("borrowed")
+    wrong = (teacher.predictions("raw").class1 != teacher.predictions("raw").label).sum()
+    assert {float(row["wrong"]) for row in borrowed.values()} == {wrong}
+    assert first.said("next").count("finished: top-1") == 2 and "-p seed 1" in first.said("next")
+
+    assert student.environment()["teachers"][0]["source"] == source
+    assert student.environment()["teacher_answers"] == {"asked": 2 * 324, "read": 0}
+    assert "train_mimic_loss" in student.metrics() and "train_mimic_loss" not in alone.metrics()
+    assert alone.recipe()["teacher"] == [] and alone.recipe()["batch_size"] == 32
+    for run in (student, alone):
+        assert run.status()["state"] == "finished" and run.file("best.safetensors").exists()
+
+    before = [contents(run) for run in (student, alone, teacher)]
+    params = tmp_path / "params" / "digits_distillation.yaml"
+    again = Executed("03_distillation.ipynb", tmp_path, "-f", str(params))
+    assert again.said("training").startswith("nothing to do: finished: top-1")
+    assert (
+        "teacher, epoch" not in again.said("checks")
+        and "epoch" not in again.said("alone")
+        and again.table("result") == table
+    )
+    assert [contents(run) for run in (student, alone, teacher)] == before
+    assert again.figures() == first.figures()
+
+
+def test_the_distillation_notebook_without_a_teacher_says_what_it_wants():
+    """Some knob is set, so it is not the demonstration, and no teacher is."""
+    source = {c.id: c.source for c in cells(ROOT / "notebooks" / "03_distillation.ipynb")}
+    names: dict[str, object] = {}
+    exec(source["imports"], names)
+    exec(source["parameters"], names)
+    names["epochs"] = 2
+    with pytest.raises(ValueError, match="no teacher: name one, such as -p teacher runs/"):
+        exec(source["checks"], names)
+
+
+@pytest.fixture
+def unequal_letters(tmp_path) -> dict[str, object]:
+    """Real letters under two lists in custom_cls form: of class a six times as many to train on.
+
+    One picture is cut short, and one lies there twice, under another label.
+    """
+    root = tmp_path / "letters"
+    root.mkdir()
+    content = data.open_data(Recipe(dataset="letters"))
+    lines = {"train": [], "val": []}
+    for side, frame in (("train", content.train), ("val", content.val)):
+        for label, group in frame[frame.label < 8].groupby("label"):
+            count = 4 if side == "val" else 48 if label == 0 else 8
+            for i, path in enumerate(group.path.head(count)):
+                name = f"{side} {content.classes[label]} {i}.png"  # with spaces, as they come
+                shutil.copy(path, root / name)
+                lines[side].append({"filename": name, "label": label})
+    shutil.copy(root / "train c 3.png", root / "again.png")
+    (root / "cut.png").write_bytes((root / "train b 0.png").read_bytes()[:60])
+    lines["train"] += [{"filename": "again.png", "label": 4}, {"filename": "cut.png", "label": 1}]
+    for side, entries in lines.items():
+        (root / f"{side}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    (root / "names.txt").write_text("\n".join("abcdefgh"))
+    return {"dataset": "files", "data_dir": str(root), "class_names": "names.txt",
+            "train_list": "train.jsonl", "train_root": ".", "val_list": "val.jsonl",
+            "val_root": "."}  # fmt: skip
+
+
+def test_the_downstream_notebook_checks_starts_and_transfers(tmp_path, unequal_letters):
+    """Run All as it stands but for its lists, the digits first; then the same recipe by name."""
+    knobs = {**unequal_letters, "class_balance": 0.5, "probe_epochs": 1, "fraction": 1.0}
+    shortened(tmp_path, digits_baseline={}, letters_downstream=knobs)
+    first = Executed("04_downstream.ipynb", tmp_path)
+    run, source = (
+        runs.Run(tmp_path / "runs" / f"{n}-seed0")
+        for n in ("letters_downstream", "digits_baseline")
+    )
+    assert f"digits, epoch 2 of 2: top-1 {source.metrics().top1[1]:.2f} %" in first.said("checks")
+
+    one_each = ["counts", "batch", "curves", "rivals", "per-class", "worst"]
+    assert first.figures() == dict.fromkeys(one_each, 1)
+    gate = first.table("gate")
+    assert {row["finding"] for row in gate.values()} >= {"duplicate", "truncated"}
+    [double] = [row for row in gate.values() if row["file"] == "again.png"]
+    assert double["detail"] == "of train c 3.png, labelled 2 there"
+    assert [row["file"] for row in gate.values() if row["finding"] == "truncated"] == ["cut.png"]
+
+    # 48 of a, 9 of b (one cut short) and e (one twice), 8 of each other: 106 lines of the list.
+    assert "this recipe has class_balance 0.5" in first.said("balance")
+    shown = {float(k): {c: int(float(v)) for c, v in row.items()}
+             for k, row in first.table("balance").items()}  # fmt: skip
+    root = {48: math.sqrt(48), 9: 3.0, 8: math.sqrt(8)}
+    share = 106 / (root[48] + 2 * root[9] + 5 * root[8])
+    assert shown[0.0]["smallest class"] == 8 and shown[0.0]["largest class"] == 48
+    assert shown[1.0]["smallest class"] == 13 and shown[1.0]["largest class"] == 14
+    assert shown[0.5]["smallest class"] == pytest.approx(share * root[8], abs=1)
+    assert shown[0.5]["largest class"] == pytest.approx(share * root[48], abs=1)
+    assert [row["times a picture of the rarest class is shown"] for row in shown.values()][0] == 1
+
+    assert f"{source.path}/last.pt [model]: 75 tensors loaded; 2 made anew" in first.said("start")
+    assert [row["tensor"] for row in first.table("start").values()] == ["fc.weight", "fc.bias"]
+    assert "frozen: nothing" in first.said("first-loss")
+    assert "first epochs of the classifier alone: 1" in first.said("first-loss")
+    assert "log(8) = 2.079" in first.said("first-loss")
+    assert "class_balance" in first.said("checks") and "of 106 pictures" in first.said("doctor")
+
+    assert run.status()["state"] == "finished"
+    assert run.quarantine()[["file", "reason"]].values.tolist() == [["cut.png", "truncated"]]
+    assert run.environment()["train_images"] == 105 and run.environment()["val_images"] == 32
+    listed = pd.read_csv(run.file("start.csv"))
+    assert Counter(listed.fate) == {"loaded": 75, "made anew": 2}
+
+    frame = run.predictions("raw")
+    right = frame.class1 == frame.label
+    [row] = first.table("result").values()
+    assert float(row["top1"]) == pytest.approx(100 * right.mean(), abs=1e-3)
+    means = [right[frame.label == label].mean() for label in range(8)]
+    assert float(row["mean over classes"]) == pytest.approx(100 * sum(means) / 8, abs=1e-3)
+    assert "finished: top-1" in first.said("next") and str(run.path) in first.said("next")
+
+    before = contents(run)
+    params = tmp_path / "params" / "letters_downstream.yaml"
+    again = Executed("04_downstream.ipynb", tmp_path, "-f", str(params))
+    assert again.said("training").startswith("nothing to do: finished: top-1")
+    assert contents(run) == before and again.figures() == first.figures()
 
 
 def test_interrupt_in_a_kernel_ends_the_cell_normally_and_the_kernel_lives(tmp_path):

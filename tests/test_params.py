@@ -5,6 +5,7 @@ from them by the sources' formulas, step by step, and not by workbench.schedule.
 """
 
 import functools
+import json
 import math
 import re
 import shlex
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import timm
+import timm.optim
 import timm.scheduler
 import torch
 import yaml
@@ -23,8 +25,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from workbench import ROOT, data, runs, training
-from workbench.recipe import Recipe
+from workbench import CACHE, ROOT, data, runs, training
+from workbench.recipe import TEMPERED, Recipe
 
 PARAMS = sorted((ROOT / "params").glob("*.yaml"))
 IMAGENET = 1_281_167  # pictures in the training list of ImageNet-1k
@@ -63,7 +65,21 @@ def read(stem: str, **overrides) -> Recipe:
 
 
 ON_IMAGENET = [path for path in PARAMS if "data_dir /data/imagenet" in field(path, "Run")]
+PUBLISHED = [path for path in PARAMS if "data_dir /data/" in field(path, "Run")]
 on_imagenet = pytest.mark.parametrize("path", ON_IMAGENET, ids=lambda path: path.stem)
+published = pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+# pictures of the training list, of the test, classes
+SETS = {
+    "imagenet": (IMAGENET, 50_000, 1000),
+    "cars": (8144, 8041, 196),
+    "flowers": (2040, 6149, 102),
+    "pets": (3680, 3669, 37),
+}
+
+
+def data_set(path) -> tuple[int, int, int]:
+    """The set that a run line names, as SETS has it."""
+    return SETS[re.search(r"data_dir /data/(\w+)", field(path, "Run"))[1]]
 
 
 # ---- the header and the form
@@ -169,39 +185,78 @@ TIMM_SPEED = {
     "swin_small_patch4_window7_224": 400.37,
     "swin_base_patch4_window7_224": 281.0,
     "vit_base_patch16_224": 392.99,
+    # teachers; 152d was measured at 256 pixels
+    "resnet152": 501.44,
+    "resnet152d": 357.54 * (256 / 224) ** 2,
 }
 
 
 @functools.cache
-def size(model: str, deep_stem: bool, avg_down: bool, pixels: int) -> tuple[int, float]:
+def size(
+    model: str, deep_stem: bool, avg_down: bool, pixels: int, classes: int
+) -> tuple[int, float]:
     """Parameters and multiply-adds of a model, which is never given memory."""
     recipe = Recipe.model_construct(
         model=model, deep_stem=deep_stem, avg_down=avg_down, image_size=pixels
     )
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network = training.create_model(recipe, 1000).eval()
+        network = training.create_model(recipe, classes).eval()
         network(torch.zeros(1, 3, pixels, pixels))
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() / 2
 
 
-@on_imagenet
+@published
 def test_the_model_can_be_built_and_has_the_size_the_header_says(path):
-    recipe = Recipe.read(path)
-    parameters, macs = size(recipe.model, recipe.deep_stem, recipe.avg_down, recipe.image_size)
+    recipe, (*_, classes) = Recipe.read(path), data_set(path)
+    how = recipe.deep_stem, recipe.avg_down, recipe.image_size
+    parameters, macs = size(recipe.model, *how, classes)
+    assert recipe.num_classes in (None, classes)
     said = f"{parameters / 1e6:.3f} M parameters, {macs / 1e9:.2f} GMAC"
     assert said in sentence(path, "Source")
 
 
-@on_imagenet
+@published
 def test_the_gpu_hours_are_the_estimate_they_say(path):
     recipe, said = Recipe.read(path), sentence(path, "GPU-hours")
     ratio = TIMM_SPEED["resnet50d" if recipe.deep_stem else recipe.model] / TIMM_SPEED["resnet50"]
     smaller = (224 / recipe.image_size) ** 2
-    hours = IMAGENET * recipe.epochs / (2500 * ratio * smaller) / 3600
+    seconds = 1 / (2500 * ratio * smaller)
+    if recipe.teacher:  # its forward at 224 pixels is a third of a training step
+        theirs = TIMM_SPEED[recipe.teacher[0].partition(".")[0]] / TIMM_SPEED["resnet50"]
+        seconds += 1 / (3 * 2500 * theirs)
+        assert f"a third of the teacher's step there for its forward, times {theirs:.2f}" in said
+    hours = data_set(path)[0] * recipe.epochs * seconds / 3600
     assert said.startswith(f"about {float(f'{hours:.2g}'):g} on one A100, estimated: 2,500 img/s")
     assert (f"times {ratio:.2f}, this model's ratio" in said) == (ratio != 1)
     assert (f"times (224 / {recipe.image_size})^2" in said) == (smaller != 1)
     assert said.endswith("not measured here")
+
+
+@published
+def test_a_downstream_recipe_says_what_its_lists_must_hold(path):
+    train, test, classes = data_set(path)
+    recipe = Recipe.read(path)
+    assert (train != IMAGENET) == bool(recipe.train_list)
+    if train != IMAGENET:
+        assert (recipe.train_list, recipe.val_list) == (["meta/train.txt"], ["meta/val.txt"])
+        entry = json.loads(re.search(r"\{.*\}", field(path, "Run"))[0])
+        assert entry.keys() == {"filename", "label"} and type(entry["label"]) is int
+        assert f"the label from 0 to {classes - 1}," in field(path, "Run")
+        note = sentence(path, "Note")
+        assert f"{train:,}" in note and f"{test:,}" in note
+        assert "count from 1, a list's" in note and "from 0" in note
+
+
+@each
+def test_a_run_that_a_recipe_needs_is_one_of_these(path):
+    """What it starts or learns from, and its header says so."""
+    recipe = Recipe.read(path)
+    needed = [name for name in (recipe.weights, *recipe.teacher) if name.startswith("runs/")]
+    for name in needed:
+        stem = re.fullmatch(r"runs/(\w+)-seed0", name)[1]
+        assert params(stem) in PARAMS and f"{stem}.yaml" in "\n".join(header(path))
+        assert read(stem).model == recipe.model or name in recipe.teacher
+    assert all(timm.is_model_pretrained(name) for name in set(recipe.teacher) - set(needed))
 
 
 # ---- United Perception's tables: configs/cls and benchmark/classification_benchmark.md
@@ -221,6 +276,12 @@ class Row(NamedTuple):
     knobs: dict[str, Any]
     meant: dict[str, Any] = {}  # what stands in the params file in the place of the above
     apart: float = 0.0  # as a share of lr, how far ours is at most from the row as it is written
+    pictures: int = IMAGENET  # in the training list
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return math.ceil(self.pictures / self.batch)
 
 
 MULTISTEP = ("multistep", (30, 60, 90))
@@ -272,6 +333,14 @@ CONVNEXT = {**ADAMW, **ALL, **SMOOTH, **randaug(9.0), **ERASE, **MIX, "ema_decay
 SWIN = {**ADAMW, **SPARE, **SMOOTH, **AUTO, **ERASE, **MIX}
 SWIN |= {"interpolation": "bicubic", "clip_grad_norm": 5.0}
 VIT = {**ADAMW, **ALL, **SMOOTH, **AUTO, **MIX, **HALF}
+
+TAUGHT = {"model": "resnet18", "weights": "runs/resnet18_100e-seed0", "mimic_loss": ["up_kl"]}
+
+
+def downstream(name: str) -> dict[str, Any]:
+    lists = {"train_list": ["meta/train.txt"], "val_list": ["meta/val.txt"]}
+    return {"model": "resnet50", "num_classes": SETS[name][2], **lists}
+
 
 # What is meant, for whole families: warm-ups in whole epochs, cosines that fall, no jump.
 TWO = {"warmup": (2504, 0.25)}
@@ -367,6 +436,37 @@ UP = {
         by_epoch(300, 1e-6, 3), {"model": "vit_base_patch16_224", "drop_path": 0.1, **VIT},
         {"warmup": (3756, 1.33e-3)}, 1.1e-3,
     ),
+    "resnet18_distillation_100e": Row(
+        "distiller/cls/res18_kd", 72.83, 64 * 16, 100, 0.4, 1e-4, (2500, 0.25), MULTISTEP,
+        {**PLAIN, **TAUGHT, "teacher": ["resnet152.tv_in1k"]}, TWO, 1.2e-3,
+    ),
+    "resnet18_distillation_bag_of_tricks_180e": Row(
+        "distiller/cls/res18_kd_bag_of_tricks", 73.03, 64 * 32, 180, 0.4, 0.0, (0, 0.0),
+        cosine(180, 0.0, 0),
+        {**SGD, **SMOOTH, **CROP, **MIXUP, **TAUGHT, "teacher": ["resnet152d.ra2_in1k"],
+         "teacher_image_size": [224]},
+    ),
+    **{
+        f"resnet50_{name}_150e": Row(
+            f"resnet/downstream/res50_{name.removesuffix('s')}", top1, 64, 150, 0.01, 5e-4,
+            (0, 0.0), ("multistep", (50, 100)),
+            {**PLAIN, **downstream(name), "weights": "runs/resnet50_100e-seed0"},
+            pictures=SETS[name][0],
+        )
+        for name, top1 in (("cars", 92.06), ("flowers", 96.86), ("pets", None))
+    },
+    **{
+        f"resnet50_{name}_strikes_300e": Row(
+            f"resnet/downstream/res50_{config}_strikes", top1, 64, 300, 0.01, 5e-4, (0, 0.0),
+            cosine(300, 0.0, 0),
+            {**SGD, **ALL, **BIAS, **randaug(7.0), **STRIKES_MIX, "mix_per_sample": True,
+             **downstream(name), "weights": "runs/resnet50_strikes_300e-seed0"},
+            pictures=SETS[name][0],
+        )
+        for name, config, top1 in (
+            ("cars", "car", 93.52), ("flowers", "flower", 97.26), ("pets", "car", None)
+        )
+    },
 }  # fmt: skip
 rows = pytest.mark.parametrize("name, row", UP.items(), ids=UP)
 
@@ -375,17 +475,16 @@ E_STD = {"dataset": "files", "image_size": 224, "val_resize": 256, "val_image_si
 
 def test_the_files_are_the_rows_and_ours():
     small = {f"{d}_{r}" for d in ("digits", "cifar10") for r in ("baseline", *SMALL)}
-    assert {path.stem for path in PARAMS} == {*UP, *RSB, *small, "tiny_imagenet_baseline"}
-    assert {path.stem for path in ON_IMAGENET} == {*UP, *RSB}
-
-
-def per_epoch(batch: int) -> int:
-    return math.ceil(IMAGENET / batch)
+    small |= {"tiny_imagenet_baseline", *BESIDE}
+    assert {path.stem for path in PARAMS} == {*UP, *RSB, DIST, *small}
+    assert {path.stem for path in PUBLISHED} == {*UP, *RSB, DIST}
+    large = {name for name, row in UP.items() if row.pictures == IMAGENET}
+    assert {path.stem for path in ON_IMAGENET} == {*large, *RSB, DIST}
 
 
 def up_rate(t: int, row: Row) -> float:
     """The learning rate at iteration t by UP's lr_helper, for lr used as it stands."""
-    epoch, (warm, ratio), (kind, *numbers) = per_epoch(row.batch), row.warmup, row.curve
+    epoch, (warm, ratio), (kind, *numbers) = row.steps, row.warmup, row.curve
     if t < warm:
         return row.lr * ratio + (row.lr - row.lr * ratio) * t / (warm - 1)
     if kind == "multistep":
@@ -419,7 +518,7 @@ def test_a_recipe_holds_every_value_of_its_row(name, row):
         "batch_size": row.batch,
         "lr": row.lr,
         "weight_decay": row.weight_decay,
-        "warmup_epochs": row.warmup[0] / per_epoch(row.batch),
+        "warmup_epochs": row.warmup[0] / row.steps,
         "warmup_ratio": row.warmup[1],
     }
     assert read(name).model_dump() == {**wanted, "name": name}
@@ -428,16 +527,17 @@ def test_a_recipe_holds_every_value_of_its_row(name, row):
 @rows
 def test_a_recipe_trains_at_its_rows_rates(name, row):
     recipe, meant = read(name), row._replace(**row.meant)
-    steps = data.steps_per_epoch(IMAGENET, recipe.batch_size, recipe.drop_last)
-    assert steps == per_epoch(meant.batch)
+    steps = data.steps_per_epoch(row.pictures, recipe.batch_size, recipe.drop_last)
+    assert steps == meant.steps
     rate, last, warm = training.lr_schedule(recipe, steps), recipe.epochs * steps, meant.warmup[0]
-    points = [0, 1, warm // 2, warm - 1, warm, warm + steps // 2]
+    points = [0, 1, warm // 2, max(0, warm - 1), warm, warm + steps // 2]
     points += [last * k // 8 + steps // 3 for k in range(1, 8)] + [last - 1]
     for step in points:
         assert rate(step) == pytest.approx(up_rate(step, meant), rel=1e-9), step
     # and as far from the row as it is written as the table says
     gap = lambda t: abs(rate(t) - up_rate(t, row._replace(batch=meant.batch))) / recipe.lr
-    apart = max(map(gap, [*range(0, last, 613), warm, warm - 1, row.warmup[0] - 1]))
+    ends = [max(0, w - 1) for w in (warm + 1, warm, row.warmup[0])]
+    apart = max(map(gap, [*range(0, last, 613), *ends]))
     assert 0.9 * row.apart <= apart <= row.apart + 1e-12
 
 
@@ -461,7 +561,8 @@ def test_the_rates_are_those_up_was_seen_to_use(name, values):
 @pytest.mark.parametrize("name, row", UP.items(), ids=UP)
 def test_a_recipe_names_its_config_and_its_published_top1(name, row):
     said = field(params(name), "Expect")
-    assert f"configs/cls/{row.config}" in field(params(name), "Source")
+    folder = "configs" if "/cls/" in row.config else "configs/cls"
+    assert f"{folder}/{row.config}" in field(params(name), "Source")
     expected = "no top-1 published" if row.top1 is None else f"top-1 {row.top1} as published"
     assert said.startswith(expected) and said.endswith("not measured here")
 
@@ -490,7 +591,7 @@ def test_the_plain_recipes_differ_in_the_model_alone():
     assert recipes[0] == recipes[1] == recipes[2]
 
 
-@pytest.mark.parametrize("name", [name for name in UP if "_strikes_" in name])
+@pytest.mark.parametrize("name", [n for n in UP if "_strikes_" in n and UP[n].pictures == IMAGENET])
 def test_the_note_of_strikes_gives_the_other_augmentation(name):
     """Jitter where the file has RandAugment-Increasing and the other way round, nothing else."""
     note, jitter = switches(params(name)), name != "resnet50_strikes_300e"
@@ -608,6 +709,82 @@ def test_a_procedure_expects_the_papers_top1(name, row):
     assert "arXiv 2110.00476, table 2" in field(params(name), "Source")
 
 
+# ---- DIST, arXiv 2205.10536, and the strategy dist_b2.yaml of hunto/image_classification_sota
+
+DIST = "resnet18_dist_450e"
+B2_STEPS = 160_146 // 96  # of an epoch: one GPU of eight, the last batch left out
+
+
+def b2_rate(t: int) -> float:
+    """The source's lr: constant in each of three epochs of climb, then 0.97 every 2.4 epochs."""
+    if t <= 3 * B2_STEPS:
+        return 1e-6 + (0.048 - 1e-6) * (t // B2_STEPS) / 3
+    return 0.048 * 0.97 ** ((t - 3 * B2_STEPS - 1) // (2.4 * B2_STEPS))
+
+
+def test_dist_holds_every_value_of_its_source():
+    wanted = {
+        **Recipe().model_dump(),
+        **E_STD,
+        "model": "resnet18",
+        "epochs": 450,
+        "batch_size": 96 * 8,
+        "drop_last": True,
+        **{"optimizer": "sgd", "momentum": 0.9, "nesterov": False},
+        "lr": pytest.approx(0.048 / math.sqrt(0.001), rel=1e-4),
+        "weight_decay": 1e-5,
+        **SPARE,
+        **{"schedule": "step", "step_epochs": 1},
+        "gamma": pytest.approx(0.97 ** (1 / 2.4), abs=5e-5),
+        "warmup_epochs": 3.0,
+        "warmup_ratio": pytest.approx(1e-6 / 0.048, rel=1e-4),
+        "ema_decay": 0.9999,
+        **SMOOTH,
+        **{**randaug(9.0), "randaug_increasing": False, "randaug_form": "timm"},
+        **{**ERASE, "erase_prob": 0.2},
+        "teacher": ["resnet50.a1_in1k"],
+        **{"mimic_loss": ["dist"], "mimic_weight": [2.0], "temperature": 1.0, "task_weight": 1.0},
+    }
+    assert read(DIST).model_dump() == {**wanted, "name": DIST}
+    assert sentence(params(DIST), "Expect").startswith("top-1 74.5 as published by the source")
+    assert "configs/strategies/distill/dist_b2.yaml" in sentence(params(DIST), "Source")
+
+
+def test_the_rate_of_dist_is_as_far_from_its_source_as_the_note_says():
+    steps = data.steps_per_epoch(IMAGENET, 96 * 8, drop_last=True)
+    assert steps == B2_STEPS == 1668
+    rate, scale = training.lr_schedule(read(DIST), steps), 0.048 / 1.518
+    for epoch in range(3):  # the climb meets the source's where an epoch of it begins
+        assert rate(epoch * steps) * scale == pytest.approx(b2_rate(epoch * steps), rel=1e-3)
+    lower = [1 - rate(t) * scale / b2_rate(t) for t in range(3 * steps + 1, 450 * steps, 31)]
+    said = f"so that lr is {100 * min(lower):.1f} to {100 * max(lower):.1f} % lower"
+    assert said in sentence(params(DIST), "Note"), said
+
+
+def test_the_rmsprop_of_dist_is_the_sgd_that_stands_for_it():
+    """timm's RMSpropTF, which the source has, on gradients as small as a ResNet's."""
+    noise, recipe = torch.Generator().manual_seed(0), read(DIST)
+    ours, theirs = nn.Linear(40, 30, bias=False), nn.Linear(40, 30, bias=False)
+    optimizers = (
+        training.create_optimizer(recipe, ours),
+        timm.optim.RMSpropTF(
+            theirs.parameters(), lr=0.048, alpha=0.9, eps=1e-3, momentum=0.9, weight_decay=1e-5
+        ),
+    )
+    for step in range(250):
+        if step == 150:  # until then it remembers that its average began with ones
+            theirs.load_state_dict(ours.state_dict())
+            start = ours.weight.detach().clone()
+            for buffers in (optimizers[0].state[ours.weight], optimizers[1].state[theirs.weight]):
+                buffers["momentum_buffer"].zero_()
+        gradient = 3e-4 * torch.randn(ours.weight.shape, generator=noise)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model.weight.grad = gradient.clone()
+            optimizer.step()
+    gone = [model.weight.detach() - start for model in (ours, theirs)]
+    assert (gone[0] - gone[1]).norm() < 1e-3 * gone[1].norm()
+
+
 # ---- the ladder on small data: what is new, beside the baseline of the same budget
 
 SMALL = {
@@ -643,6 +820,43 @@ def test_a_small_rung_is_the_baseline_and_what_is_new(place, rung):
     assert recipe.flip == (0.0 if place == "digits" else 0.5)
 
 
+# name: the file beside which it stands, and what is new
+KL4 = {"mimic_loss": ["kl"], "temperature": 4.0}
+BESIDE = {
+    "digits_teacher": ("digits_baseline", {"model": "resnet10t", "label_smoothing": 0.0}),
+    "digits_distillation": (
+        "digits_baseline",
+        {"epochs": 3, "cache_teacher": True, "teacher": ["runs/digits_teacher-seed0"], **KL4},
+    ),
+    "letters_downstream": (
+        "digits_baseline",
+        {"dataset": "letters", "weights": "runs/digits_baseline-seed0"}
+        | {"epochs": 3, "warmup_epochs": 0.5},
+    ),
+    "cifar10_teacher": (
+        "cifar10_baseline",
+        {"model": "resnet18", "image_size": 64, "val_resize": 64, "epochs": 15}
+        | {"schedule": "cosine", "milestones": [], "label_smoothing": 0.0},
+    ),
+    "cifar10_distillation": (
+        "cifar10_bag_of_tricks",
+        {"mixup_alpha": 0.0, "cache_teacher": True}
+        | {"teacher": ["runs/cifar10_teacher-seed0"], **KL4},
+    ),
+    "cars_downstream": (
+        "tiny_imagenet_baseline",
+        {"val_resize": 72, "batch_size": 64, "warmup_epochs": 0.0, "warmup_ratio": 0.0}
+        | {"weights": "runs/tiny_imagenet_baseline-seed0", "lr": 0.01},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_teacher_a_student_and_a_transfer_are_a_baseline_and_what_is_new(name):
+    beside, new = BESIDE[name]
+    assert read(name).model_dump() == {**read(beside).model_dump(), **new, "name": name}
+
+
 # ---- no knob is written in vain
 
 # Knobs that a file may state although they stand at Recipe's default, and another value each, so
@@ -668,6 +882,7 @@ STATED = {
     "randaug_form": "timm",
     "switch_prob": 0.9,
     "erase_mode": "const",
+    "mimic_loss": ["kl"],
 }
 
 
@@ -739,6 +954,9 @@ def rates(recipe, _) -> Iterator:
     steps = data.steps_per_epoch(IMAGENET, recipe.batch_size, recipe.drop_last)
     last = steps * recipe.epochs
     yield last
+    if recipe.schedule == "step" and not recipe.step_epochs:
+        yield "never steps"
+        return
     rate = training.lr_schedule(recipe, steps)
     for step in [0, steps - 1, steps // 2, last - 1, *range(0, last, last // 97)]:
         yield rate(step)
@@ -759,34 +977,41 @@ def updates(recipe, _) -> Iterator:
 
 
 @functools.cache
-def tiny_run(clip_grad_norm, ema_decay, repeated_aug, optimizer) -> list:
+def tiny_run(**knobs) -> list:
     """What only the loop sees, through the loop: nine steps on real digits, large gradients."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe(
-            fraction=0.055,
-            batch_size=8,
-            epochs=1,
-            loss="bce",
-            bce_sum=True,
-            crop_scale=[0.5, 1.0],
-            lr=0.01,
-            optimizer=optimizer,
-            clip_grad_norm=clip_grad_norm,
-            ema_decay=ema_decay,
-            repeated_aug=repeated_aug,
-            workers=0,
-            precision="fp32",
-            runs_dir=folder,
-        )
-        rows = list(training.fit(recipe, runs.Run(recipe.folder)))
-    return [row.get("loss") for row in rows] + [
-        rows[-1]["train_loss"],
-        rows[-1].get("ema_val_loss"),
-    ]
+        return nine_steps(folder, **knobs)
+
+
+def nine_steps(folder, **knobs) -> list:
+    small = {"fraction": 0.055, "batch_size": 8, "epochs": 1, "crop_scale": [0.5, 1.0], "lr": 0.01}
+    small |= {"loss": "bce", "bce_sum": True, "workers": 0, "precision": "fp32"}
+    recipe = Recipe(**{**small, "runs_dir": str(folder), **knobs})
+    run = runs.Run(recipe.folder)
+    rows = list(training.fit(recipe, run))
+    seen = [row.get("loss") for row in rows] + [rows[-1]["train_loss"]]
+    return [*seen, rows[-1].get("ema_val_loss"), "teacher_cache" in run.environment()]
+
+
+@functools.cache
+def other_run() -> str:
+    """Stands for every teacher, and for all weights that a recipe starts from."""
+    nine_steps(CACHE, name="other", seed=1, loss="ce", bce_sum=False)
+    return str(CACHE / "other-seed1")
 
 
 def loops(recipe, _) -> Iterator:
-    yield tiny_run(recipe.clip_grad_norm, recipe.ema_decay, recipe.repeated_aug, recipe.optimizer)
+    names = ["clip_grad_norm", "ema_decay", "repeated_aug", "optimizer"]
+    if recipe.teacher:
+        names += ["mimic_loss", "mimic_weight", "cache_teacher"]
+        names += ["temperature"] if set(recipe.mimic_loss) & TEMPERED else []
+    knobs = {name: getattr(recipe, name) for name in names}
+    if recipe.weights:
+        knobs["weights"] = other_run()
+    if recipe.teacher:  # it sees 24 pixels for 224; without a word it sees its own 32
+        knobs["teacher"] = other_run()
+        knobs["teacher_image_size"] = [size * 3 // 28 for size in recipe.teacher_image_size]
+    yield tiny_run(**{k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()})
 
 
 def losses(recipe, _) -> Iterator:
@@ -800,16 +1025,17 @@ def losses(recipe, _) -> Iterator:
 
 
 SEEN_IN = {
-    pictures_found: "dataset train_list train_root val_list val_root class_names",
+    pictures_found: "dataset train_list train_root val_list val_root class_names num_classes",
     training_pictures: "image_size interpolation crop_scale flip brightness contrast saturation hue"
     " autoaugment randaug_n randaug_m randaug_std randaug_increasing randaug_form",
     test_pictures: "val_image_size val_resize",
-    batches: "mean std mixup_alpha cutmix_alpha switch_prob erase_prob erase_mode",
+    batches: "mean std mixup_alpha cutmix_alpha switch_prob mix_per_sample erase_prob erase_mode",
     networks: "model deep_stem avg_down drop_path dropout",
-    rates: "epochs batch_size drop_last lr schedule milestones gamma lr_min cosine_epochs"
-    " lr_per_epoch warmup_epochs warmup_ratio",
+    rates: "epochs batch_size drop_last lr schedule milestones step_epochs gamma lr_min"
+    " cosine_epochs lr_per_epoch warmup_epochs warmup_ratio",
     updates: "optimizer momentum nesterov weight_decay decay_all",
-    loops: "clip_grad_norm ema_decay repeated_aug",
+    loops: "clip_grad_norm ema_decay repeated_aug weights teacher teacher_image_size mimic_loss"
+    " mimic_weight temperature cache_teacher",
     losses: "loss bce_threshold bce_sum bce_shift label_smoothing",
 }
 OBSERVER = {knob: view for view, knobs in SEEN_IN.items() for knob in knobs.split()}
@@ -833,7 +1059,7 @@ def test_every_knob_of_a_file_changes_what_is_done(path, tree):
 
 def test_the_decay_of_an_ema_reaches_the_loop_as_it_is():
     """On or off is seen above; here its value is."""
-    assert tiny_run(None, 0.9999, 1, "sgd") != tiny_run(None, 0.99, 1, "sgd")
+    assert tiny_run(ema_decay=0.9999) != tiny_run(ema_decay=0.99)
 
 
 def test_no_more_is_excused_than_the_files_need():

@@ -21,7 +21,7 @@ import torch
 
 from workbench import runs, training
 from workbench.recipe import Recipe
-from workbench.runs import Run, RunError, follow, replacing, table
+from workbench.runs import Run, RunError, finished, follow, replacing, table
 
 # Children are forked in milliseconds from a process that has imported everything.
 _server = multiprocessing.get_context("forkserver")
@@ -510,6 +510,63 @@ def test_a_run_without_a_status_stands_in_its_place_in_time(tmp_path):
     (made(tmp_path, "begun", updated="2026-02-01T00:00:00+0000") / "status.json").unlink()
     made(tmp_path, "oldest", updated="2026-01-01T00:00:00+0000")
     assert table(tmp_path).run.tolist() == ["newest", "begun", "oldest"]
+
+
+# ---- finished runs of the same recipe, of the same pictures
+
+
+def ended(root: Path, name: str, state="finished", **environment) -> Path:
+    path = made(root, name)
+    status = json.loads((path / "status.json").read_text())
+    (path / "status.json").write_text(json.dumps({**status, "state": state}))
+    (path / "environment.json").write_text(json.dumps(environment))
+    return path
+
+
+def named(found: list[Run]) -> list[str]:
+    return [run.path.name for run in found]
+
+
+def test_finished_runs_are_found_by_what_their_record_says(tmp_path):
+    ended(tmp_path, "b-seed0", recipe="abc", data="123")
+    ended(tmp_path, "a-seed0", recipe="abc", data="123")
+    ended(tmp_path, "c-seed0", recipe="abc", data="456")
+    ended(tmp_path, "d-seed0", recipe="def", data="123")
+    ended(tmp_path, "e-seed0")
+    assert named(finished(tmp_path, recipe="abc")) == ["a-seed0", "b-seed0", "c-seed0"]
+    assert named(finished(tmp_path, recipe="abc", data="123")) == ["a-seed0", "b-seed0"]
+    assert named(finished(tmp_path, data="456")) == ["c-seed0"]
+    assert finished(tmp_path, recipe="nobody's") == []
+    assert len(finished(tmp_path)) == 5
+    assert finished(tmp_path / "nowhere", recipe="abc") == []
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "failed", "new"])
+def test_a_run_that_did_not_end_is_no_finished_one(tmp_path, state):
+    ended(tmp_path, "a-seed0", state=state, recipe="abc")
+    assert finished(tmp_path, recipe="abc") == []
+
+
+@pytest.mark.parametrize("kind", [k for k in DAMAGE if k.startswith(("environment", "status"))])
+def test_a_damaged_run_is_passed_over_and_hides_no_other(tmp_path, kind):
+    ended(tmp_path, "good", recipe="abc")
+    name, damage = DAMAGE[kind]
+    damage(ended(tmp_path, "damaged", recipe="abc") / name)
+    assert named(finished(tmp_path, recipe="abc")) == ["good"]
+
+
+def test_the_record_that_is_asked_is_the_one_that_training_writes(pictures, tmp_path):
+    """The same recipe under another name is found; another seed is another recipe."""
+    recipe = small(pictures, tmp_path, epochs=1, val_every=1)
+    train(recipe)
+    again = recipe.replace(name="again")
+    assert named(finished(tmp_path, recipe=again.fingerprint)) == ["baseline-seed0"]
+    assert finished(tmp_path, recipe=recipe.replace(seed=1).fingerprint) == []
+    known = Run(recipe.folder).environment()["data"]
+    (pictures / "val" / "a" / "0.png").unlink()
+    train(again)
+    assert named(finished(tmp_path, data=known)) == ["baseline-seed0"]
+    assert len(finished(tmp_path, recipe=recipe.fingerprint)) == 2
 
 
 # ---- follow

@@ -252,7 +252,7 @@ KD_NEW = f"""{KD}mimic:
   loss_weight: 0.5
   warm_up_iters: 1000
   cfgs:
-    loss: {{type: kd_loss, kwargs: {{T: 4, loss_weight: 2.0}}}}
+    loss: {{type: kd_loss, kwargs: {{T: 4, loss_weight: 3.0}}}}
   teacher: {{mimic_name: [head.classifier], teacher_weight: teacher.pth}}
   student: {{mimic_name: [head.classifier]}}
 """
@@ -263,6 +263,7 @@ KD_OLD = f"""{KD}mimic:
   teacher: {{mimic_name: [head.classifier], teacher_weight: teacher.pth}}
   student: {{mimic_name: [head.classifier], student_weight: student.pth}}
 """
+TEACHER = {"teacher": ["teacher.pth"], "teacher_model": ["resnet152d"]}
 GROUPS = ", pconfig: {{bn_w: {0}, bn_b: {0}}}".format("{weight_decay: 0.0}")
 MOBILE = {
     "optimizer": SGD.format(0.4, "0.00004")[:-1] + GROUPS + "}",
@@ -350,7 +351,8 @@ FAMILIES: dict[str, tuple[dict, int, dict]] = {
         {"extra": KD_NEW, "runtime": "  runner: {type: kd}"},
         16,
         dict(model="resnet18", epochs=100, batch_size=1024, lr=0.4, weight_decay=1e-4)
-        | {**N, **STEP_90, **WARM, **LS, **JITTER},
+        | dict(mimic_loss=["kl"], mimic_weight=[1.5], temperature=4.0, **TEACHER)
+        | dict(mimic_warmup_epochs=1000 / 1252, **N, **STEP_90, **WARM, **LS, **JITTER),
     ),
     "kd bag of tricks": (
         {
@@ -364,7 +366,7 @@ FAMILIES: dict[str, tuple[dict, int, dict]] = {
         },
         32,
         dict(model="resnet18", epochs=180, batch_size=2048, lr=0.4, weights="student.pth")
-        | {**N, **SOFT},
+        | dict(mimic_loss=["up_kl"], **TEACHER, **N, **SOFT),
     ),
     "downstream": (
         {
@@ -833,8 +835,8 @@ def test_a_defect_is_told_in_numbers(name, where, words):
         ({"runtime": "  device: cpu"}, "runtime.device", ["needs CUDA"]),
         ({"options": "normalize_: 1", "backbone": "resnet34"}, "net[0].kwargs.normalize", []),
         ({"batch_fn": MIXUP, "extra": KD_OLD}, "mimic", ["only with runtime.runner.type kd"]),
-        ({"runtime": "  runner: {type: kd}", "extra": KD_NEW.replace(
-            ", teacher_weight: teacher.pth", "")}, "mimic.teacher", ["random weights"]),
+        ({"extra": KD_NEW.replace("kd_loss", "kl_loss")}, "mimic.cfgs.loss.type",
+         ["softmax(ReLU(logits))", "Hinton's is kl"]),
         ({"extra": "saver_: 1"}, "saver.save_dir", []),
     ],
 )  # fmt: skip
@@ -917,10 +919,10 @@ def test_every_key_that_is_renamed_is_named_or_refused():
             whole = [n for n in notes if n.where in above and "no counterpart" in n.text]
             if not whole and not any("zzz_" in n.where for n in notes):
                 silent.append(line.partition(":")[0])
-    # names that a file chooses: of a transform's anchor, of a mimic loss, of a teacher
+    # names that a file chooses: of a transform's anchor, of a mimic loss
     anchors = [line.partition(":")[0] for line in lines if re.match(r"\w+: &", line)]
     assert silent[: len(anchors)] == anchors
-    assert silent[len(anchors) :] == ["    loss", "  teacher"]
+    assert silent[len(anchors) :] == ["    loss"]
 
 
 def leaves(node, where=""):
@@ -1150,50 +1152,292 @@ def test_forms_of_ema_that_differ_are_told(more, where, words):
 # ---- distillation and deployment
 
 
-def test_both_schemas_of_distillation_are_read():
-    teacher = {"model": "resnet152", "deep_stem": True, "avg_down": True, "num_classes": 1000}
-    teacher["weights"] = "teacher.pth"
-    pairs = [("head.classifier", "head.classifier")]
-    new = {"name": "mimic", "teacher": "teacher", "pairs": pairs, "loss": "kd_loss"}
-    new |= {"temperature": 4.0, "weight": 1.0, "warmup_steps": 1000}
-    assert read("kd").distillation == {
-        "teachers": {"teacher": teacher},
-        "mimics": [new],
-        "task_loss": True,
-    }
-    old = {**new, "name": "res152_to_res18", "loss": "kl_loss", "temperature": 1.0}
-    found = read("kd bag of tricks")
-    assert found.distillation["mimics"] == [{**old, "warmup_steps": 0}]
-    assert found.recipe.weights == "student.pth"
-    assert "Hinton's is kd_loss" in said(found, "mimic", NOTHING)
-    assert read("plain").distillation is None and read("plain").deployment is None
-
-
-def test_several_jobs_and_teachers_are_as_many_mimics():
-    text = """
+MIMIC = """
 mimic:
-  mimic_as_jobs: true
-  task_loss: false
-  mimic_job0: {loss_weight: 2.0, teacher0: {mimic_name: [a, b], teacher_weight: x.pth},
-    student: {mimic_name: [c, d]}, cfgs: {loss: {type: l2_loss}}}
-  mimic_job1: {teacher1: {mimic_name: [e], teacher_weight: y.pth, teacher_bn_mode: train},
-    student: {mimic_name: [f]}}
+  {}
+  teacher: {{mimic_name: {}, teacher_weight: t.pth}}
+  student: {{mimic_name: {}}}
 """
-    found = united_perception.loads(text).distillation
-    assert [m["name"] for m in found["mimics"]] == ["mimic.mimic_job0", "mimic.mimic_job1"]
-    assert [m["pairs"] for m in found["mimics"]] == [[("c", "a"), ("d", "b")], [("f", "e")]]
-    assert [m["weight"] for m in found["mimics"]] == [2.0, 1.0]
-    assert [m["loss"] for m in found["mimics"]] == ["l2_loss", "l2_loss"]
-    assert found["teachers"]["teacher1"] == {"weights": "y.pth", "bn_mode": "train"}
-    assert found["task_loss"] is False
-    assert "wanted pairs" in refused(text.replace("[a, b]", "[a]"))
 
 
-def test_a_teachers_blocks_are_no_knobs_of_the_recipe():
+def learnt(job="loss_weight: 1.0", ours="[head.classifier]", theirs=None, more="", **options):
+    """What is found in a mimic block, of one teacher that has weights."""
+    text = MIMIC.format(job, theirs or ours, ours)
+    return united_perception.loads(text + textwrap.dedent(more), **options)
+
+
+def cfgs(kind: str, kwargs: str = "") -> str:
+    return f"cfgs: {{loss: {{type: {kind}, kwargs: {{{kwargs}}}}}}}"
+
+
+def distils(found) -> dict:
+    """The knobs of distillation that differ from their defaults, without the teacher's name."""
+    parts = ("mimic", "teacher_", "temperature", "task_weight")
+    return {k: v for k, v in found.recipe.changed().items() if k.startswith(parts)}
+
+
+def test_a_file_without_a_teacher_has_no_knob_of_distillation():
+    assert distils(read("plain")) == {} and read("plain").recipe.teacher == []
+    assert read("plain").deployment is None and said(read("plain"), "mimic") == ""
+
+
+@pytest.mark.parametrize(
+    "job, loss, note",
+    [
+        # the last version: cfgs, an L2 loss without them
+        ("loss_weight: 1.0", "l2_normalized", ""),
+        (cfgs("kl_loss"), "up_kl", ""),
+        (cfgs("kd_loss"), "kl", ""),
+        (cfgs("ce_loss"), "ce", ""),
+        (cfgs("l2_loss"), "l2_normalized", ""),
+        (cfgs("l2_loss", "feat_norm: true, batch_mean: true"), "l2_normalized", ""),
+        (cfgs("l2_loss", "feat_norm: false, batch_mean: false"), "l2", ""),
+        (cfgs("l2_loss", "feat_norm: false"), "l2", "pictures, not elements: multiply"),
+        (cfgs("l2_loss", "batch_mean: false"), "l2_normalized", "elements, not pictures: divide"),
+        (cfgs("gkd_loss"), "kl", "no counterpart of gkd_loss; kl is taken"),
+        (cfgs("kdd_loss"), "kl", "the nearest is 'kd_loss'"),
+        (cfgs("bce_loss"), "kl", "no counterpart of bce_loss"),
+        (cfgs("kl_loss", "norm: softmax"), "up_kl", ""),
+        (cfgs("kl_loss", "norm: l2"), "up_kl", "a softmax is compared"),
+        # the page's, a KL unless it says otherwise
+        ("mimic_name: a", "up_kl", ""),
+        *[(f"mimic_type: {k}", v, "") for k, v in
+          {"kl": "up_kl", "kd": "kl", "ce": "ce", "l2": "l2_normalized"}.items()],
+        ("mimic_type: kl\n  mimic_norm: true", "up_kl", ""),
+        ("mimic_ins_type: base", "l2_normalized", ""),
+        ("mimic_ins_type: DeFeat", "l2_normalized", "for detection"),
+    ],
+)  # fmt: skip
+def test_a_mimic_loss_is_one_of_ours(job, loss, note):
+    found = learnt(job)
+    assert found.recipe.teacher == ["t.pth"] and distils(found) == {"mimic_loss": [loss]}
+    told = "\n".join(
+        n.text for n in found.notes if n.kind == MISSING and n.where != "teacher[0].type"
+    )
+    assert (note in told) if note else told == ""
+    old, where = "_type" in job.replace("ins_type", "") or "_name" in job, "mimic"
+    assert ("L2 loss of normalised logits" in said(found, where)) == old
+    for where in ("mimic.mimic_type", "mimic.cfgs.loss.type"):
+        if "kl" in job and where in {n.where for n in found.notes}:
+            assert "negative logits count as 0" in said(found, where)
+
+
+def test_weights_of_a_mimic_multiply_and_are_shared_by_its_pairs():
+    job = cfgs("kd_loss", "T: 2, loss_weight: 3.0") + "\n  loss_weight: 0.5"
+    found = distils(learnt(job))
+    assert found == {"mimic_loss": ["kl"], "mimic_weight": [1.5], "temperature": 2.0}
+    found = learnt("loss_weight: 3.0", ours="[backbone.layer3, backbone.layer4, head.classifier]")
+    assert found.recipe.mimic == ["layer3 -> layer3", "layer4 -> layer4", "logits"]
+    assert found.recipe.mimic_weight == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, mimic, told",
+    [
+        ("[head.classifier]", "[head.classifier]", "logits", False),
+        ("head.classifier", "[head.classifier]", "logits", False),
+        ("[backbone.layer4]", "[backbone.layer3]", "layer4 -> layer3", False),
+        ("[backbone.layer4.1.conv2]", "[backbone.layer4]", "layer4.1.conv2 -> layer4", False),
+        ("[neck_adapt.conv.0.0]", "[backbone.layer4]", "neck_adapt.conv.0.0 -> layer4", True),
+        ("[backbone.layer4]", "[backbone.layers.3]", "layer4 -> layers.3", True),
+        ("[backbone.layer0]", "[backbone.layer0]", "layer0 -> layer0", True),
+    ],
+)
+def test_a_module_has_timms_name_or_is_told(ours, theirs, mimic, told):
+    found = learnt(ours=ours, theirs=theirs)
+    assert found.recipe.mimic == [mimic]
+    notes = [n for n in found.notes if n.kind == MISSING and n.where.endswith("mimic_name[0]")]
+    assert all("adapter comes by itself" in n.text for n in notes) and bool(notes) == told
+
+
+def test_modules_are_compared_by_l2_alone():
+    found = learnt(cfgs("kd_loss", "T: 4"), ours="[backbone.layer4, head.classifier]")
+    assert found.recipe.mimic_loss == ["l2_normalized", "kl"] and found.recipe.temperature == 4
+    words = "kl compares logits; l2_normalized is taken for layer4"
+    assert words in said(found, "mimic.cfgs.loss.type", MISSING)
+
+
+def test_what_is_taken_for_a_loss_keeps_its_temperature():
+    assert learnt(cfgs("gkd_loss", "T: 4")).recipe.temperature == 4
+    text = MIMIC.format(cfgs("kd_loss", "T: 0"), "[head.classifier]", "[head.classifier]")
+    assert "line 3: mimic.cfgs.loss.kwargs.T is 0; wanted a number, above 0" in refused(text)
+
+
+@pytest.mark.parametrize(
+    "kind, flags, model, told",
+    [
+        ("resnet152", "", "resnet152", False),
+        ("resnet152", "deep_stem: true, avg_down: true", "resnet152d", False),
+        ("resnet50", "deep_stem: true, avg_down: true", "resnet50d", False),
+        ("resnet152", "deep_stem: true, avg_down: false", "resnet152", True),
+        ("resnet152", "avg_down: true", "resnet152", True),
+        ("resnet101_D", "deep_stem: true", "resnet101d", False),
+        ("resnet101_D", "", "resnet101", True),
+        ("regnety_6400m", "", "regnety_064", False),
+        ("cswin_tiny", "", "cswin_tiny", True),
+    ],
+)
+def test_a_teacher_has_timms_name(kind, flags, model, told):
+    net = (
+        f"teacher:\n  - {{name: backbone, type: {kind}, kwargs: {{frozen_layers: [1], {flags}}}}}\n"
+    )
+    found = learnt(more=net)
+    assert found.recipe.teacher_model == [model] and timm.is_model(model) != (model == "cswin_tiny")
+    assert any("timm has no" in n.text for n in found.notes if n.kind == MISSING) == told
+    assert found.recipe.freeze == [] and "here they are trained" not in found.summary()
+
+
+def test_a_teacher_without_weights_is_to_be_named_first(tmp_path):
+    text = config(extra=KD_NEW.replace(", teacher_weight: teacher.pth", ""))
+    text = text.replace("task_names: cls", "runner: {type: kd}")
+    found = united_perception.loads(text, gpus=16)
+    assert found.recipe == read("kd").recipe.replace(teacher=["name-the-teacher"])
+    first = found.params().splitlines()[1:3]
+    assert first[0] == f"# {MISSING}:" and "mimic.teacher: no teacher_weight" in first[1]
+    assert "random weights" in said(found, "mimic.teacher", MISSING)
+
+
+def test_a_teacher_without_a_network_in_the_text_has_no_model():
+    found = learnt()
+    assert found.recipe.teacher_model == []
+    assert "say timm's" in said(found, "teacher[0].type", MISSING)
+
+
+def test_a_network_that_no_mimic_learns_from_is_no_knob():
     text = KD + "  - {name: post_process, kwargs: {cls_loss: {type: bce}}}\n"
     found = united_perception.loads(text + "num_classes: 7\nteacher_bn_mode: train\n")
     assert found.recipe == Recipe() and "no counterpart" in said(found, "teacher[2]", MISSING)
-    assert "left out" in said(found, "teacher_bn_mode", MISSING)
+    assert "no mimic in this text learns from it" in said(found, "teacher", MISSING)
+    found = learnt(more=KD.replace("*num_classes", "5").replace("teacher:", "teacher_b:"))
+    assert found.recipe.teacher == ["t.pth"]
+    assert "no mimic in this text learns from it" in said(found, "teacher_b", MISSING)
+
+
+def test_several_jobs_teach_with_several_teachers():
+    text = """
+mimic:
+  mimic_as_jobs: true
+  mimic_job0:
+    loss_weight: 2.0
+    warm_up_iters: 40
+    teacher0: {mimic_name: [backbone.layer3, head.classifier], teacher_weight: x.pth}
+    student: {mimic_name: [backbone.layer4, head.classifier]}
+    cfgs: {loss: {type: kd_loss, kwargs: {T: 4}}}
+  mimic_job1:
+    warm_up_iters: 60
+    teacher1: {mimic_name: [head.classifier], teacher_weight: y.pth, teacher_bn_mode: train}
+    student: {mimic_name: [head.classifier]}
+    cfgs: {loss: {type: ce_loss, kwargs: {T: 2, loss_weight: 0.5}}}
+"""
+    for key, model in (("teacher0", "resnet50"), ("teacher1", "resnet101")):
+        text += f"{key}: [{{name: backbone, type: {model}}}]\n"
+    text += "dataset: {batch_sampler: {kwargs: {batch_size: 100}}}"
+    found = united_perception.loads(text, train_images=1000)
+    assert found.recipe.teacher == ["x.pth", "y.pth"]
+    assert distils(found) == {
+        "teacher_model": ["resnet50", "resnet101"],
+        "mimic": ["layer4 -> teacher1:layer3", "logits -> teacher1:logits",
+                  "logits -> teacher2:logits"],
+        "mimic_loss": ["l2_normalized", "kl", "ce"],
+        "mimic_weight": [1.0, 1.0, 0.5],
+        "temperature": 4.0,
+        "mimic_warmup_epochs": 4.0,
+    }  # fmt: skip
+    assert found.origin["teacher"].where == "mimic.mimic_job0.teacher0.teacher_weight"
+    assert said(found, "mimic.mimic_job1.cfgs.loss.kwargs.T", MISSING).startswith("2; all share")
+    assert said(found, "mimic.mimic_job1.warm_up_iters", MISSING).startswith("6; all share")
+    where = "mimic.mimic_job1.teacher1.teacher_bn_mode"
+    assert "eval mode" in said(found, where, MISSING)
+    found = united_perception.loads(text.replace("mode: train", "mode: eval"), train_images=1000)
+    assert said(found, where, TAKEN) == "'eval'"
+    for there, instead in (
+        ("[backbone.layer3, head.classifier]", "[backbone.layer3]"),
+        ("[head.classifier], teacher_weight: y", "[], teacher_weight: y"),
+    ):
+        assert "wanted pairs" in refused(text.replace(there, instead))
+
+
+def test_a_teacher_sees_what_the_student_sees():
+    """As the weights file of a teacher does without a word; UP hands both the same batch."""
+    recipe = read("kd").recipe
+    assert recipe.teacher_image_size == recipe.teacher_mean == recipe.teacher_std == []
+
+
+def test_a_misspelt_key_of_a_mimic_names_the_nearest():
+    found = learnt("warmup_iters: 400\n  teacher_weigth: t.pth")
+    assert "the nearest is 'warm_up_iters'" in said(found, "mimic.warmup_iters", MISSING)
+
+
+def test_a_mimic_without_modules_is_refused():
+    assert "0 modules of the student, 0 of teacher" in refused(MIMIC.format("a: 1", "[]", "[]"))
+
+
+def test_two_teachers_of_one_job_are_told_apart():
+    more = ", teacher_b: {mimic_name: [head.classifier], teacher_weight: u.pth}"
+    found = united_perception.loads(
+        "mimic: {student: {mimic_name: [head.classifier]}, teacher_a: {mimic_name:"
+        f" [head.classifier], teacher_weight: t.pth}}{more}}}"
+    )
+    assert found.recipe.teacher == ["t.pth", "u.pth"]
+    assert found.recipe.mimic == ["logits -> teacher1:logits", "logits -> teacher2:logits"]
+
+
+def test_the_climb_of_a_mimic_is_in_epochs():
+    more = "dataset: {batch_sampler: {kwargs: {batch_size: 64}}}\ntrainer: {max_epoch: 9}\n"
+    found = learnt("warm_up_iters: 400", more=more, gpus=2, train_images=12_800)
+    assert found.recipe.mimic_warmup_epochs == 4.0
+    assert learnt("warm_up_iters: -1", more=more).recipe.mimic_warmup_epochs == 0
+    found = learnt("warm_up_iters: 400")
+    assert found.recipe.mimic_warmup_epochs == 0
+    assert "say mimic_warmup_epochs" in said(found, "mimic.warm_up_iters", MISSING)
+    assert "never reach the whole loss (mimic.warm_up_iters)" in refused(
+        MIMIC.format("warm_up_iters: 900000", "[head.classifier]", "[head.classifier]") + more
+    )
+
+
+def test_without_a_task_loss_the_teacher_alone_is_heard():
+    found = learnt("task_loss: false", more="net: [{kwargs: {cls_loss: {type: bce}}}]")
+    assert found.recipe.task_weight == 0 and found.recipe.loss == "ce"
+    assert "since task_weight is 0" in said(found, "net[0].kwargs.cls_loss.type", NOTHING)
+    assert learnt("task_loss: true").recipe.task_weight == 1
+    text = MIMIC.format("task_loss: false", "[backbone.layer4]", "[backbone.layer4]")
+    assert "nothing would train the classifier (mimic.task_loss)" in refused(text)
+
+
+def test_the_student_starts_from_what_the_saver_names_first():
+    student = ["[head.classifier]", "[head.classifier], student_weight: s.pth"]
+    text = MIMIC.format("loss_weight: 1.0", *student)
+    assert united_perception.loads(text).recipe.weights == "s.pth"
+    found = united_perception.loads(text + "saver: {pretrain_model: p.pth}")
+    assert found.recipe.weights == "p.pth"
+    assert "saver.pretrain_model" in said(found, "mimic.student.student_weight", NOTHING)
+
+
+# ---- what stays as it is, and what learns less
+
+
+@pytest.mark.parametrize(
+    "layers, freeze",
+    [("[]", []), ("[0]", ["conv1", "bn1"]), ("[0, 1, 3]", ["conv1", "bn1", "layer1", "layer3"])],
+)
+def test_frozen_layers_are_modules_of_a_resnet(layers, freeze):
+    found = united_perception.loads(config(options=f"frozen_layers: {layers}"))
+    assert found.recipe.freeze == freeze
+    assert said(found, "net[0].kwargs.frozen_layers", MISSING) == ""
+    found = united_perception.loads(
+        config(backbone="swin_tiny", options=f"frozen_layers: {layers}")
+    )
+    assert bool(said(found, "net[0].kwargs.frozen_layers", MISSING)) == bool(freeze)
+
+
+def test_layer_decay_has_the_lr_of_the_last_layer():
+    text = "optimizer: {type: AdamW, kwargs: {lr: 0.001}, pconfig: {layer_decay:"
+    text += " {type: vit_base, value: 0.65, base_lr: 0.002}}}"
+    found = united_perception.loads(text)
+    assert (found.recipe.layer_decay, found.recipe.lr) == (0.65, 0.002)
+    assert said(found, "optimizer.pconfig.layer_decay.type") == ""
+    found = united_perception.loads(text.replace("vit_base", "swin"))
+    assert "vit_base alone" in said(found, "optimizer.pconfig.layer_decay.type")
 
 
 KESTREL = """
@@ -1310,7 +1554,14 @@ BLOCKS = {
         dict(randaug_n=2),
     ),
     "teacher": (KD, {}),
-    "mimic": (KD_OLD[len(KD) :], dict(weights="student.pth")),
+    "mimic": (
+        KD_OLD[len(KD) :],
+        dict(weights="student.pth", teacher=["teacher.pth"], mimic_loss=["up_kl"]),
+    ),
+    "teacher and mimic": (
+        KD_OLD.replace("*num_classes", "1000"),
+        dict(weights="student.pth", mimic_loss=["up_kl"], **TEACHER),
+    ),
     "runtime": ("\n  runtime:\n    runner:\n      type: kd\n", {}),
     "saver": (
         "saver: # Required.\n  save_dir: a/checkpoints\n  results_dir: a/results\n"
@@ -1340,7 +1591,7 @@ def test_an_alias_without_its_anchor_is_ups_usual_or_left_out():
     assert "*normalize: no such anchor" in found.params() and "*torch_resize" in found.params()
     found = united_perception.loads(KD)
     assert "*num_classes has no anchor" in said(found, "teacher[1].kwargs.num_classes", MISSING)
-    assert found.distillation["teachers"]["teacher"]["model"] == "resnet152"
+    assert said(found, "teacher[0].type", TAKEN) == "the teacher's model 'resnet152'"
     text = "optimizer: {type: SGD, kwargs: {lr: *lr, nesterov: *no}}\nnet: [*head]\ntrainer: *all"
     found = united_perception.loads(text)
     assert found.recipe == Recipe(momentum=0.0)

@@ -1,6 +1,7 @@
 """Figures and widgets: labelled, drawn without a screen, quiet where nobody looks."""
 
 import base64
+import io
 import struct
 
 import ipywidgets
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from workbench import evaluation, plots, progress, runs, schedule, widgets
 
@@ -39,6 +41,21 @@ def tables(epochs=3):
     return steps, metrics
 
 
+def distilled(epochs=3):
+    """The tables of a distillation: as above, and both losses before their weights."""
+    steps, metrics = tables(epochs)
+    falling = np.linspace(1, 0.5, epochs)
+    return steps, metrics.assign(train_task_loss=falling, train_mimic_loss=falling / 2)
+
+
+BY_CLASS = pd.DataFrame(
+    {
+        "class": ["ant", "bee", "cat", "dog"],
+        "images": [10, 20, 30, 0],
+        "before": [50.0, 60.0, 70.0, np.nan],
+        "after": [80.0, 60.0, 30.0, np.nan],
+    }
+)
 CLASSES = ["ant", "bee", "cat", "dog"]
 CONFUSION = evaluation.confusion(predictions(), CLASSES)
 LISTS = pd.DataFrame({"label": [0, 1, 1, 2]})
@@ -59,6 +76,15 @@ FIGURES = {
     "confusion": lambda: plots.confusion(CONFUSION),
     "confusion of many": lambda: plots.confusion(CONFUSION, most=2),
     "per class": lambda: plots.per_class(evaluation.per_class(predictions(), CLASSES)),
+    "curves of a distillation": lambda: plots.curves(*distilled()),
+    "top-1 of two": lambda: plots.top1_curves({"a": tables()[1], "b": tables(2)[1]}),
+    "top-1 of many": lambda: plots.top1_curves({f"run {i}": tables()[1] for i in range(20)}),
+    "top-1 of none": lambda: plots.top1_curves({}),
+    "top-1 of a run without an epoch": lambda: plots.top1_curves({"a": pd.DataFrame()}),
+    "changes": lambda: plots.changes(BY_CLASS, ["before", "after"]),
+    "changes of few": lambda: plots.changes(BY_CLASS, ["before", "after"], most=1),
+    "no changes": lambda: plots.changes(BY_CLASS, ["after", "after"]),
+    "changes of nothing": lambda: plots.changes(BY_CLASS.tail(1), ["before", "after"]),
 }
 
 
@@ -79,12 +105,106 @@ def test_every_axis_says_what_it_measures(name):
         assert ax.get_ylabel() and (ax.get_xlabel() or "share" in ax.get_ylabel())
 
 
+@pytest.mark.parametrize("lines", [1, 6])
+@pytest.mark.parametrize("count", [0, 1, 24])
+@pytest.mark.parametrize(
+    "heading", ["", "35 mistakes taken over from the teacher, below each the label"]
+)
+def test_neither_a_title_nor_the_heading_of_a_grid_is_cut_off_or_written_over(
+    lines, count, heading
+):
+    titles = ["\n".join(["0.62 cat"] * lines)] * count
+    figure = plots.grid((PICTURES * 5)[:count], titles, heading=heading)
+    ink = np.asarray(Image.open(io.BytesIO(figure.png())).convert("L")) < 128
+    assert ink.any() == bool(heading or count)
+    edge = np.concatenate([ink[0], ink[:, 0], ink[:, -1]])
+    assert not edge.any()
+    rows = np.flatnonzero(ink.any(1))
+    if heading and count:  # a white line parts the heading from the titles
+        assert (np.diff(rows[: rows.searchsorted(40)]) > 1).any()
+
+
 def test_curves_show_the_numbers_of_the_tables():
     steps, metrics = tables()
     left, right = plots.curves(steps, metrics).axes
     lines = {line.get_label(): line.get_xydata() for line in right.lines}
     np.testing.assert_array_equal(lines["validation"], [[1, 60], [2, 60], [3, 60]])
     np.testing.assert_allclose(left.lines[0].get_xdata(), steps.step / 10)
+
+
+def test_a_distillation_shows_both_losses_beside_their_sum():
+    steps, metrics = distilled()
+    left, right = plots.curves(steps, metrics).axes
+    lines = {line.get_label(): line.get_xydata() for line in left.lines}
+    for label, column in (
+        ("training, labels", "train_task_loss"),
+        ("training, teacher (its unit)", "train_mimic_loss"),
+        ("training, epoch", "train_loss"),
+    ):
+        np.testing.assert_array_equal(lines[label], metrics[["epoch", column]])
+    assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == len(lines)
+    assert left.get_ylabel() == "loss (nats)"
+    plain = plots.curves(*tables()).axes[0]
+    assert not [line for line in plain.lines if "teacher" in line.get_label()]
+    assert [line.get_label() for line in right.lines] == [
+        "training (augmented pictures)",
+        "validation",
+    ]
+
+
+def test_epochs_are_counted_in_whole_numbers():
+    for figure in (plots.curves(*tables(2)), plots.top1_curves({"a": tables(2)[1]})):
+        for ax in figure.axes:
+            assert all(tick == int(tick) for tick in ax.get_xticks())
+
+
+def test_top1_curves_say_the_last_value_of_each_and_skip_epochs_without_one():
+    metrics = tables(4)[1].assign(top1=[10.0, np.nan, 30.0, np.nan])
+    axis = plots.top1_curves({"mine": metrics, "other": tables(2)[1]}).axes[0]
+    mine, other = axis.lines
+    np.testing.assert_array_equal(mine.get_xydata(), [[1, 10], [3, 30]])
+    np.testing.assert_array_equal(other.get_xydata(), [[1, 60], [2, 60]])
+    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert texts == ["mine: 30.00 %", "other: 60.00 %"]
+    assert axis.get_ylabel() == "validation top-1 (%)"
+
+
+def test_twenty_runs_are_told_apart_beside_their_curves():
+    figure = FIGURES["top-1 of many"]()
+    [axis] = figure.axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 20
+    figure.png()  # lays it out
+    boxes = [box.get_window_extent() for box in (axis, axis.get_legend())]
+    assert boxes[1].x0 >= boxes[0].x1  # the legend hides no line
+
+
+def test_changes_go_from_the_largest_gain_to_the_largest_loss_and_say_both_ends():
+    axis = FIGURES["changes"]().axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [30, 0, -40]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["ant", "bee", "cat"]
+    texts = [text.get_text().strip() for text in axis.texts]
+    assert texts == ["50.0 to 80.0 % of 10", "60.0 to 60.0 % of 20", "70.0 to 30.0 % of 30"]
+    assert axis.get_xlabel() == "top-1 of after less that of before (points)"
+    gain, loss = axis.patches[0].get_facecolor(), axis.patches[2].get_facecolor()
+    assert gain != loss
+
+
+def test_of_many_classes_those_that_changed_most_are_kept_and_it_is_said():
+    axis = FIGURES["changes of few"]().axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [-40]
+    assert axis.get_title() == "the 1 of 4 classes that changed most"
+
+
+def test_the_figures_beside_the_bars_lie_inside_the_axis():
+    for before, after in ([0.0, 100.0], [100.0, 0.0], [50.0, 51.0], [50.0, 50.0]):
+        table = BY_CLASS.head(2).assign(before=before, after=after)
+        figure = plots.changes(table, ["before", "after"])
+        figure.png()
+        [axis] = figure.axes
+        inside = axis.get_window_extent()
+        for text in axis.texts:
+            box = text.get_window_extent()
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1, (before, after)
 
 
 def test_an_lr_curve_reaches_the_peak_and_both_ends():
@@ -116,6 +236,16 @@ def test_a_label_is_a_name_or_the_shares_of_a_mix():
     assert mixed == f"0.62 {CLASSES[2]}\n0.38 {CLASSES[0]}"
     hardly = plots.label_text(torch.tensor([0.002, 0.998, 0.0, 0.0]), CLASSES)
     assert hardly == f"0.998 {CLASSES[1]}\n0.002 {CLASSES[0]}"
+
+
+def test_what_a_teacher_says_is_its_likeliest_classes_without_those_that_read_nothing():
+    shares = torch.tensor([0.1, 0.004, 0.6, 0.296])
+    assert plots.label_text(shares, CLASSES) == "0.60 cat\n0.30 dog\n0.10 ant"
+    assert plots.label_text(shares, CLASSES, most=2) == "0.60 cat\n0.30 dog"
+    thousand = torch.full((1000,), 0.0009)
+    thousand[7] = 0.0109
+    told = plots.label_text(thousand, [f"c{i}" for i in range(1000)], most=3).split("\n")
+    assert told[0] == "0.011 c7" and len(told) == 3  # not 0.01 and twice 0.00
 
 
 def test_colours_differ_in_lightness_too():
@@ -219,6 +349,44 @@ def test_in_jupyter_it_is_said_too_what_was_left_out(tmp_path, capsys, monkeypat
     assert "1 pictures left out, named in quarantine.csv" in out
     assert "1 validation pictures are in training too" in out
     assert "epoch   1" not in out  # the curves show it
+
+
+def started(run, **more) -> None:
+    record = {"train_images": 9, "val_images": 3, "classes": ["a", "b"], "device": "CPU"}
+    with run.writing():
+        run.write_json("environment.json", {**record, "precision": "fp32", "start": "seed", **more})
+
+
+def test_a_distillation_names_its_teachers_and_what_is_kept_of_their_answers(tmp_path, capsys):
+    run = runs.Run(tmp_path)
+    teachers = [
+        {"source": f"runs/t{i}", "model": "resnet18", "image_size": 48 + i, "digest": f"abc{i}"}
+        for i in range(2)
+    ]
+    started(run, teachers=teachers, teacher_cache="teachers' answers are kept, 3 MB, here")
+    widgets.Progress(run, viewer="nobody").show(STEP)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "teacher: runs/t0, resnet18, 48 pixels, weights abc0",
+        "teacher: runs/t1, resnet18, 49 pixels, weights abc1",
+        "teachers' answers are kept, 3 MB, here",
+    ]
+
+
+def test_without_a_teacher_nobody_speaks_of_one(tmp_path, capsys):
+    run = runs.Run(tmp_path)
+    started(run)
+    view = widgets.Progress(run, viewer="nobody")
+    view.show(STEP)
+    view.show(EPOCH)
+    out = capsys.readouterr().out
+    assert "teacher" not in out and "mimic" not in out
+
+
+def test_an_epoch_of_a_distillation_says_both_losses(tmp_path, capsys):
+    view = widgets.Progress(runs.Run(tmp_path), viewer="nobody")
+    view.show({**EPOCH, "train_task_loss": 0.8, "train_mimic_loss": 0.25})
+    epoch = capsys.readouterr().out.splitlines()[-1]
+    assert "train loss 1.3000 (task 0.8000, mimic 0.2500) top-1 50.00" in epoch
 
 
 def test_a_long_epoch_says_the_time_left(tmp_path, capsys):

@@ -32,8 +32,8 @@ def main() -> None:
     except RecipeError as error:
         sys.exit(str(error))
     except (ValueError, RuntimeError, OSError) as error:
-        names = {"DataError", "ModelError", "RunError", "TrainingError", "UnitedPerceptionError"}
-        if type(error).__name__ not in names:
+        kinds = "Data Distillation Model Run Training UnitedPerception".split()
+        if type(error).__name__ not in {f"{kind}Error" for kind in kinds}:
             raise
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -164,6 +164,12 @@ def doctor(
         images, classes = len(content.train), len(content.classes)
     for finding in rules.examine(recipe, images=images, classes=classes, counts=counts):
         print(finding)
+    if recipe.teacher and counts:
+        report = rules.teachers(recipe, content)
+        for finding in rules.about_teachers(recipe, report):
+            print(finding)
+    elif recipe.teacher:
+        print("its teachers are judged on the pictures themselves: leave out --images, --classes")
 
 
 @app.command("import-up")

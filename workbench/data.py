@@ -5,7 +5,8 @@
         batch.images                          # uint8 (batch, 3, size, size)
 
 The order of an epoch is a function of (seed, epoch); what happens to picture i in it, of (seed,
-epoch, i). So batches are the same bytes for any number of workers, and from any step on.
+epoch, i), and of the copy where i comes several times. So batches are the same bytes for any number
+of workers, and from any step on.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -483,7 +484,8 @@ def _hash(text: str) -> str:
 
 # ---- random by construction
 
-ORDER, DRAW, STEP, ERASE, MIX = range(5)  # what a stream is for; streams never overlap
+ORDER, DRAW, STEP, ERASE, MIX, BALANCE = range(6)  # what a stream is for; streams never overlap
+COPIES = 2**16  # copies of a picture in an epoch that have streams of their own
 
 
 def stream(
@@ -527,6 +529,107 @@ def steps_per_epoch(count: int, batch_size: int, drop_last: bool = False) -> int
     return count // batch_size if drop_last else -(-count // batch_size)
 
 
+def apportion(shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers (n,) with the sum of the shares, which is whole: each rounded down or up.
+
+    Those with the largest remainders are rounded up; among equal ones the lot decides, so that
+    none is favoured for ever.
+    """
+    whole = np.floor(shares).astype(np.int64)
+    # Six digits: equal remainders stay equal however the machine rounds, and 2.9999999 is a 3.
+    remainders = np.round(shares - whole, 6)
+    up = np.lexsort((rng.random(len(shares)), -remainders))[: round(shares.sum()) - whole.sum()]
+    whole[up] += 1
+    return whole
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Which rows of a frame a step shows, over all processes; a function of (seed, step).
+
+    An epoch has as many pictures as there are labels: each once while `class_balance` is 0. Else
+    a class of n pictures gets a share in proportion to n ** (1 - class_balance), Kang et al.,
+    arXiv 1910.09217: 0.5 is the square-root sampling of Mahajan et al., arXiv 1805.00932, and 1
+    shows all classes equally often. Within a class the pictures come equally often, but for one
+    more time of some, drawn anew in every epoch. Under `repeated_aug`, which keeps a random part
+    of the epoch, the shares hold on average.
+    """
+
+    labels: Any  # whole numbers (n,), an array or a column
+    _: KW_ONLY
+    seed: int
+    batch_size: int
+    drop_last: bool = False
+    repeated_aug: int = 1
+    class_balance: float = 0.0
+    _epochs: dict[int, tuple] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.class_balance:
+            return
+        _, sizes, shares = self._classes
+        times = np.ceil(np.ceil(np.round(shares, 6)) / sizes).astype(np.int64)
+        if (times * self.repeated_aug > COPIES).any():
+            i = times.argmax()
+            turns = f" in {self.repeated_aug} copies" if self.repeated_aug > 1 else ""
+            raise DataError(
+                f"label {np.unique(self.labels)[i]} has {sizes[i]:,} of {sizes.sum():,} pictures; "
+                f"class_balance {self.class_balance} shows each {times[i]:,} times an epoch{turns}"
+                f", {COPIES:,} in all is the most. Lower class_balance, or leave that label out"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.labels), self.batch_size, self.drop_last)
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of the frame in a step, and which copy of its row each is; both read-only.
+
+        A row and a copy come together once an epoch at most, so each has a draw of its own.
+        """
+        epoch, slot = divmod(step, self.steps_per_epoch)
+        rows, copies = self._epoch(epoch)
+        part = slice(slot * self.batch_size, (slot + 1) * self.batch_size)
+        return rows[part], copies[part]
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        # Two are kept: an order of millions is made once, and at a turn of epochs both are asked.
+        if epoch not in self._epochs:
+            shuffled = order(self.seed, epoch, len(self.labels))
+            rows, copies = repeat(shuffled, self.batch_size, self.repeated_aug)
+            if self.class_balance:  # then it is the chosen that were shuffled
+                chosen, before = self._balanced(epoch)
+                rows, copies = chosen[rows], before[rows] * self.repeated_aug + copies
+            rows.flags.writeable = copies.flags.writeable = False
+            for old in list(self._epochs)[:-1]:
+                del self._epochs[old]
+            self._epochs[epoch] = rows, copies
+        return self._epochs[epoch]
+
+    @functools.cached_property
+    def _classes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The class of every row, without gaps; of every class its pictures and share of N."""
+        _, of_row, sizes = np.unique(self.labels, return_inverse=True, return_counts=True)
+        weights = sizes ** (1.0 - self.class_balance)
+        return of_row, sizes, weights * (len(of_row) / weights.sum())
+
+    def _balanced(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows (n,) of an epoch, class by class, and how often each of them came before."""
+        of_row, sizes, shares = self._classes
+        rng = stream(self.seed, BALANCE, epoch)
+        quotas = apportion(shares, rng)
+        rows = rng.permutation(len(of_row))
+        rows = rows[np.argsort(of_row[rows], kind="stable")]  # by class, in it still at random
+        more = _counted(sizes) < np.repeat(quotas % sizes, sizes)  # the first of every class
+        times = np.repeat(quotas // sizes, sizes) + more
+        return np.repeat(rows, times), _counted(times)
+
+
+def _counted(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, ... up to each size, one run after the other."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
 # ---- batches
 
 
@@ -541,28 +644,6 @@ class Batch(NamedTuple):
     last: bool  # whether the process's part of the step ends here
     total: int  # pictures in the whole step, over all parts and processes
     failures: list[tuple[int, str, str]]  # (row, reason, detail) of pictures that were left out
-
-
-def step_rows(
-    step: int,
-    count: int,
-    seed: int,
-    batch_size: int,
-    drop_last: bool = False,
-    repeated_aug: int = 1,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of the frame in a step, over all processes, and which copy of its row each is."""
-    epoch, slot = divmod(step, steps_per_epoch(count, batch_size, drop_last))
-    rows, copies = _epoch(seed, epoch, count, batch_size, repeated_aug)
-    part = slice(slot * batch_size, (slot + 1) * batch_size)
-    return rows[part], copies[part]
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, count: int, batch_size: int, repeated_aug: int) -> tuple:
-    rows, copies = repeat(order(seed, epoch, count), batch_size, repeated_aug)
-    rows.flags.writeable = copies.flags.writeable = False
-    return rows, copies
 
 
 def own_places(total: int, rank: int = 0, world: int = 1) -> np.ndarray:
@@ -584,20 +665,27 @@ def batches(
     micro_batch_size: int | None = None,
     drop_last: bool = False,
     repeated_aug: int = 1,
+    class_balance: float = 0.0,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Training batches of the steps asked for, in order.
+    """Training batches of the steps asked for, in order; which pictures, `Sampler` says.
 
     `batch_size` counts over all processes; process `rank` of `world` gets every world-th pair of
     rows of a step, in parts of at most `micro_batch_size`. A process without a row in a small last
     batch gets a part of no pictures.
     """
-    dataset = _Steps(
-        frame, transform, seed, batch_size, micro_batch_size, drop_last, repeated_aug, rank, world
+    sampler = Sampler(
+        frame.label.to_numpy(np.int64),
+        seed=seed,
+        batch_size=batch_size,
+        drop_last=drop_last,
+        repeated_aug=repeated_aug,
+        class_balance=class_balance,
     )
+    dataset = _Steps(frame, transform, sampler, micro_batch_size, rank, world)
     return _loader(dataset, dataset.keys(steps), workers, pin_memory)
 
 
@@ -658,21 +746,13 @@ class _Rows(Dataset):
 
 
 class _Steps(_Rows):
-    def __init__(
-        self, frame, transform, seed, batch_size, micro, drop_last, repeated_aug, rank, world
-    ):
+    def __init__(self, frame, transform, sampler, micro, rank, world):
         super().__init__(frame, transform)
-        self.seed, self.batch_size, self.drop_last = seed, batch_size, drop_last
-        self.micro, self.repeated_aug, self.rank, self.world = micro, repeated_aug, rank, world
-
-    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a step and their copies, over all processes."""
-        how = self.seed, self.batch_size, self.drop_last, self.repeated_aug
-        return step_rows(step, len(self.labels), *how)
+        self.sampler, self.micro, self.rank, self.world = sampler, micro, rank, world
 
     def parts(self, step: int) -> list[np.ndarray]:
         """This process's places of a step, part by part."""
-        own = own_places(len(self.rows(step)[0]), self.rank, self.world)
+        own = own_places(len(self.sampler.rows(step)[0]), self.rank, self.world)
         size = self.micro or max(1, len(own))
         return [own[i : i + size] for i in range(0, len(own), size)] or [own]
 
@@ -682,11 +762,11 @@ class _Steps(_Rows):
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         step, part = key
-        parts, (rows, copies) = self.parts(step), self.rows(step)
-        epoch = step // steps_per_epoch(len(self.labels), self.batch_size, self.drop_last)
+        parts, (rows, copies) = self.parts(step), self.sampler.rows(step)
+        seed, epoch = self.sampler.seed, step // self.sampler.steps_per_epoch
         places = parts[part]
         own, own_copies = rows[places], copies[places]
-        randomness = lambda i: stream(self.seed, DRAW, epoch, int(own[i]), int(own_copies[i]))
+        randomness = lambda i: stream(seed, DRAW, epoch, int(own[i]), int(own_copies[i]))
         return self.read(own, randomness, places, step, part == len(parts) - 1, len(rows))
 
 

@@ -7,14 +7,21 @@ Facts follow from the recipe; a warning stands on evidence, which it names. It i
 is refused for it.
 """
 
+import contextlib
 import math
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
+from torch.nn import functional as F
 
-from workbench import data, models, training
-from workbench.recipe import mixes
+from workbench import data, distillation, models, training
+from workbench.progress import bar
+from workbench.recipe import TEMPERED, mixes, on_logits, one_each
 
 
 class Finding(NamedTuple):
@@ -161,6 +168,244 @@ def _mixing(recipe: Any) -> list[str]:
     ]
     unit = "pictures" if recipe.mix_per_sample else "steps"
     return [f"Of all {unit} {' and '.join(kinds)}; training top-1 counts the larger label."]
+
+
+# ---- teachers, who must be run to be judged
+
+
+def teachers(
+    recipe: Any, content: data.Data, *, pictures: int = 2048, progress: bool = True
+) -> pd.DataFrame:
+    """What the recipe's teachers are worth to this student, a row each, from running them.
+
+    teacher, model, parameters; own_top1 (its own run's, nan where unknown), val_top1 (of the
+    validation list, as the student sees it), crops_top1 (of the first `pictures` training crops,
+    erased and mixed; a mix counts by its larger share), all in percent; entropy (mean, nats, of
+    its softmax on those crops); offset (mean logit, in standard deviations of a picture's logits);
+    bce (True where its run says so, or the offset: cross-entropy leaves the mean logit where it
+    began, near 0, binary cross-entropy pulls it far below); temperature (of the smallest
+    cross-entropy on the validation list, arXiv 1706.04599); agreement (percent of the validation
+    list on which the student's start says the same); step_share (percent of a step's time that
+    the teacher takes). Raises DistillationError or ModelError.
+    """
+    device = training.pick_device(recipe.device)
+    bf16 = training.pick_precision(recipe.precision, device) == "bf16"
+    model = training.create_model(recipe, len(content.classes))
+    if recipe.weights:
+        models.load(model, recipe.weights, classes=content.classes, force=recipe.force_weights)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    model.to(device, memory_format=layout)
+    kd = distillation.Distillation(recipe, model, content.classes, device)
+    total = min(pictures, len(content.train)) + len(content.val)
+    with contextlib.ExitStack() as stack:
+        if progress:
+            shown = stack.enter_context(bar(total, "asking the teachers", "img"))
+
+        def ask(images: torch.Tensor) -> list[np.ndarray]:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                answers = [answer.logits for answer in kd.lesson(images)]
+            if progress:
+                shown.update(len(images))
+            return [z.float().cpu().numpy() for z in answers]
+
+        crops, drawn, seen, first = [], [], 0, None
+        prepare = training.DeviceTransform(recipe, len(content.classes), device)
+        for batch in _first_batches(recipe, content):
+            if len(batch.labels):
+                images, targets = prepare(batch)
+                crops.append(ask(images))
+                drawn.append((targets if targets.ndim == 1 else targets.argmax(1)).cpu().numpy())
+                first = first or (images, targets)
+                if (seen := seen + len(images)) >= pictures:
+                    break
+        answers, starts, labels = [], [], []
+        normalize = training.Normalize(recipe, device)
+        stack.enter_context(models.evaluating(model))
+        stack.enter_context(torch.no_grad())
+        for batch in data.eval_batches(
+            content.val, training.test_transform(recipe), batch_size=64, workers=0
+        ):
+            if len(batch.labels):
+                images = normalize(batch.images.to(device))
+                answers.append(ask(images))
+                starts.append(model(images).argmax(1).cpu().numpy())
+                labels.append(batch.labels.numpy())
+    start, label, want = (np.concatenate(parts) for parts in (starts, labels, drawn))
+    shares = _step_shares(recipe, kd, *first, bf16)
+    rows = []
+    for k, teacher in enumerate(kd.teachers):
+        z, crop = (np.concatenate([part[k] for part in parts]) for parts in (answers, crops))
+        offset = float((z.mean(1) / z.std(1).clip(1e-9)).mean())
+        rows.append(
+            {
+                "teacher": teacher.source,
+                "model": teacher.name,
+                "parameters": sum(p.numel() for p in teacher.model.parameters()),
+                "own_top1": math.nan if teacher.top1 is None else teacher.top1,
+                "val_top1": 100 * float((z.argmax(1) == label).mean()),
+                "val_images": len(label),
+                "crops_top1": 100 * float((crop.argmax(1) == want).mean()),
+                "crops": len(want),
+                "entropy": _entropy(crop),
+                "offset": offset,
+                "bce": teacher.loss == "bce" if teacher.loss else offset < -0.2,
+                "temperature": best_temperature(z, label),
+                "agreement": 100 * float((z.argmax(1) == start).mean()),
+                "start_top1": 100 * float((start == label).mean()),
+                "step_share": 100 * shares[k],
+                "smoothing": teacher.smoothing,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The T of the smallest mean cross-entropy of softmax(logits / T), within 2 %, 0.05 to 20.
+
+    Guo et al., arXiv 1706.04599, section 4.2.
+    """
+    z, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
+    grid = np.geomspace(0.05, 20, 301)
+    return float(grid[np.argmin([F.cross_entropy(z / t, y).item() for t in grid])])
+
+
+def about_teachers(recipe: Any, report: pd.DataFrame) -> list[Finding]:
+    """What `teachers` found, in sentences: a fact for each, then what speaks against it."""
+    found = [Finding("fact", _taught(row)) for row in report.itertuples()]
+    for row in report.itertuples():
+        for rule, source in _TEACHER_EVIDENCE:
+            if text := rule(recipe, row):
+                found.append(Finding("warning", f"teacher {row.teacher}: {text}", source))
+    return found
+
+
+def _first_batches(recipe: Any, content: data.Data) -> Any:
+    per_epoch = data.steps_per_epoch(len(content.train), recipe.batch_size, recipe.drop_last)
+    return data.batches(
+        content.train,
+        training.train_transform(recipe),
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        steps=range(per_epoch),
+        micro_batch_size=min(recipe.micro_batch_size or 256, 256),
+        drop_last=recipe.drop_last,
+        repeated_aug=recipe.repeated_aug,
+        class_balance=recipe.class_balance,
+    )
+
+
+def _entropy(logits: np.ndarray) -> float:
+    log_p = F.log_softmax(torch.from_numpy(logits).double(), 1)
+    return float(-(log_p.exp() * log_p).sum(1).mean())
+
+
+def _step_shares(
+    recipe: Any, kd: Any, images: torch.Tensor, targets: torch.Tensor, bf16: bool
+) -> list[float]:
+    """The part of forward and backward of one batch that each teacher takes, median of three."""
+    device = images.device
+
+    def timed(work: Any) -> float:
+        seconds = []
+        for _ in range(4):  # the first one warms up
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])
+
+    def learn() -> None:
+        with models.evaluating(kd.student):  # the norms' statistics are not to move
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits, _ = kd.student(images)
+            training.loss_function(recipe)(logits.float(), targets).sum().backward()
+        kd.student.zero_grad(set_to_none=True)
+
+    def teach(teacher: Any) -> None:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            teacher.model(teacher.view(images, recipe.mean, recipe.std))
+
+    each = [timed(lambda t=t: teach(t)) for t in kd.teachers]
+    whole = timed(learn) + sum(each)
+    return [seconds / whole for seconds in each]
+
+
+def _taught(row: Any) -> str:
+    own = "" if math.isnan(row.own_top1) else f" ({row.own_top1:.2f} % in its own run)"
+    return (
+        f"teacher {row.teacher}, {row.model}, {row.parameters / 1e6:.1f} million parameters: top-1 "
+        f"{row.val_top1:.2f} % of {row.val_images:,} validation pictures at the student's size"
+        f"{own}, {row.crops_top1:.1f} % of {row.crops:,} training crops and mixes, where its "
+        f"entropy is {row.entropy:.2f} nats; its best softmax temperature is "
+        f"{row.temperature:.2f}; the student's start agrees with it on {row.agreement:.1f} %; it "
+        f"takes {row.step_share:.0f} % of a step."
+    )
+
+
+def _tempered(recipe: Any) -> bool:
+    """Whether some mimic takes softmax at a temperature, not of standardised logits."""
+    return bool(set(recipe.mimic_loss) & (TEMPERED - {"kl_standardized"}))
+
+
+def _bce_teacher(recipe: Any, row: Any) -> str | bool:
+    asked, honest = recipe.temperature, row.temperature
+    if abs(math.log(honest)) > math.log(1.2):
+        advice = f"temperature {asked * honest:.2g} would do to it what {asked:g} does to others; "
+        advice += "or take kl_standardized"
+    else:
+        advice = f"here that is no harm, its honest temperature is {honest:.2f}"
+    return (
+        row.bce
+        and _tempered(recipe)
+        and f"looks trained with binary cross-entropy (mean logit {row.offset:+.2f} standard "
+        f"deviations), so its softmax at temperature 1 is not what it learnt to say: {advice}"
+    )
+
+
+def _smoothed_teacher(recipe: Any, row: Any) -> str | bool:
+    return (
+        (row.smoothing or 0) > 0
+        and bool(set(recipe.mimic_loss) & {"kl", "ce", "up_kl", "dkd"})
+        and f"was trained with label smoothing {row.smoothing:g}, which wipes out what a student "
+        "learns from the wrong classes' logits; train it without, or mimic modules"
+    )
+
+
+def _weak_teacher(recipe: Any, row: Any) -> str | bool:
+    return (
+        row.start_top1 >= row.val_top1
+        and f"the student's start has top-1 {row.start_top1:.2f} % already, the teacher "
+        f"{row.val_top1:.2f} %"
+    )
+
+
+def _lost_teacher(recipe: Any, row: Any) -> str | bool:
+    return (
+        row.crops_top1 < 0.6 * row.val_top1
+        and f"knows {row.crops_top1:.1f} % of the student's crops and mixes, but "
+        f"{row.val_top1:.1f} % of the validation pictures: larger crops, milder "
+        "augmentation or another image size would let it teach"
+    )
+
+
+def _smaller_pictures(recipe: Any, row: Any) -> str | bool:
+    return (
+        row.own_top1 - row.val_top1 > 5
+        and f"loses {row.own_top1 - row.val_top1:.1f} points at the student's pictures; a larger "
+        "image_size, or another teacher_image_size, would give it more to see"
+    )
+
+
+_TEACHER_EVIDENCE = [
+    (_bce_teacher, "the mean logit; arXiv 2110.00476 trains so; arXiv 1706.04599"),
+    (_smoothed_teacher, "arXiv 1906.02629, section 5"),
+    (_weak_teacher, "the report above"),
+    (_lost_teacher, "the report above; arXiv 2106.05237, section 3"),
+    (_smaller_pictures, "the report above"),
+]
 
 
 # ---- warnings: (recipe, steps per epoch, steps, classes) -> sentence, or False
@@ -331,6 +576,41 @@ def _short_of_the_end(recipe, per_epoch, steps, classes):
     )
 
 
+def _kl_on_a_strong_recipe(recipe, per_epoch, steps, classes):
+    kinds = zip(recipe.mimic, one_each(recipe.mimic_loss, len(recipe.mimic)), strict=True)
+    plain = [kind for name, kind in kinds if on_logits(name) and kind in ("kl", "ce", "up_kl")]
+    strong = recipe.randaug_n > 0 or recipe.autoaugment or recipe.cutmix_alpha > 0
+    return (
+        bool(recipe.teacher and plain)
+        and strong
+        and f"mimic_loss {plain[0]} on a strong recipe: it took ResNet-18 from 73.4 without a "
+        "teacher to 72.6, and dist to 74.5"
+    )
+
+
+def _rate_of_a_scratch(recipe, per_epoch, steps, classes):
+    linear = 0.1 * recipe.batch_size / 256
+    return (
+        recipe.optimizer == "sgd"
+        and not _from_scratch(recipe)
+        and not recipe.resume_from
+        and recipe.momentum >= 0.8
+        and recipe.lr > linear
+        and f"lr {recipe.lr:g} from trained weights is what a start from scratch takes at "
+        f"batch_size {recipe.batch_size:,}; a tenth or a hundredth of that of pre-training keeps "
+        "what was learnt"
+    )
+
+
+def _frozen_at_random(recipe, per_epoch, steps, classes):
+    return (
+        bool(recipe.freeze or recipe.probe_epochs)
+        and _from_scratch(recipe)
+        and "freeze and probe_epochs keep weights as they start, and these start at random; name "
+        "weights, or pretrained"
+    )
+
+
 _RSB = "arXiv 2110.00476, table 2"
 _UP = "United Perception's lr_helper.py"
 _TIMM = "timm's results-imagenet.csv, resnet18.{a1,a2,a3,tv}_in1k at 224 pixels; UP's benchmark"
@@ -349,4 +629,7 @@ _EVIDENCE = [
     (_mirrored_writing, "b and d, 2 and its mirror image"),
     (_small_norm_batch, "arXiv 1803.08494, figure 1"),
     (_short_of_the_end, _UP),
+    (_kl_on_a_strong_recipe, "arXiv 2205.10536, table 3, and its code's README"),
+    (_rate_of_a_scratch, "United Perception's page on downstream tasks: 0.1 or 0.01 of it"),
+    (_frozen_at_random, "United Perception freezes pre-trained layers"),
 ]

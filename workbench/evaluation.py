@@ -1,5 +1,6 @@
 """A table with a row per validation picture, and the numbers that follow from it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from workbench import models
 from workbench.data import Batch, DataError
 
 TOP = 5
@@ -23,18 +25,16 @@ def predict(
     fewer classes), p1 to p5 (softmax), p_label, loss (natural log, no smoothing). Pictures that
     could not be read have no row; attrs["failures"] holds their (row, reason, detail).
     """
-    was_training = model.training
-    model.eval()
     parts, failures = [], []
-    for batch in batches:
-        failures += batch.failures
-        if len(batch.images):
-            images = normalize(batch.images.to(device, non_blocking=True))
-            logits = model(images).float()
-            parts.append(_rows(batch, logits))
-        if progress is not None:
-            progress(len(batch.images))
-    model.train(was_training)
+    with models.evaluating(model):
+        for batch in batches:
+            failures += batch.failures
+            if len(batch.images):
+                images = normalize(batch.images.to(device, non_blocking=True))
+                logits = model(images).float()
+                parts.append(_rows(batch, logits))
+            if progress is not None:
+                progress(len(batch.images))
     if not parts:
         raise DataError("no picture of the validation list could be read")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -90,6 +90,41 @@ def per_class(predictions: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
     wrong = table.to_numpy() - np.diag(hits)
     mistake = [classes[j] if wrong[i, j] else "" for i, j in enumerate(wrong.argmax(axis=1))]
     return pd.DataFrame({"class": classes, "images": counts, "top1": top1, "mistaken for": mistake})
+
+
+def side_by_side(predictions: Mapping[str, pd.DataFrame], classes: list[str]) -> pd.DataFrame:
+    """class, images, and a column of top-1 in percent for every name. Raises DataError when the
+    predictions are of different pictures."""
+    table = None
+    keys = {tuple(zip(f.list, f.file, strict=True)) for f in predictions.values()}
+    if len(keys) > 1:
+        raise DataError("these predictions are of different pictures; compare within one list")
+    for name, frame in predictions.items():
+        part = per_class(frame, classes)
+        if table is None:
+            table = part[["class", "images"]].copy()
+        table[name] = part.top1
+    return table
+
+
+def borrowed(student: pd.DataFrame, teacher: pd.DataFrame) -> dict[str, float | int]:
+    """What a student says where its teacher is wrong.
+
+    wrong is the number of such pictures; same, other and right the percentages of them on which
+    the student gives the same wrong answer, another one, or the right one. Both are predictions
+    of the same pictures in the same order.
+    """
+    wrong = (teacher.class1 != teacher.label).to_numpy()
+    ours, theirs = student.class1.to_numpy()[wrong], teacher.class1.to_numpy()[wrong]
+    label = teacher.label.to_numpy()[wrong]
+    same, right = ours == theirs, ours == label
+    share = lambda mask: 100 * float(mask.mean()) if len(mask) else float("nan")
+    return {
+        "wrong": int(wrong.sum()),
+        "same": share(same),
+        "other": share(~same & ~right),
+        "right": share(right),
+    }
 
 
 def mistakes(predictions: pd.DataFrame, count: int = 12) -> pd.DataFrame:

@@ -1,15 +1,19 @@
 """timm models by name, United Perception's ResNet variants, and weights from wherever they lie.
 
 model = create("resnet50", num_classes=196)
-print(load(model, "runs/imagenet-seed0"))     # what was loaded, left as it was, ignored
+print(load(model, "runs/imagenet-seed0"))     # what was loaded, made anew, ignored
 """
 
+import contextlib
+import difflib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import timm
 import torch
 from torch import nn
@@ -72,8 +76,6 @@ def check_name(name: str) -> None:
 
 
 def _near(name: str) -> list[str]:
-    import difflib
-
     return difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.5)
 
 
@@ -88,54 +90,72 @@ class Loaded:
 
     source: str
     loaded: list[str] = field(default_factory=list)
-    initial: dict[str, str] = field(default_factory=dict)  # tensor of the model -> why
-    ignored: list[str] = field(default_factory=list)  # tensors of the file
+    anew: dict[str, str] = field(default_factory=dict)  # the model's, left at initial values -> why
+    ignored: list[str] = field(default_factory=list)  # the file's
 
     def __str__(self) -> str:
         text = f"{self.source}: {len(self.loaded)} tensors loaded"
-        if self.initial:
-            listed = [f"{name} ({why})" for name, why in self.initial.items()]
-            text += f"; {len(listed)} left at their initial value: {_some(listed)}"
+        if self.anew:
+            listed = [f"{name} ({why})" for name, why in self.anew.items()]
+            text += f"; {len(listed)} made anew: {_some(listed)}"
         if self.ignored:
             text += f"; {len(self.ignored)} in the file ignored: {_some(self.ignored)}"
         return text
 
+    def table(self) -> pd.DataFrame:
+        """A row per tensor: tensor, fate (made anew, ignored or loaded), why."""
+        rows = [(name, "made anew", why) for name, why in self.anew.items()]
+        rows += [(name, "ignored", "not in the model") for name in self.ignored]
+        rows += [(name, "loaded", "") for name in self.loaded]
+        return pd.DataFrame(rows, columns=["tensor", "fate", "why"])
 
-def load(model: nn.Module, source: str | Path) -> Loaded:
+
+def load(
+    model: nn.Module,
+    source: str | Path,
+    *,
+    classes: list[str] | None = None,
+    force: bool = False,
+) -> Loaded:
     """Loads what fits from a run folder or a weights file into the model, and says what.
 
     Understood: a run folder (EMA weights where the run kept them), safetensors, a plain state
     dict, {"model": ...}, {"state_dict": ...} or {"ema"/"state_dict_ema": ...} (preferred), with
-    or without `module.`, in timm's, torchvision's or UP's names. Raises ModelError for a file
-    that cannot be read, holds other Python objects, or whose tensors fit less than half of what
-    is not the classifier.
+    or without `module.`, in timm's, torchvision's or UP's names. The classifier of a run that was
+    trained for other `classes` is made anew. Raises ModelError for a file that cannot be read,
+    holds other Python objects or nan, or (without `force`) whose tensors fit less than half of
+    what is not the classifier.
     """
     path = ROOT / Path(source).expanduser()
     label, tensors = read_weights(path)
     own = model.state_dict()
     tensors = {k: v for k, v in _renamed(tensors).items() if not k.endswith("num_batches_tracked")}
     wanted = [name for name in own if not name.endswith("num_batches_tracked")]
+    head = classifier(model) + "."
+    strange = classes is not None and not same_classes(run_classes(path), classes)
     result = Loaded(label)
     take = {}
     for name in wanted:
         if name not in tensors:
-            result.initial[name] = "not in the file"
+            result.anew[name] = "not in the file"
         elif tensors[name].shape != own[name].shape:
             came, want = tuple(tensors[name].shape), tuple(own[name].shape)
-            result.initial[name] = f"file has {came}, model {want}"
+            result.anew[name] = f"file has {came}, model {want}"
+        elif strange and name.startswith(head):
+            result.anew[name] = "the file's classes are others"
         elif not torch.isfinite(tensors[name]).all():
             raise ModelError(f"{label}: {name} holds nan or infinity; the file is of no use")
         else:
             take[name] = tensors[name]
             result.loaded.append(name)
     result.ignored = [name for name in tensors if name not in own]
-    head = _classifier(model)
     body = [name for name in wanted if not name.startswith(head)]
     fits = sum(name in take for name in body)
-    if 2 * fits < len(body) or not take:
+    if not take or (2 * fits < len(body) and not force):
+        way_out = "; force_weights: true takes it all the same" if take else ""
         raise ModelError(
             f"{label} fits {fits} of the model's {len(body)} tensors before the classifier: it is "
-            f"of another model. It holds {_some(list(tensors))}; wanted {_some(body)}"
+            f"of another model. It holds {_some(list(tensors))}; wanted {_some(body)}{way_out}"
         )
     model.load_state_dict(take, strict=False)
     return result
@@ -204,10 +224,49 @@ def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def _classifier(model: nn.Module) -> str:
-    """The prefix of the classifier's tensors."""
+def classifier(model: nn.Module) -> str:
+    """The name of the module that ends in the classes."""
     name = getattr(model, "default_cfg", {}).get("classifier", "fc")
     return name if isinstance(name, str) else name[0]
+
+
+def run_classes(path: Path) -> list[str] | None:
+    """The class names a run folder was trained for, None for anything else."""
+    try:
+        return json.loads((path / "environment.json").read_text())["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def same_classes(theirs: list[str] | None, ours: list[str]) -> bool:
+    """Whether two lists may name the same classes: unknown and bare numbers name anything."""
+    if theirs is None or theirs == ours:
+        return True
+    bare = [str(i) for i in range(len(ours))]
+    return len(theirs) == len(ours) and bare in (theirs, ours)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every part is in the mode it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that name. Raises ModelError with the nearest names."""
+    names = [found for found, _ in model.named_modules() if found]
+    if name not in names:
+        top = [found for found in names if "." not in found]
+        near = difflib.get_close_matches(name, names, n=4) or top
+        kind = type(model).__name__
+        raise ModelError(f"{kind} has no module {name!r}; near: {_some(near, 12)}")
+    return model.get_submodule(name)
 
 
 def _some(names: list[str], count: int = 4) -> str:

@@ -40,8 +40,12 @@ def grid(
     columns: int = 8,
     heading: str = "",
 ) -> Figure:
-    """Pictures (PIL or height x width x 3) in rows of `columns`, a title above each."""
-    columns = min(columns, max(1, len(pictures)))
+    """Pictures (PIL or height x width x 3) in rows of `columns`, a title above each.
+
+    Few pictures stand at the left of a figure that is as wide as its heading.
+    """
+    wide = math.ceil(0.08 * len(heading) / 1.15)
+    columns = min(columns, max(1, wide, len(pictures)))
     count = max(1, math.ceil(len(pictures) / columns))
     lines = max((str(t).count("\n") + 1 for t in titles or [""]), default=1)
     figure = Figure(1.15 * columns, (1.1 + 0.17 * lines) * count + (0.3 if heading else 0))
@@ -50,6 +54,7 @@ def grid(
         ax.set_xticks([])
         ax.set_yticks([])
         ax.set_frame_on(False)
+        ax.set_anchor("N")  # in the middle of its place a long title would be cut off at the top
     for i, picture in enumerate(pictures):
         ax = axes.flat[i]
         ax.imshow(np.asarray(picture), interpolation="nearest", vmin=0, vmax=255)
@@ -60,15 +65,18 @@ def grid(
     return figure
 
 
-def label_text(target: Any, classes: Sequence[str]) -> str:
-    """A class number as its name; a soft label as its shares, a line each: "0.62 cat"."""
+def label_text(target: Any, classes: Sequence[str], most: int | None = None) -> str:
+    """A class number as its name; a soft label as its shares, a line each: "0.62 cat".
+
+    Shares that would read 0.00 are left out, and those behind the `most` largest.
+    """
     if np.ndim(target) == 0:
         return classes[int(target)]
     shares = np.asarray(target)
     if shares.max() >= 0.9995:
         return classes[int(shares.argmax())]
-    digits = 2 if shares.max() < 0.995 else 3
-    mixed = [i for i in np.argsort(-shares) if shares[i] > 0]
+    digits = 2 if 0.1 <= shares.max() < 0.995 else 3
+    mixed = [i for i in np.argsort(-shares)[:most] if shares[i] >= 0.5 * 0.1**digits]
     return "\n".join(f"{shares[i]:.{digits}f} {classes[i]}" for i in mixed)
 
 
@@ -146,6 +154,13 @@ def curves(steps: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
             color=COLOURS[5],
             label="training (augmented pictures)",
         )
+        apart = {
+            "train_task_loss": "training, labels",
+            "train_mimic_loss": "training, teacher (its unit)",
+        }
+        for column, colour in zip(apart, (COLOURS[3], COLOURS[4]), strict=True):
+            if column in metrics:  # a distillation: both losses before their weights
+                left.plot(metrics.epoch, metrics[column], ".:", color=colour, label=apart[column])
         seen = metrics.dropna(subset=["top1"])
         left.plot(seen.epoch, seen.val_loss, ".--", color=COLOURS[1], label="validation")
         right.plot(seen.epoch, seen.top1, ".-", color=COLOURS[1], label="validation")
@@ -155,7 +170,7 @@ def curves(steps: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
             )
             right.plot(seen.epoch, seen.ema_top1, ".:", color=COLOURS[2], label="validation, EMA")
     for ax, name in ((left, "loss (nats)"), (right, "top-1 (%)")):
-        ax.set_xlabel("epoch")
+        _epochs(ax)
         ax.set_ylabel(name)
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:
@@ -165,6 +180,34 @@ def curves(steps: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
     if len(steps):
         left.set_ylim(0, max(1e-3, float(np.nanpercentile(steps.loss, 99)) * 1.1))
     return figure
+
+
+def top1_curves(metrics: Mapping[str, pd.DataFrame]) -> Figure:
+    """Validation top-1 by epoch, a line per name, its last value in the legend."""
+    figure = Figure(9 if len(metrics) > 4 else 6.5)
+    ax = figure.subplots()
+    for i, (name, table) in enumerate(metrics.items()):
+        seen = table.reindex(columns=["epoch", "top1"]).dropna()
+        style = STYLES[i // len(COLOURS) % len(STYLES)]
+        label = f"{name}: {seen.top1.iloc[-1]:.2f} %" if len(seen) else f"{name}: no epoch yet"
+        ax.plot(
+            seen.epoch, seen.top1, style, marker=".", color=COLOURS[i % len(COLOURS)], label=label
+        )
+    _epochs(ax)
+    ax.set_ylabel("validation top-1 (%)")
+    ax.grid(alpha=0.3)
+    if len(metrics) > 4:
+        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    elif metrics:
+        ax.legend(fontsize=8, frameon=False)
+    else:
+        ax.text(0.5, 0.5, "no run yet", ha="center", transform=ax.transAxes)
+    return figure
+
+
+def _epochs(ax: Any) -> None:
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
 
 
 def _steps_per_epoch(steps: pd.DataFrame, metrics: pd.DataFrame) -> float:
@@ -256,4 +299,33 @@ def per_class(table: pd.DataFrame, most: int = 30) -> Figure:
             fontsize=7,
             color="white" if inside else "black",
         )
+    return figure
+
+
+def changes(table: pd.DataFrame, names: Sequence[str], most: int = 30) -> Figure:
+    """What each class gained from one column of top-1 to the other, largest changes only.
+
+    The table is evaluation.side_by_side's; `names` are its two columns, before and after.
+    """
+    change = (table[names[1]] - table[names[0]]).dropna()
+    kept = change.abs().sort_values(ascending=False, kind="stable").head(most).index
+    part = table.loc[change[kept].sort_values(ascending=False, kind="stable").index]
+    change = change[part.index]
+    figure = Figure(8, 0.9 + 0.22 * len(part))
+    ax = figure.subplots()
+    ax.barh(range(len(part)), change, color=[COLOURS[0] if c >= 0 else COLOURS[1] for c in change])
+    ax.set_yticks(range(len(part)), part["class"], fontsize=8)
+    ax.invert_yaxis()
+    ax.axvline(0, color="black", lw=0.8)
+    ax.margins(x=0.25)
+    if change.abs().max() < 1:  # nothing happened: not to be blown up to the width of the figure
+        ax.set_xlim(-1.5, 1.5)
+    ax.set_xlabel(f"top-1 of {names[1]} less that of {names[0]} (points)")
+    ax.set_ylabel("class")
+    rows = zip(change, part[names[0]], part[names[1]], part.images, strict=True)
+    for i, (points, before, after, images) in enumerate(rows):
+        text = f" {before:.1f} to {after:.1f} % of {images} "
+        ax.text(points, i, text, va="center", ha="left" if points >= 0 else "right", fontsize=7)
+    if len(part) < len(table):
+        ax.set_title(f"the {len(part)} of {len(table)} classes that changed most", fontsize=9)
     return figure

@@ -26,6 +26,7 @@ from workbench import ROOT
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
+TEMPERED = {"kl", "ce", "dist", "dkd", "kl_standardized"}  # mimic losses with a temperature
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
@@ -44,7 +45,7 @@ def knob(default: Any, text: str, *, place: bool = False, **limits) -> Any:
 
 
 class Recipe(BaseModel):
-    """The knobs, in the order data, model, optimisation, loss, augmentation, run.
+    """The knobs, in the order data, model, optimisation, loss, augmentation, distillation, run.
 
     Sources: UP is United Perception's classification task; BoT is arXiv 1812.01187; RSB is
     arXiv 2110.00476. Raises RecipeError, never a bare pydantic error.
@@ -69,6 +70,9 @@ class Recipe(BaseModel):
     class_names: str = knob("", "text file with one class name per line")
     num_classes: int | None = knob(None, "None counts them in the data", ge=2)
     fraction: float = knob(1.0, "share of the training list that is used", gt=0, le=1)
+    class_balance: Fraction = knob(
+        0.0, "0: every picture once an epoch; 1: every class equally often"
+    )
     outside_root: bool = knob(False, "list entries may leave their root")
     verify_data: bool = knob(True, "decode every picture once before training, cached")
     image_size: int = knob(32, "pixels, side of the square training crop", ge=8, le=4096)
@@ -94,6 +98,8 @@ class Recipe(BaseModel):
     dropout: float = knob(0.0, "before the classifier", ge=0, lt=1)
     pretrained: bool = knob(False, "start from timm's published weights")
     weights: str = knob("", "start from this weights file or run folder")
+    force_weights: bool = knob(False, "take weights that fit less than half of the model, too")
+    freeze: list[str] = knob([], "modules that stay as they start, norms included: conv1, layer1")
 
     # optimisation
     epochs: int = knob(8, "passes over the training list", ge=1, le=100_000)
@@ -129,6 +135,10 @@ class Recipe(BaseModel):
     warmup_epochs: float = knob(0.0, "epochs of climb to lr, arXiv 1706.02677", ge=0)
     warmup_steps: int = knob(0, "steps of climb, in the place of warmup_epochs", ge=0)
     warmup_ratio: float = knob(0.0, "share of lr that the warm-up starts from", ge=0, le=1)
+    layer_decay: float | None = knob(
+        None, "lr of a layer over that of the layer above it, arXiv 2106.08254", gt=0, lt=1
+    )
+    probe_epochs: int = knob(0, "first epochs, in which the classifier alone learns", ge=0)
     clip_grad_norm: float | None = knob(None, "largest norm of all gradients together", gt=0)
     ema_decay: float | None = knob(
         None, "share of the average kept per step, constant; both weights are evaluated", gt=0, lt=1
@@ -182,6 +192,36 @@ class Recipe(BaseModel):
         "pixel", "filled with noise, one noise colour, or the mean"
     )
     erase_count: int = knob(1, "boxes at most, which share the area", ge=1, le=16)
+
+    # distillation
+    teacher: list[str] = knob([], "run folders, weights files or timm names; none: no teacher")
+    teacher_model: list[str] = knob([], "timm names of the teachers in weights files, one each")
+    teacher_weight: list[Annotated[float, Field(gt=0)]] = knob(
+        [1.0], "of what a teacher says, one for all or one each; they add up", min_length=1
+    )
+    teacher_image_size: list[Annotated[int, Field(ge=8, le=4096)]] = knob(
+        [], "pixels, one for all or one each; none: that of its training"
+    )
+    teacher_mean: list[Fraction] = knob([], "RGB, 0 to 1, of all or of each; none: of its training")
+    teacher_std: list[Annotated[float, Field(gt=0, le=1)]] = knob([], "as teacher_mean")
+    mimic: list[str] = knob(
+        ["logits"],
+        "logits, or modules: layer4 -> layer4, teacher2:layer4 for one teacher's",
+        min_length=1,
+    )
+    mimic_loss: list[
+        Literal["kl", "ce", "l2", "l2_normalized", "up_kl", "dist", "dkd", "kl_standardized"]
+    ] = knob(["dist"], "one for all or one each; modules take l2 or l2_normalized", min_length=1)
+    mimic_weight: list[Annotated[float, Field(gt=0)]] = knob(
+        [1.0], "one for all or one each", min_length=1
+    )
+    temperature: float = knob(1.0, "divides logits in kl, ce, dist, dkd and kl_standardized", gt=0)
+    dkd_beta: float = knob(8.0, "weight of the other classes in dkd, arXiv 2203.08679", gt=0)
+    mimic_warmup_epochs: float = knob(0.0, "epochs in which the mimic loss grows from 0", ge=0)
+    task_weight: float = knob(1.0, "of the loss against the labels; 0 leaves the teacher's", ge=0)
+    cache_teacher: bool = knob(
+        False, "keep the teachers' logits on disk for the next student", place=True
+    )
 
     # run
     seed: int = knob(0, "order, draws and initial weights follow from it", ge=0, lt=2**32)
@@ -429,6 +469,18 @@ _ELSEWHERE = {
     "meta_file": "train_list",
     "image_dir": "train_root",
     "accumulate": "micro_batch_size",
+    "kd_temperature": "temperature",
+    "tau": "temperature",
+    "teacher_path": "teacher",
+    "mimic_type": "mimic_loss",
+    "mimic_name": "mimic",
+    "distill_weight": "mimic_weight",
+    "kd_weight": "mimic_weight",
+    "task_loss": "task_weight",
+    "frozen_layers": "freeze",
+    "layer_wise_decay": "layer_decay",
+    "linear_probe": "probe_epochs",
+    "balanced": "class_balance",
 }
 
 
@@ -551,6 +603,28 @@ _UNUSED = [
     ),
     ("mix_per_sample", lambda r: not mixes(r) and "since mixup_alpha and cutmix_alpha are 0"),
     ("erase_mode erase_count", lambda r: r.erase_prob == 0 and "since erase_prob is 0"),
+    ("force_weights", lambda r: not r.weights and "since weights is empty"),
+    (
+        "teacher_model teacher_weight teacher_image_size teacher_mean teacher_std mimic mimic_loss"
+        " mimic_weight temperature dkd_beta mimic_warmup_epochs task_weight cache_teacher",
+        lambda r: not r.teacher and "since there is no teacher",
+    ),
+    (
+        "temperature",
+        lambda r: (
+            bool(r.teacher)
+            and not set(r.mimic_loss) & TEMPERED
+            and f"since mimic_loss is {', '.join(r.mimic_loss)}"
+        ),
+    ),
+    (
+        "dkd_beta",
+        lambda r: bool(r.teacher) and "dkd" not in r.mimic_loss and "since no mimic_loss is dkd",
+    ),
+    (
+        "loss label_smoothing up_smoothing bce_threshold bce_sum bce_shift",
+        lambda r: bool(r.teacher) and r.task_weight == 0 and "since task_weight is 0",
+    ),
 ]
 
 # (knob, rule): a rule returns what is wrong with the knob beside the other ones, or False.
@@ -653,6 +727,75 @@ _WRONG = [
             and f"{r.micro_batch_size} is odd, but pictures are mixed in pairs"
         ),
     ),
+    (
+        "probe_epochs",
+        lambda r: (
+            r.probe_epochs >= r.epochs
+            and f"{r.probe_epochs} of {r.epochs} epochs would leave none for the whole model"
+        ),
+    ),
+    ("freeze", lambda r: "" in r.freeze and "an empty name would be the whole model"),
+    *[
+        (
+            key,
+            lambda r, k=key, n=per: bool(r.teacher) and _each(r, k, len(r.teacher), "teachers", n),
+        )
+        for key, per in (
+            ("teacher_weight", 1),
+            ("teacher_image_size", 1),
+            ("teacher_mean", 3),
+            ("teacher_std", 3),
+        )
+    ],
+    (
+        "teacher_model",
+        lambda r: (
+            bool(r.teacher)
+            and len(r.teacher_model) not in (0, len(r.teacher))
+            and f"{len(r.teacher_model)} names for {len(r.teacher)} teachers; give one each"
+        ),
+    ),
+    ("mimic", lambda r: bool(r.teacher) and _mimics(r)),
+    *[
+        (key, lambda r, k=key: bool(r.teacher) and _each(r, k, len(r.mimic), "mimics"))
+        for key in ("mimic_loss", "mimic_weight")
+    ],
+    (
+        "mimic_loss",
+        lambda r: (
+            bool(r.teacher)
+            and any(not on_logits(m) for m in r.mimic)
+            and any(
+                not on_logits(m) and not k.startswith("l2")
+                for m, k in zip(r.mimic, one_each(r.mimic_loss, len(r.mimic)), strict=False)
+            )
+            and "modules are compared by l2 or l2_normalized; the others are for logits"
+        ),
+    ),
+    (
+        "mimic_warmup_epochs",
+        lambda r: (
+            r.mimic_warmup_epochs > r.epochs
+            and f"{r.mimic_warmup_epochs} of {r.epochs} epochs would never reach the whole loss"
+        ),
+    ),
+    (
+        "task_weight",
+        lambda r: (
+            bool(r.teacher)
+            and r.task_weight == 0
+            and not any(map(on_logits, r.mimic))
+            and "0 and no mimic of logits: nothing would train the classifier"
+        ),
+    ),
+    (
+        "cache_teacher",
+        lambda r: (
+            r.cache_teacher
+            and not all(map(on_logits, r.mimic))
+            and "keeps logits only; modules would need the teacher itself"
+        ),
+    ),
     *[
         (key, lambda r, k=key: getattr(r, k)[0] > getattr(r, k)[1] and f"{getattr(r, k)} falls")
         for key in ("crop_scale", "crop_ratio")
@@ -700,6 +843,49 @@ def _roots(lists: list[str], roots: list[str]) -> str | bool:
         and len(roots) not in (1, len(lists))
         and f"{len(roots)} roots for {len(lists)} lists; give one, or one for each list"
     )
+
+
+def _each(recipe: Any, key: str, count: int, of: str, per: int = 1) -> str | bool:
+    """What is wrong with a list that holds `per` values for all, or for each of `count`."""
+    given = len(getattr(recipe, key))
+    allowed = {per, per * count} | ({0} if Recipe.model_fields[key].default == [] else set())
+    return (
+        given not in allowed
+        and f"{given} values for {count} {of}; give {per} for all, or {per} each"
+    )
+
+
+# A module's name, or one teacher's: teacher2:layer4.
+_MIMIC = re.compile(r"[\w.]+( -> (teacher[1-9]\d*:)?[\w.]+)?")
+
+
+def _mimics(recipe: Any) -> str | bool:
+    for text in recipe.mimic:
+        if not _MIMIC.fullmatch(text) or ("->" not in text and text != "logits"):
+            return f"{text!r} is neither logits nor 'student module -> teacher module'"
+        ours, theirs, number = mimic_parts(text)
+        if (ours == "logits") != (theirs == "logits"):
+            return f"{text!r} compares logits with a module; say logits -> logits"
+        if number and number > len(recipe.teacher):
+            return f"{text!r} names teacher {number} of {len(recipe.teacher)}"
+    return False
+
+
+def mimic_parts(text: str) -> tuple[str, str, int | None]:
+    """Student's module, teacher's module, and the teacher's number from 1, None for all."""
+    ours, _, theirs = text.partition(" -> ")
+    number, colon, module = (theirs or ours).rpartition(":")
+    return ours, module, int(number.removeprefix("teacher")) if colon else None
+
+
+def on_logits(text: str) -> bool:
+    """Whether a mimic compares logits, not modules."""
+    return mimic_parts(text)[0] == "logits"
+
+
+def one_each(values: list, count: int) -> list:
+    """One value for all, as one for each."""
+    return values * count if len(values) == 1 else values
 
 
 def mixes(recipe: Any) -> bool:

@@ -6,6 +6,7 @@
                   steps.csv            a row per log_every steps, with speed
                   predictions.parquet  a row per validation picture and set of weights (raw, ema)
                   quarantine.csv       pictures that could not be read, if there are any
+                  start.csv            a row per tensor, where it started from other weights
                   status.json          running, stopped, finished or failed, and the step
                   last.pt              where a resume begins
                   best.safetensors     weights of the best validated epoch (chosen on that list)
@@ -397,6 +398,22 @@ def table(root: str | Path = "runs") -> pd.DataFrame:
     columns = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_loss minutes"
     frame = pd.DataFrame(rows, columns=[*columns.split(), "device", "updated"])
     return frame.sort_values("updated", ascending=False, ignore_index=True)
+
+
+def finished(root: str | Path, **environment: Any) -> list[Run]:
+    """The finished runs below `root` whose environment.json has these values, by name.
+
+    `recipe` is a recipe's fingerprint, which no name changes, `data` that of the pictures.
+    """
+    found = []
+    for path in sorted(Path(root).glob("*/environment.json")):
+        run = Run(path.parent)
+        with contextlib.suppress(RunError):
+            known = run.environment()
+            same = all(known.get(key) == value for key, value in environment.items())
+            if same and run.status()["state"] == "finished":
+                found.append(run)
+    return found
 
 
 def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:

@@ -29,12 +29,24 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
+from timm.models import group_parameters
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from workbench import ROOT, augmentation, data, evaluation, losses, models, runs, schedule
+from workbench import (
+    ROOT,
+    augmentation,
+    data,
+    distillation,
+    evaluation,
+    losses,
+    models,
+    runs,
+    schedule,
+)
 from workbench.lamb import LAMB
+from workbench.progress import bar
 
 
 class TrainingError(RuntimeError):
@@ -113,6 +125,12 @@ def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
     return schedule.Constant(recipe.lr, warmup)
 
 
+def mimic_ramp(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
+    """The share of the mimic loss at a step, counted from 0: grows evenly from 0 to 1."""
+    climb = round(recipe.mimic_warmup_epochs * steps_per_epoch)
+    return lambda step: min(1.0, step / climb) if climb else 1.0
+
+
 def loss_function(recipe: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """(logits (n, classes), targets (n,) or soft (n, classes)) -> losses (n,) of training."""
     if recipe.loss == "bce":
@@ -143,18 +161,31 @@ def create_model(recipe: Any, num_classes: int) -> nn.Module:
     )
 
 
-def create_optimizer(recipe: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer; its lr is set anew before every step."""
+def create_optimizer(
+    recipe: Any, model: nn.Module, adapters: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over what is not frozen, and over a mimic's adapters.
+
+    Its lr is set anew before every step, to that of the schedule times a group's lr_scale.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for _, p in named]}]
-    if not recipe.decay_all:
-        # What timm's models themselves name: position embeddings, class tokens, bias tables.
-        spared = getattr(model, "no_weight_decay", set)()
-        free = lambda name, p: p.ndim <= 1 or any(part in name for part in spared)
-        groups = [
-            {"params": [p for name, p in named if not free(name, p)]},
-            {"params": [p for name, p in named if free(name, p)], "weight_decay": 0.0},
-        ]
+    scales = lr_scales(model, recipe.layer_decay)
+    if adapters is not None:
+        named += [(f"adapters.{name}", p) for name, p in adapters.named_parameters()]
+    # What timm's models themselves name: position embeddings, class tokens, bias tables.
+    spared = getattr(model, "no_weight_decay", set)()
+    # What begins later, after probing, has a group of its own: torch's fused SGD wants the momenta
+    # of a group to begin together.
+    head = models.classifier(model) + "." if recipe.probe_epochs else ""
+    parts: dict[tuple[bool, bool, float], list] = {}
+    for name, p in named:
+        free = not recipe.decay_all and (p.ndim <= 1 or any(part in name for part in spared))
+        first = name.startswith((head, "adapters."))
+        parts.setdefault((free, first, scales.get(name, 1.0)), []).append(p)
+    groups = [
+        {"params": kept, "lr_scale": scale, **({"weight_decay": 0.0} if free else {})}
+        for (free, _, scale), kept in sorted(parts.items(), key=lambda part: part[0][0])
+    ]
     shared = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     match recipe.optimizer:
@@ -171,6 +202,18 @@ def create_optimizer(recipe: Any, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         groups, **shared, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused
     )
+
+
+def lr_scales(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
+    """The share of lr by parameter: layer_decay to the power of the layers above it.
+
+    Layers are timm's; the classifier is the last. Bao et al., BEiT, arXiv 2106.08254, appendix.
+    """
+    if layer_decay is None:
+        return {}
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    top = max(layers.values())
+    return {name: layer_decay ** (top - layer) for name, layer in layers.items()}
 
 
 class Normalize:
@@ -296,7 +339,9 @@ def fit(
     Step rows: kind, step, steps, epoch, lr, loss (mean since the last row), seconds (training time
     so far), images_per_second, data_wait (share of the time). Epoch rows: kind and the columns of
     metrics.csv: epoch, step, lr, train_loss, train_top1, images, val_loss, top1, top5, val_images,
-    and ema_val_loss, ema_top1, ema_top5 where EMA is on; validation is None in epochs without.
+    and ema_val_loss, ema_top1, ema_top5 where EMA is on; validation is None in epochs without. With
+    a teacher also task_loss and mimic_loss (train_task_loss, train_mimic_loss), each before its
+    weight and ramp; loss = task_weight * task_loss + ramp * mimic_loss.
 
     Starting point, first that applies: the folder's last.pt (auto_resume), `resume_from`,
     `weights` or `pretrained`, initial weights from the seed. A finished run yields nothing.
@@ -304,7 +349,7 @@ def fit(
     Ctrl-C, SIGTERM, a STOP file in the folder, `stop` and leaving the loop end it at the next
     step: last.pt is written, the state is "stopped", and fit returns normally. A second Ctrl-C
     interrupts at once. `prepared` saves reading the lists again. Raises RunError, DataError,
-    ModelError or TrainingError, mostly before the first step.
+    ModelError, DistillationError or TrainingError, mostly before the first step.
     """
     key = str(run.path.resolve())
     previous = _live.get(key)
@@ -374,10 +419,15 @@ class _Progress:
     step: int = 0
     seconds: float = 0.0
     best: float = -1.0
-    loss_sum: float = 0.0  # of the epoch so far, natural log, summed over pictures
+    # Of the epoch so far, summed over pictures, and of the steps since the last row.
+    loss_sum: float = 0.0
+    task_sum: float = 0.0
+    mimic_sum: float = 0.0
     correct: int = 0
     images: int = 0
-    window_sum: float = 0.0  # of the steps since the last row
+    window_sum: float = 0.0
+    window_task: float = 0.0
+    window_mimic: float = 0.0
     window_steps: int = 0
 
 
@@ -424,15 +474,25 @@ def _train(
         state = runs.Run(ROOT / recipe.resume_from).load_checkpoint()
         if state is None:
             raise runs.RunError(f"resume_from {recipe.resume_from!r} has no last.pt")
+    started = None
     if state is None and recipe.weights:
-        said = str(models.load(model, recipe.weights))
+        loaded = models.load(
+            model, recipe.weights, classes=content.classes, force=recipe.force_weights
+        )
+        said, started = str(loaded), loaded.table()
+    frozen = [models.module(model, name) for name in recipe.freeze]
+    _wake(model, frozen)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
-    optimizer = create_optimizer(recipe, model)
+    kd = None
+    if recipe.teacher:
+        kd = distillation.Distillation(recipe, model, content.classes, device)
+    adapters = kd.student.adapters if kd else None
+    optimizer = create_optimizer(recipe, model, adapters)
     progress = _Progress()
     if state is not None:
-        _restore(state, model, ema, optimizer, progress, steps, steps_per_epoch)
+        _restore(state, model, ema, adapters, optimizer, progress, steps, steps_per_epoch)
         said = f"goes on after step {progress.step}"
         said += f" of {recipe.resume_from}" if borrowed else ""
         if borrowed and progress.step == steps:
@@ -440,8 +500,8 @@ def _train(
                 f"resume_from {recipe.resume_from!r} stands at step {steps}, and this recipe "
                 f"ends at {steps}; use `weights`, or more epochs"
             )
-    wrapped = team.wrap(model)
-    rate = lr_schedule(recipe, steps_per_epoch)
+    student = kd.student if kd else model
+    rate, ramp = lr_schedule(recipe, steps_per_epoch), mimic_ramp(recipe, steps_per_epoch)
     normalize = Normalize(recipe, device)
     prepare = DeviceTransform(recipe, len(content.classes), device)
     criterion = loss_function(recipe)
@@ -467,6 +527,13 @@ def _train(
         "without_pictures": [c for i, c in enumerate(content.classes) if i not in trained],
         "start": said,
     }
+    if kd:
+        environment["teachers"] = kd.record()
+        if recipe.cache_teacher:
+            same = "data precision processes threads torch torchvision timm numpy pillow".split()
+            environment["teacher_cache"] = kd.keep(
+                steps_per_epoch, device=device.type, **{key: environment[key] for key in same}
+            )
     if team.first:
         before = run.environment()
         if state is not None and before.get("data", environment["data"]) != environment["data"]:
@@ -474,18 +541,22 @@ def _train(
                 f"the data changed since {run.path} was started (fingerprint {before['data']}, now "
                 f"{environment['data']}); put the pictures back, or give this run another name"
             )
+        if state is not None and kd:
+            _same_teachers(run, before, environment)
         run.rewind(progress.step)
         with run.replacing("recipe.yaml") as temporary:
             recipe.write(temporary)
         if not run.file("quarantine.csv").exists():
             columns = ["side", "file", "label", "reason", "detail", "step"]
             run.save_frame("quarantine.csv", _concat([pd.DataFrame(columns=columns), *quarantined]))
+        if started is not None:
+            run.save_frame("start.csv", started)
         run.write_json("environment.json", {**environment, "seconds": progress.seconds})
         run.set_status("running", step=progress.step, steps=steps, message="")
 
     def finite() -> None:
         """Raises TrainingError when a weight or a norm's statistic is not."""
-        if not all(torch.isfinite(v).all() for v in model.state_dict().values()):
+        if not all(torch.isfinite(v).all() for v in student.state_dict().values()):
             _not_finite(run if team.first else None, train, recipe, progress.step - 1, float("nan"))
 
     def checkpoint() -> None:
@@ -496,11 +567,14 @@ def _train(
             {
                 "model": model.state_dict(),
                 "ema": ema.state_dict() if ema else None,
+                "adapters": adapters.state_dict() if kd else None,
                 "optimizer": optimizer.state_dict(),
                 "progress": dict(vars(progress)),
                 "steps_per_epoch": steps_per_epoch,
             }
         )
+        if kd and kd.kept:
+            environment["teacher_answers"] = {"asked": kd.kept.asked, "read": kd.kept.found}
         run.write_json("environment.json", {**environment, **_usage(device, progress.seconds)})
         run.set_status("running", step=progress.step, steps=steps)
 
@@ -528,9 +602,7 @@ def _train(
             columns["val_images"] = result["val_images"]
         if team.first:
             for weights, frame in frames.items():
-                frame.insert(0, "list", val.list.to_numpy()[frame.row])
-                frame.insert(0, "file", val.file.to_numpy()[frame.row])
-                frame.insert(0, "weights", weights)
+                _named(frame, val).insert(0, "weights", weights)
             run.save_frame("predictions.parquet", _concat(frames.values()))
             top1, network = max(
                 [(columns["top1"], "raw")] + ([(columns["ema_top1"], "ema")] if ema else [])
@@ -551,6 +623,7 @@ def _train(
         micro_batch_size=recipe.micro_batch_size,
         drop_last=recipe.drop_last,
         repeated_aug=recipe.repeated_aug,
+        class_balance=recipe.class_balance,
         rank=team.rank,
         world=team.world,
         workers=workers,
@@ -577,29 +650,45 @@ def _train(
         fetched = iter(torch.stack(flat).tolist() if flat else ())
         sums = []
         for parts, read in pending:
-            pairs = [(next(fetched), next(fetched)) for _ in parts[::2]]
-            sums.append([sum(p[0] for p in pairs), sum(p[1] for p in pairs), read])
+            columns = [[next(fetched) for _ in range(4)] for _ in range(len(parts) // 4)]
+            sums.append([sum(column) for column in zip(*columns, strict=True)] or [0.0] * 4)
+            sums[-1].append(read)
         values = team.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
         first = progress.step - len(pending)
-        for step, (loss, correct, images) in enumerate(values, first):
+        for step, (loss, task, taught, correct, images) in enumerate(values, first):
             if not math.isfinite(loss):
                 _not_finite(run if team.first else None, train, recipe, step, loss)
             progress.window_sum += loss / max(1, images)
+            progress.window_task += task / max(1, images)
+            progress.window_mimic += taught / max(1, images)
             progress.window_steps += 1
             progress.loss_sum += loss
+            progress.task_sum += task
+            progress.mimic_sum += taught
             progress.correct += round(correct)
             progress.images += round(images)
         pending.clear()
 
-    model.train()
+    def apart(prefix: str, task: float, taught: float, count: int) -> dict[str, float]:
+        """With a teacher both losses, each before its weight in the sum."""
+        means = {f"{prefix}task_loss": task, f"{prefix}mimic_loss": taught}
+        return {key: total / max(1, count) for key, total in means.items()} if kd else {}
+
+    wrapped, probing = None, None
     asked.listen()  # from here on Ctrl-C waits for the step; before, it interrupts at once
     try:
         while progress.step < steps:
             # One optimizer step: read, forward, backward, clip, update, average.
             step = progress.step
+            if probing is not (probe := step < recipe.probe_epochs * steps_per_epoch):
+                probing = probe
+                _wake(
+                    model, frozen, models.module(model, models.classifier(model)) if probe else None
+                )
+                wrapped = team.wrap(student)  # gradients are shared for what learns from here on
             lr = rate(step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             _seed(device, data.step_seed(recipe.seed, step, team.rank))  # dropout, drop path
             parts: list[torch.Tensor] = []
             read = 0
@@ -615,22 +704,25 @@ def _train(
                     if count:
                         images, targets = prepare(batch)
                         alone = norms and count == 1  # the others of its part vanished
-                        if alone:
-                            model.eval()
-                        with autocast():
-                            logits = wrapped(images).float()
-                        if alone:
-                            model.train()
-                        loss = criterion(logits, targets).sum()
+                        with models.evaluating(model) if alone else _nothing, autocast():
+                            logits, features = wrapped(images) if kd else (wrapped(images), {})
+                            lesson = kd.lesson(images, batch) if kd else None
+                        logits = logits.float()
+                        loss = task = criterion(logits, targets).sum()
+                        taught = loss.new_zeros(())
+                        if kd:
+                            taught = kd.loss(logits, features, lesson, targets) * count
+                            loss = recipe.task_weight * task + ramp(step) * taught
                         wanted = targets if targets.ndim == 1 else targets.argmax(1)
-                        parts += [loss.detach(), (logits.detach().argmax(1) == wanted).sum()]
+                        correct = (logits.detach().argmax(1) == wanted).sum()
+                        parts += [loss.detach(), task.detach(), taught.detach(), correct]
                         read += count
                     else:  # no picture for this process in a small last batch: gradients of zero
-                        loss = _zero(wrapped, model, recipe, device)
+                        loss = _zero(wrapped, student, recipe, device)
                     # The mean over the step's pictures; DDP divides by the number of processes.
                     (loss * (team.world / batch.total)).backward()
             if recipe.clip_grad_norm and recipe.optimizer != "lamb":
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
+                nn.utils.clip_grad_norm_(student.parameters(), recipe.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
@@ -658,12 +750,14 @@ def _train(
                     "epoch": epoch,
                     "lr": lr,
                     "loss": progress.window_sum / progress.window_steps,
+                    **apart("", progress.window_task, progress.window_mimic, progress.window_steps),
                     "seconds": round(progress.seconds, 3),
                     "images_per_second": round(seen / max(1e-9, now - mark), 1),
                     "data_wait": round(waited / max(1e-9, now - mark), 3),
                 }
                 rows.append(("steps.csv", {"kind": "step", "steps": steps, **row}))
                 progress.window_sum, progress.window_steps = 0.0, 0
+                progress.window_task = progress.window_mimic = 0.0
                 seen = waited = 0.0
             if epoch_ends:
                 finite()
@@ -672,6 +766,7 @@ def _train(
                     "step": step,
                     "lr": lr,
                     "train_loss": progress.loss_sum / max(1, progress.images),
+                    **apart("train_", progress.task_sum, progress.mimic_sum, progress.images),
                     "train_top1": 100 * progress.correct / max(1, progress.images),
                     "images": progress.images,
                     **_no_validation(ema is not None),
@@ -679,7 +774,8 @@ def _train(
                 if epoch % recipe.val_every == 0 or step == steps:
                     row |= validate()
                 rows.append(("metrics.csv", {"kind": "epoch", "steps": steps, **row}))
-                progress.loss_sum, progress.correct, progress.images = 0.0, 0, 0
+                progress.loss_sum = progress.task_sum = progress.mimic_sum = 0.0
+                progress.correct = progress.images = 0
                 progress.seconds += time.monotonic() - clock
             if team.first:
                 for name, row in rows:
@@ -733,14 +829,27 @@ def _smallest_part(count: int, recipe: Any, world: int) -> int:
     return min(sizes)
 
 
-def _zero(wrapped: nn.Module, model: nn.Module, recipe: Any, device: torch.device) -> torch.Tensor:
+def _wake(model: nn.Module, frozen: list[nn.Module], only: nn.Module | None = None) -> None:
+    """Training mode and gradients for all but what is frozen; for the part `only` where given.
+
+    What sleeps keeps its weights and its norms' statistics.
+    """
+    model.train(only is None).requires_grad_(only is None)
+    if only is not None:
+        only.train().requires_grad_(True)
+    for part in frozen:
+        part.eval().requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError("freeze leaves nothing to train; name fewer modules")
+
+
+def _zero(wrapped: nn.Module, student: nn.Module, recipe: Any, device: torch.device):
     """A zero that depends on every weight, without touching the norms' running statistics."""
-    model.eval()
-    try:
+    with models.evaluating(student):
         blank = torch.zeros(1, 3, recipe.image_size, recipe.image_size, device=device)
-        return wrapped(blank).float().sum() * 0.0
-    finally:
-        model.train()
+        given = wrapped(blank)
+        logits, features = given if isinstance(given, tuple) else (given, {})
+        return sum(out.float().sum() for out in (logits, *features.values())) * 0.0
 
 
 def _no_validation(ema: bool) -> dict[str, Any]:
@@ -756,6 +865,7 @@ def _restore(
     state: dict[str, Any],
     model: nn.Module,
     ema: nn.Module | None,
+    adapters: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     progress: _Progress,
     steps: int,
@@ -769,6 +879,8 @@ def _restore(
         model.load_state_dict(state["model"])
         if ema is not None:
             ema.load_state_dict(state["ema"] if state["ema"] is not None else state["model"])
+        if adapters is not None:
+            adapters.load_state_dict(state.get("adapters") or {})
         optimizer.load_state_dict(state["optimizer"])
         vars(progress).update(state["progress"])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -780,6 +892,17 @@ def _restore(
         raise runs.RunError(
             f"last.pt stands at step {progress.step}, this recipe ends at {steps}; use `weights`"
         )
+
+
+def _same_teachers(run: runs.Run, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises RunError when a teacher's weights are no longer those the run began with."""
+    theirs = [teacher["digest"] for teacher in before.get("teachers", now["teachers"])]
+    for teacher, digest in zip(now["teachers"], theirs, strict=False):
+        if teacher["digest"] != digest:
+            raise runs.RunError(
+                f"the teacher {teacher['source']} changed since {run.path} was started (weights "
+                f"{digest}, now {teacher['digest']}); put it back, or give this run another name"
+            )
 
 
 def _quarantine(
@@ -797,8 +920,15 @@ def _quarantine(
 
 def _not_finite(run: runs.Run | None, train: Any, recipe: Any, step: int, loss: float) -> None:
     """Names the step and its pictures. The weights are spoilt from there on: nothing is saved."""
-    how = recipe.seed, recipe.batch_size, recipe.drop_last, recipe.repeated_aug
-    rows, _ = data.step_rows(step, len(train), *how)
+    sampler = data.Sampler(
+        train.label,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        drop_last=recipe.drop_last,
+        repeated_aug=recipe.repeated_aug,
+        class_balance=recipe.class_balance,
+    )
+    rows, _ = sampler.rows(step)
     batch = train.iloc[rows]
     if run is not None:
         run.save_frame("nonfinite.csv", batch[["file", "label"]].assign(step=step))
@@ -853,9 +983,32 @@ def first_pictures(
             micro_batch_size=count,
             drop_last=recipe.drop_last,
             repeated_aug=recipe.repeated_aug,
+            class_balance=recipe.class_balance,
         )
     )
     return DeviceTransform(recipe, len(content.classes), torch.device("cpu"))(batch)
+
+
+def predictions(recipe: Any, content: data.Data, model: nn.Module) -> pd.DataFrame:
+    """A row per validation picture as a run keeps it, from any model of the recipe's pictures.
+
+    evaluation.predict's columns with file and list before them; the model stays on its device.
+    """
+    device = next(model.parameters()).device
+    transform, workers = test_transform(recipe), pick_workers(recipe.workers)
+    batches = data.eval_batches(
+        content.val, transform, batch_size=64, workers=workers if len(content.val) > 2000 else 0
+    )
+    with bar(len(content.val), "validation", "img") as shown:
+        normalize = Normalize(recipe, device)
+        frame = evaluation.predict(model, batches, normalize, device, shown.update)
+    return _named(frame, content.val)
+
+
+def _named(frame: pd.DataFrame, val: pd.DataFrame) -> pd.DataFrame:
+    frame.insert(0, "list", val.list.to_numpy()[frame.row])
+    frame.insert(0, "file", val.file.to_numpy()[frame.row])
+    return frame
 
 
 def first_loss(recipe: Any, content: data.Data, model: nn.Module, pictures: int = 64) -> float:
@@ -978,13 +1131,17 @@ class _Team:
         return values
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Norm statistics: each process saw its own pictures, the mean stands for all."""
+        """Norm statistics: each process saw its own pictures, the mean stands for all.
+
+        Of frozen ones, the same everywhere, the mean in float64 is what they are, to the bit.
+        """
         if self.world == 1:
             return
         for buffer in model.buffers():
             if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world
+                mean = buffer.double()
+                dist.all_reduce(mean)
+                buffer.copy_(mean / self.world)
 
     def gather(self, frame: Any) -> Any:
         """All processes' rows, in the order of the validation list."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from workbench.recipe import RESNETS, Recipe, RecipeError
+from workbench.recipe import RESNETS, TEMPERED, Recipe, RecipeError
 
 TAKEN, NOTHING = "taken", "no meaning here"
 MISSING = "not understood or not reproduced, decide"
@@ -46,16 +46,13 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """A recipe, what is to be said about it, and the blocks that a recipe has no knobs for.
+    """A recipe, what is to be said about it, and the block that a recipe has no knobs for.
 
-    distillation: {"teachers": {key: {"model", "weights", ...}}, "mimics": [{"name", "teacher",
-    "pairs" of (student's, teacher's) modules, "loss", "temperature", "weight", "warmup_steps"}],
-    "task_loss": bool}. deployment: to_kestrel as it stands, checked, resize_hw as [h, w].
+    deployment: to_kestrel as it stands, checked, resize_hw as [h, w].
     """
 
     recipe: Recipe
     notes: list[Note]
-    distillation: dict[str, Any] | None
     deployment: dict[str, Any] | None
     source: str
     origin: dict[str, Note] = field(repr=False)  # knob -> its note
@@ -444,7 +441,8 @@ _TIMM = {
     **{f"swin{size}": f"swin_{size}_patch4_window7_224" for size in _SIZES[:4]},
     **{f"swin{size}384": f"swin_{size}_patch4_window12_384" for size in ("base", "large")},
 }
-_MIMIC_LOSSES = {"kl": "kl_loss", "kd": "kd_loss", "ce": "ce_loss", "l2": "l2_loss"}
+# UP's mimic losses, in its last version with _loss -> ours
+_MIMIC_LOSSES = {"kl": "up_kl", "kd": "kl", "ce": "ce", "l2": "l2_normalized"}
 
 # why -> the keys that say nothing here, wherever they stand
 _NOTHING = {
@@ -471,7 +469,7 @@ _NOTHING = {
     " max_area min_aspect max_aspect num_splits",
     "timm wires its models itself": "out_layers out_strides out_planes in_plane inplanes use_pool"
     " input_feature_idx img_size window_size layer_scale_init_value init_value layer_scale",
-    "no counterpart: every layer is trained": "frozen_layers",
+    "a teacher learns nothing": "frozen_layers",
     "timm's initial weights; UP's msra draws with a std of sqrt(1 / fan_in)": "initializer"
     " head_init_scale init_std",
     "no counterpart: the classifier is one linear layer": "classifier_cfg",
@@ -530,6 +528,14 @@ _FACTS = [
     ("type", "OneCycleLR", NOTHING, "UP moves momentum from 0.95 to 0.85 and back; it stays here"),
     ("type", "EpochBasedCosineAnnealingLR", DEFECT, "UP knows it only where its yolov5 plugin is "
      "imported; eta_min is a share of lr"),
+    ("mimic_ins_type", "(?!base).*", MISSING, "no counterpart: for detection; base is taken"),
+    ("(mimic_|cfgs.*)type", "kl(_loss)?", DEFECT, "UP's KL compares softmax(ReLU(logits)): "
+     "negative logits count as 0, and there is no temperature. up_kl is the same, Hinton's is kl"),
+    (r"cfgs.*kwargs\.norm", "(?!softmax).*", MISSING, "no counterpart: a softmax is compared"),
+    (r"(student|teacher\w*)\.mimic_name(\[\d+\])?", r"(?!\[|head\.classifier$|backbone\.layer[1-4]"
+     r"(\.\w+)*$).*", MISSING, "choose a module of timm's model; where shapes differ an adapter "
+     "comes by itself"),
+    ("teacher_bn_mode", "train", MISSING, "teachers are in eval mode here"),
     ("type", "ReduceLROnPlateau", DEFECT, "UP steps it without a metric, which fails"),
 ]  # fmt: skip
 
@@ -544,7 +550,9 @@ _KEYS = {
     *"random_seed fraction drop_last num_workers batch_size decay enable dropout smooth_ratio bias"
     " auto_resume pretrain_model resume_model max_epoch max_iter test_freq meta_file meta_type"
     " image_dir transformer warmup_iter warmup_epochs warmup_type warmup_ratio"
-    " warmup_register_type iter_base drop_path_rate deep_stem avg_down num_classes hooks".split(),
+    " warmup_register_type iter_base drop_path_rate deep_stem avg_down num_classes hooks"
+    " teacher_weight student_weight mimic_name mimic_type mimic_ins_type warm_up_iters cfgs"
+    " task_loss".split(),
 }
 
 
@@ -573,6 +581,7 @@ _KINDS = {
     **dict.fromkeys(("image_size", "val_image_size", "val_resize"), _square),
     **dict.fromkeys(("crop_scale", "crop_ratio", "mean", "std"), [float]),
     **{"num_classes": int, "workers": int, "clip_grad_norm": float, "ema_decay": float},
+    "layer_decay": float,
 }
 _KESTREL = {
     **dict.fromkeys(("toks_type", "plugin", "model_name", "version", "save_to", "type"), str),
@@ -639,11 +648,12 @@ class _Importer:
         self.trainer()
         self.net(self.root.value.get("net"), self.take)
         self.run()
-        distillation, deployment = self.distillation(), self.deployment()
+        self.distillation()
+        deployment = self.deployment()
         recipe = self.recipe()
         self.rest()
         notes = [*self.origin.values(), *self.notes]
-        return Found(recipe, notes, distillation, deployment, source, self.origin)
+        return Found(recipe, notes, deployment, source, self.origin)
 
     # asking
 
@@ -992,11 +1002,16 @@ class _Importer:
     def group(self, name: str, group: _Node, by_kind: bool) -> None:
         inner = group.value if isinstance(group.value, dict) else {}
         decays = [self.get(group, f"{k}weight_decay", float) for k in ("", "kwargs.") if inner]
+        if by_kind and name == "layer_decay":
+            self.put(group, {"value": "layer_decay", "base_lr": "lr"})
+            if (kind := self.get(group, "type", str)) != "vit_base":
+                self.say(DEFECT, f"{group.where}.type", f"UP stops at {kind}: vit_base alone")
+            return
         if "nodecay" in inner:
             self.note(DEFECT, inner["nodecay"], f"UP ignores it inside {name}")
         if by_kind and name not in _GROUPS:
             self.note(DEFECT, group, f"UP knows no group {name} and stops with a KeyError")
-        elif name == "nodecay" or (0 in decays and name not in ("layer_decay", "linear_w")):
+        elif name == "nodecay" or (0 in decays and name != "linear_w"):
             why = f"{name} has none; here norms, biases and position embeddings together"
             self.take("decay_all", False, group.where, why)
             for part in group.all():
@@ -1188,10 +1203,17 @@ class _Importer:
             self.say(DEFECT, where, f"{text}; avg_down is the nearest, deep_stem makes it whole")
         table = {"deep_stem": "deep_stem", "avg_down": "avg_down", "drop_path_rate": "drop_path"}
         self.put(kwargs, table, take)
+        self.get(kwargs, "normalize.type", str)
+        if take != self.take:
+            return
         if "normalize" not in kwargs.value and key in RESNETS:
             text = "missing: UP freezes every batch norm then; here they are trained"
             self.say(DEFECT, self.where(kwargs, "normalize"), text)
-        self.get(kwargs, "normalize.type", str)
+        if frozen := self.get(kwargs, "frozen_layers", [int], [], least=0):
+            names = [part for i in frozen for part in ([f"layer{i}"] if i else ["conv1", "bn1"])]
+            take("freeze", names, where := self.where(kwargs, "frozen_layers"))
+            if key not in RESNETS:
+                self.say(MISSING, where, "timm names these otherwise; choose modules of the model")
 
     def loss(self, node: _Node) -> None:
         if isinstance(node.value, list):
@@ -1244,73 +1266,125 @@ class _Importer:
                 why = "" if least == most else "LAMB's own is smaller"
                 self.take("clip_grad_norm", least, self.where(at, "kwargs.max_norm"), why)
 
-    def distillation(self) -> dict[str, Any] | None:
-        """Teachers and losses, in the page's schema or that of UP's last version."""
-        top = self.root.value.items()
-        nets = {k: node for k, node in top if "teacher" in k and isinstance(node.value, list)}
-        mimic = self.block(self.root, "mimic")
-        if not nets and "mimic" not in self.root.value and self.runner != "kd":
-            return None
-        teachers: dict[str, dict[str, Any]] = {key: {} for key in nets}
-        for key, node in nets.items():
+    # distillation
 
-            def take(knob: str, value: Any, where: str, why: str = "", into=teachers[key]) -> None:
-                into[knob] = value
-                self.say(TAKEN, where, f"the teacher's {_says(knob, value)}")
-
-            self.net(node, take)
+    def distillation(self) -> None:
+        """The knobs of teachers, from the page's schema or that of UP's last version."""
+        top, mimic = self.root.value.items(), self.block(self.root, "mimic")
+        nets = {k: self.teacher(n) for k, n in top if "teacher" in k and isinstance(n.value, list)}
         jobs = [self.block(mimic, key) for key in mimic.value if key.startswith("mimic_job")]
-        mimics = [entry for job in jobs or [mimic] for entry in self.mimic(job, teachers)]
-        for key in (k for k, teacher in teachers.items() if mimics and "weights" not in teacher):
-            text = "no teacher_weight: UP would learn from random weights, and say nothing"
-            self.say(DEFECT, f"mimic.{key}", text)
-        if "net" in self.root.value and self.runner != "kd":
+        lessons = {  # UP has a teacher in one job only
+            key: job
+            for job in jobs or [mimic]
+            for key, node in job.value.items()
+            if "teacher" in key and isinstance(node.value, dict)
+        }
+        if not self.get(mimic, "task_loss", bool, True):
+            self.take("task_weight", 0.0, "mimic.task_loss")
+        if lessons and "net" in self.root.value and self.runner != "kd":
             self.say(DEFECT, "mimic", "UP distils only with runtime.runner.type kd")
-        own = self.get(mimic, "task_loss", bool, True)
-        return {"teachers": teachers, "mimics": mimics, "task_loss": own}
+        for i, (key, job) in enumerate(lessons.items(), 1):
+            self.add("teacher_model", nets.pop(key, ""), f"{key}[0].type")
+            self.lesson(key, job, f"teacher{i}:" if len(lessons) > 1 else "")
+        for key in nets:
+            self.say(MISSING, key, "no mimic in this text learns from it; left out")
+        if not all(self.values.get("teacher_model", [])):
+            self.leave("teacher_model", MISSING, "a network that is not in this text; say timm's")
 
-    def mimic(self, job: _Node, teachers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-        name = self.get(job, "mimic_name", str, job.where)
-        kind = self.get(job, "mimic_type", str, "l2")
-        kwargs, scale = job, 1.0
-        if old := [key for key in ("mimic_name", "mimic_type") if key in job.value]:
-            text = f"UP's last version ignores {', '.join(old)} and student_weight; without cfgs it"
-            self.say(DEFECT, job.where, f"{text} takes an L2 loss of normalised logits")
-        slots = list(self.block(job, "cfgs").children())
-        for slot in slots:
-            kind, kwargs = self.get(slot, "type", str, "l2"), self.block(slot, "kwargs")
-            scale = self.get(kwargs, "loss_weight", float, 1.0)
-        if len(slots) > 1:
-            self.say(NOTHING, f"{job.where}.cfgs", "one loss a mimic: the last is taken")
-        if self.get(job, "mimic_ins_type", str, "base") != "base":
-            self.say(NOTHING, f"{job.where}.mimic_ins_type", "for detection; base is taken")
-        loss = _MIMIC_LOSSES.get(kind, kind)
-        if loss == "kl_loss":
-            text = "UP's KL of softmax(ReLU(logits)) has no temperature; Hinton's is kd_loss"
-            self.say(NOTHING, job.where, text)
-        weight = scale * self.get(job, "loss_weight", float, 1.0)
-        entry = {"name": name, "loss": loss, "weight": weight}
-        entry["temperature"] = self.get(kwargs, "T", float, 1.0, least=1e-9)
-        entry["warmup_steps"] = max(0, self.get(job, "warm_up_iters", int, 0))
-        if weights := self.get(job, "student.student_weight", str):
-            where = self.where(job, "student.student_weight")
+    def teacher(self, node: _Node) -> str:
+        """timm's name of a teacher's network."""
+        found: dict[str, Any] = {}
+
+        def take(knob: str, value: Any, where: str, why: str = "") -> None:
+            found[knob] = value
+            self.say(TAKEN, where, f"the teacher's {_says(knob, value)}")
+
+        self.net(node, take)
+        model = found.get("model", "")
+        flags = [flag for flag in ("deep_stem", "avg_down") if found.get(flag)]
+        if len(flags) == 1:
+            self.say(MISSING, node.where, f"timm has no {model} with {flags[0]} alone")
+        return f"{model}d" if len(flags) == 2 and model in RESNETS else model
+
+    def lesson(self, key: str, job: _Node, of: str) -> None:
+        """What is learnt from one teacher, which `of` names where there are several."""
+        at = lambda path: self.where(job, path)
+        for path in ("mimic_ins_type", f"{key}.teacher_bn_mode"):
+            self.get(job, path, str)  # see _FACTS
+        if not (weights := self.get(job, f"{key}.teacher_weight", str)):
+            text = "no teacher_weight: UP learns from random weights then, silently; name one"
+            self.say(MISSING, f"{job.where}.{key}", text)
+        self.add("teacher", weights or "name-the-teacher", at(f"{key}.teacher_weight"))
+        if start := self.get(job, "student.student_weight", str):
+            where = at("student.student_weight")
             if "weights" in self.values:
                 self.say(NOTHING, where, "saver.pretrain_model is what the student starts from")
             else:
-                self.take("weights", weights, where)
-        ours, found = self.get(job, "student.mimic_name", [str], []), []
-        blocks = [key for key, node in job.value.items() if isinstance(node.value, dict)]
-        for key in (key for key in blocks if "teacher" in key):
-            theirs = self.get(job, f"{key}.mimic_name", [str], [])
-            if len(ours) != len(theirs):
-                text = f"{len(ours)} modules of the student, {len(theirs)} of {key}; wanted pairs"
-                raise _fault(job.line, text)
-            teacher = teachers.setdefault(key, {})
-            for there, into in (("teacher_weight", "weights"), ("teacher_bn_mode", "bn_mode")):
-                if value := self.get(job, f"{key}.{there}", str):
-                    teacher[into] = value
-            found.append({**entry, "teacher": key, "pairs": list(zip(ours, theirs, strict=True))})
-        return found
+                self.take("weights", start, where)
+        kind, kwargs, where, scale = "l2", job, at("mimic_type"), 1.0
+        if old := [k for k in ("mimic_name", "mimic_type") if self.get(job, k, str)]:
+            text = f"UP's last version ignores {', '.join(old)} and student_weight; without cfgs it"
+            self.say(DEFECT, job.where, f"{text} takes an L2 loss of normalised logits")
+            kind = self.get(job, "mimic_type", str, "kl")
+        slots = list(self.block(job, "cfgs").children())
+        if len(slots) > 1:
+            self.say(NOTHING, at("cfgs"), "one loss a mimic: the last is taken")
+        for slot in slots:
+            kind, kwargs = self.get(slot, "type", str, "l2"), self.block(slot, "kwargs")
+            where, scale = self.where(slot, "type"), self.get(kwargs, "loss_weight", float, 1.0)
+        loss = self.mimic_loss(kind, kwargs, where)
+        sides = [self.get(job, f"{side}.mimic_name", [str], []) for side in ("student", key)]
+        if not sides[0] or len(sides[0]) != len(sides[1]):
+            text = f"{len(sides[0])} modules of the student, {len(sides[1])} of {key}"
+            raise _fault(job.line, f"{text}; wanted pairs")
+        scale *= self.get(job, "loss_weight", float, 1.0) / len(sides[0])
+        for pair in zip(*sides, strict=True):
+            a, b = (
+                "logits" if n == "head.classifier" else n.removeprefix("backbone.") for n in pair
+            )
+            one = loss if a == "logits" or loss.startswith("l2") else "l2_normalized"
+            if one != loss:
+                self.say(MISSING, where, f"{loss} compares logits; {one} is taken for {a}")
+            text = "logits" if {a, b, of} == {"logits", ""} else f"{a} -> {of}{b}"
+            self.add("mimic", text, at("student.mimic_name"))
+            self.add("mimic_loss", one, where)
+            self.add("mimic_weight", scale, at("loss_weight"))
+        climb, where = max(0, self.get(job, "warm_up_iters", int, 0)), at("warm_up_iters")
+        if climb and not self.steps:
+            self.say(MISSING, where, "no batch size in this text; say mimic_warmup_epochs")
+        else:
+            self.share("mimic_warmup_epochs", climb / self.steps if climb else 0.0, where)
+
+    def add(self, knob: str, value: Any, where: str) -> None:
+        """Takes one more entry of a list, beside the place of the first."""
+        first = self.origin.get(knob)
+        self.take(knob, [*self.values.get(knob, []), value], first.where if first else where)
+
+    def share(self, knob: str, value: Any, where: str) -> None:
+        """Takes a knob that all mimics share; another value of it is told."""
+        if self.values.get(knob, value) == value:
+            self.take(knob, value, where)
+        else:
+            self.say(MISSING, where, f"{value:g}; all share {knob} {self.values[knob]:g}")
+
+    def mimic_loss(self, kind: str, kwargs: _Node, where: str) -> str:
+        """Our name of a mimic loss, and its temperature."""
+        self.get(kwargs, "norm", str)
+        loss = _MIMIC_LOSSES.get(kind.removesuffix("_loss"))
+        if loss is None:
+            near = _near(kind, (f"{name}_loss" for name in _MIMIC_LOSSES))
+            self.say(MISSING, where, f"no counterpart of {kind}; kl is taken{near}")
+        if loss in (None, *TEMPERED):
+            heat = self.get(kwargs, "T", float, 1.0, least=1e-9)
+            self.share("temperature", heat, f"{kwargs.where}.T")
+        if loss == "l2_normalized":
+            norm, mean = (self.get(kwargs, key, bool, True) for key in ("feat_norm", "batch_mean"))
+            loss = loss if norm else "l2"
+            if norm != mean:
+                text = ("pictures, not elements: multiply", "elements, not pictures: divide")[norm]
+                text = f"UP divides by {text} mimic_weight by the elements of a picture"
+                self.say(MISSING, f"{kwargs.where}.batch_mean", text)
+        return loss or "kl"
 
     def deployment(self) -> dict[str, Any] | None:
         if "to_kestrel" not in self.root.value:

@@ -89,6 +89,11 @@ def _start_line(run: runs.Run, row: dict[str, Any]) -> str:
         return f"{run.path}: {row['steps']} steps"
     line = f"{e['train_images']:,} training and {e['val_images']:,} validation pictures, "
     line += f"{len(e['classes'])} classes; {e['device']}, {e['precision']}; start: {e['start']}"
+    for teacher in e.get("teachers", []):
+        line += f"\nteacher: {teacher['source']}, {teacher['model']}, "
+        line += f"{teacher['image_size']} pixels, weights {teacher['digest']}"
+    if e.get("teacher_cache"):
+        line += f"\n{e['teacher_cache']}"
     if left_out := len(run.quarantine()):
         line += f"\n{left_out:,} pictures left out, named in quarantine.csv"
     if e.get("in_both"):
@@ -100,7 +105,10 @@ def _start_line(run: runs.Run, row: dict[str, Any]) -> str:
 
 def _epoch_line(row: dict[str, Any]) -> str:
     text = f"epoch {row['epoch']:3d}  step {row['step']}/{row['steps']}  lr {row['lr']:.4g}  "
-    text += f"train loss {row['train_loss']:.4f} top-1 {row['train_top1']:.2f}"
+    text += f"train loss {row['train_loss']:.4f}"
+    if "train_mimic_loss" in row:
+        text += f" (task {row['train_task_loss']:.4f}, mimic {row['train_mimic_loss']:.4f})"
+    text += f" top-1 {row['train_top1']:.2f}"
     if row["top1"] is not None:
         text += f"  val loss {row['val_loss']:.4f} top-1 {row['top1']:.2f} (n={row['val_images']})"
     if row.get("ema_top1") is not None:

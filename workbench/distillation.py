@@ -1,0 +1,657 @@
+"""Distillation: teachers, what they see, what of student and teacher is compared.
+
+    kd = Distillation(recipe, model, classes, device)      # everything is checked here
+    logits, features = kd.student(images)                  # the model, and what its modules said
+    lesson = kd.lesson(images, batch)                      # the teachers', without gradients
+    loss = kd.loss(logits, features, lesson, targets)      # 0-d, mean over the pictures
+
+Hinton, Vinyals, Dean, arXiv 1503.02531. A teacher sees the very batch of the student, augmented and
+mixed, at its own size and normalisation: Beyer et al., "a good teacher is patient and
+consistent", arXiv 2106.05237, section 3.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from workbench import CACHE, ROOT, mimic, models, runs
+from workbench.recipe import mimic_parts, one_each
+
+
+class DistillationError(ValueError):
+    """A teacher or a mimic cannot be had as asked; the text says what was found and allowed."""
+
+
+# ---- teachers
+
+
+@dataclass
+class Teacher:
+    """A frozen model and how it wants its pictures."""
+
+    source: str  # as the recipe names it
+    name: str  # of the timm model
+    model: nn.Module = field(repr=False)
+    image_size: int  # pixels
+    mean: list[float]  # RGB, 0 to 1
+    std: list[float]
+    weight: float = 1.0
+    loss: str | None = None  # ce or bce, where its training is known
+    smoothing: float | None = None  # of its labels
+    top1: float | None = None  # percent, where its own run says so
+    digest: str = ""  # of all its tensors
+
+    def __str__(self) -> str:
+        own = "" if self.top1 is None else f", top-1 {self.top1:.2f} % in its own run"
+        return f"{self.source}: {self.name} at {self.image_size} pixels{own}"
+
+    def view(self, images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+        """Normalised images (n, 3, h, w) of the student as this teacher wants them.
+
+        Linear, so a mix of pictures stays the same mix.
+        """
+        if (mean, std) != (self.mean, self.std):
+            ours, theirs = (
+                torch.tensor(v, device=images.device).reshape(2, 1, 3, 1, 1)
+                for v in ([mean, std], [self.mean, self.std])
+            )
+            images = (images * ours[1] + (ours[0] - theirs[0])) / theirs[1]
+        if images.shape[2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        return images
+
+
+def open_teachers(recipe: Any, classes: list[str]) -> list[Teacher]:
+    """The recipe's teachers with their weights, frozen, on the CPU.
+
+    Raises DistillationError, or ModelError for weights that cannot be read, that belong to another
+    model, hold nan, or end in other classes.
+    """
+    count = len(recipe.teacher)
+    knobs = {
+        "name": recipe.teacher_model or [""] * count,
+        "weight": one_each(recipe.teacher_weight, count),
+        "image_size": one_each(recipe.teacher_image_size or [None], count),
+        "mean": _threes(recipe.teacher_mean, count),
+        "std": _threes(recipe.teacher_std, count),
+    }
+    own = [dict(zip(knobs, values, strict=True)) for values in zip(*knobs.values(), strict=True)]
+    return [
+        _open(recipe, source, classes, **k) for source, k in zip(recipe.teacher, own, strict=True)
+    ]
+
+
+def _threes(values: list[float], count: int) -> list[list[float] | None]:
+    groups = [values[i : i + 3] for i in range(0, len(values), 3)]
+    return one_each(groups or [None], count)
+
+
+def _open(
+    recipe: Any,
+    source: str,
+    classes: list[str],
+    *,
+    name: str,
+    weight: float,
+    image_size: int | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+) -> Teacher:
+    path = ROOT / Path(source).expanduser()
+    known: dict[str, Any] = {"image_size": recipe.image_size, "mean": recipe.mean}
+    known["std"] = recipe.std
+    if name and not path.exists() and not timm.is_model(source):
+        raise DistillationError(f"teacher {source}: there is no such file, {path}")
+    if name and not path.is_file():
+        kind = "a run folder" if path.is_dir() else "a timm model"
+        raise DistillationError(
+            f"teacher_model {name!r} is for weights files and {source} is {kind}; leave it out, or "
+            "'' among several"
+        )
+    if path.is_dir():
+        name, known, teacher = _of_run(path, source, classes)
+    elif path.exists():
+        if not name:
+            raise DistillationError(
+                f"teacher {source} is a weights file; say which model it is of in teacher_model"
+            )
+        teacher = _build(name, len(classes), image_size or recipe.image_size)
+    else:
+        name, known, teacher = _of_timm(source, classes, image_size)
+    if path.exists():
+        _fill(teacher, source, name, classes)
+    chosen = {"image_size": image_size, "mean": mean, "std": std}
+    known |= {key: value for key, value in chosen.items() if value is not None}
+    teacher.eval().requires_grad_(False)
+    return Teacher(source, name, teacher, weight=weight, digest=_digest(teacher), **known)
+
+
+def _of_run(path: Path, source: str, classes: list[str]) -> tuple[str, dict[str, Any], nn.Module]:
+    run = runs.Run(path)
+    theirs = models.run_classes(path)
+    if not models.same_classes(theirs, classes):
+        raise DistillationError(
+            f"teacher {source} was trained for {len(theirs)} classes {_few(theirs)}, the student's "
+            f"data have {len(classes)}: {_few(classes)}; both need the same, in the same order"
+        )
+    r = run.recipe()
+    try:
+        known = {key: r[key] for key in ("image_size", "mean", "std", "loss")}
+        known["smoothing"] = r["label_smoothing"]
+        name, options = r["model"], {key: r[key] for key in ("deep_stem", "avg_down")}
+    except KeyError as error:
+        raise DistillationError(f"teacher {source}: recipe.yaml names no {error}") from None
+    metrics = run.metrics()
+    if len(metrics):
+        # Weights load as EMA where the run kept one, so its figure is the one that belongs to them.
+        last = metrics.iloc[-1]
+        top1 = last.get("ema_top1", last.get("top1"))
+        known["top1"] = None if top1 is None or np.isnan(top1) else float(top1)
+    return name, known, _build(name, len(classes), known["image_size"], **options)
+
+
+def _of_timm(
+    source: str, classes: list[str], image_size: int | None
+) -> tuple[str, dict[str, Any], nn.Module]:
+    if not timm.is_model(source):
+        near = difflib.get_close_matches(source, timm.list_models(), n=3, cutoff=0.5)
+        raise DistillationError(
+            f"teacher {source!r} is neither a run folder, a weights file nor a timm model"
+            + (f"; near: {', '.join(near)}" if near else "")
+        )
+    try:
+        published = timm.get_pretrained_cfg(source)
+    except RuntimeError as error:  # the part behind the dot is of no weights
+        tags = timm.list_pretrained(f"{source.partition('.')[0]}.*")
+        raise DistillationError(f"teacher {source!r}: {error} Known: {_few(tags)}") from None
+    if published is None or not (published.hf_hub_id or published.url or published.file):
+        raise DistillationError(f"timm publishes no weights of {source}; name a file or a run")
+    if published.num_classes != len(classes):
+        raise DistillationError(
+            f"teacher {source} ends in {published.num_classes} classes and the data have "
+            f"{len(classes)}; train it on them first (pretrained: true) and name that run"
+        )
+    size = published.input_size[-1]
+    known = {"image_size": size, "mean": list(published.mean), "std": list(published.std)}
+    return source, known, _build(source, len(classes), image_size or size, pretrained=True)
+
+
+def _build(name: str, classes: int, image_size: int, **options: Any) -> nn.Module:
+    return models.create(name, classes, image_size=image_size, **options)
+
+
+def _fill(teacher: nn.Module, source: str, name: str, classes: list[str]) -> None:
+    """Loads a teacher's weights, all of them: one that is partly at its initial values is none."""
+    loaded = models.load(teacher, source, force=True)  # what is missing is refused here
+    head = models.classifier(teacher) + "."
+    if any(not tensor.startswith(head) for tensor in loaded.anew):
+        raise DistillationError(f"teacher {source} is incomplete, or not of {name}: {loaded}")
+    if loaded.anew:
+        raise DistillationError(
+            f"teacher {source} does not end in the {len(classes)} classes of the data "
+            f"({next(iter(loaded.anew.values()))}); train it on them first (weights: {source}) and "
+            "name that run"
+        )
+
+
+def _digest(model: nn.Module) -> str:
+    """Twelve hex digits over all tensors."""
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:12]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+class Seeing(nn.Module):
+    """A teacher as a model of the student's pictures: images (n, 3, h, w) to logits (n, C)."""
+
+    def __init__(self, teacher: Teacher, recipe: Any):
+        super().__init__()
+        self.teacher, self.model = teacher, teacher.model
+        self.mean, self.std = recipe.mean, recipe.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits; the images are normalised as the student wants them."""
+        return self.model(self.teacher.view(images, self.mean, self.std))
+
+
+def alone(recipe: Any) -> Any:
+    """The recipe without its teachers, as `<name>_alone`: what the student reaches by itself."""
+    fields = type(recipe).model_fields
+    kept = [k for k in fields if k.startswith(("teacher", "mimic"))]
+    kept += ["temperature", "dkd_beta", "task_weight", "cache_teacher"]
+    default = {key: fields[key].default for key in kept}
+    return recipe.replace(name=f"{recipe.name}_alone", **default)
+
+
+# ---- what is compared
+
+
+class Answer(NamedTuple):
+    """What one teacher says about a batch, without gradients."""
+
+    logits: Tensor  # (n, C)
+    features: dict[str, Tensor]  # by module
+
+
+class Pair(NamedTuple):
+    """One comparison of a module, or the logits, of the student with one teacher's."""
+
+    ours: str
+    theirs: str
+    teacher: int  # place in the list
+    weight: float
+    between: Any  # (student's, teacher's, labels) -> 0-d
+
+
+class Student(nn.Module):
+    """The model with its adapters: forward gives logits (n, C) and the adapted features by pair.
+
+    An adapter is a learned 1x1 convolution (maps) or linear layer (vectors, tokens) where the
+    channels differ, FitNets, arXiv 1412.6550, section 2.2. They are no part of the model.
+    """
+
+    def __init__(self, model: nn.Module, pairs: list[Pair], adapters: list[nn.Module | None]):
+        super().__init__()
+        self.model, self.pairs = model, pairs
+        kept = {str(i): a for i, a in enumerate(adapters) if a is not None}
+        self.adapters = nn.ModuleDict(kept)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits of the model, and features by the number of the pair."""
+        with _listening(self.model, {p.ours for p in self.pairs if p.ours != "logits"}) as said:
+            logits = self.model(images)
+        features = {}
+        for i, pair in enumerate(self.pairs):
+            if pair.ours != "logits":
+                adapt = self.adapters[str(i)] if str(i) in self.adapters else nn.Identity()
+                features[i] = adapt(said[pair.ours])
+        return logits, features
+
+
+@contextlib.contextmanager
+def _listening(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
+    """What the named modules give in the forwards inside, by name.
+
+    Hooked only that long: a copy of the model (EMA) must not speak in its place. Cloned, because
+    the next module may work in place.
+    """
+    said: dict[str, Tensor] = {}
+    note = lambda name: (
+        lambda module, given, out: said.__setitem__(  # noqa: E731
+            name, out.clone() if isinstance(out, Tensor) else out
+        )
+    )
+    hooks = [model.get_submodule(n).register_forward_hook(note(n)) for n in sorted(names)]
+    try:
+        yield said
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Distillation:
+    """A student and its teachers, ready to train. Making one runs every model on a blank picture.
+
+    Raises DistillationError or ModelError before anything was spent.
+    """
+
+    def __init__(self, recipe: Any, model: nn.Module, classes: list[str], device: torch.device):
+        self.recipe, self.device = recipe, device
+        self.classes = len(classes)
+        self.teachers = open_teachers(recipe, classes)
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        for teacher in self.teachers:
+            teacher.model.to(device, memory_format=layout)
+            _try(teacher, device)
+        self.pairs = _pairs(recipe, self.teachers)
+        self.student = Student(model, self.pairs, self._adapters(model)).to(device)
+        self.wanted = [
+            {p.theirs for p in self.pairs if p.teacher == k and p.theirs != "logits"}
+            for k in range(len(self.teachers))
+        ]
+        self.kept: Kept | None = None  # set by keep
+
+    def _adapters(self, model: nn.Module) -> list[nn.Module | None]:
+        if all(pair.ours == "logits" for pair in self.pairs):
+            return [None] * len(self.pairs)
+        ours = _shapes(model, self.recipe.image_size)
+        theirs = [_shapes(t.model, t.image_size) for t in self.teachers]
+        adapters = []
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.recipe.seed)
+            for pair in self.pairs:
+                if pair.ours == "logits":
+                    adapters.append(None)
+                    continue
+                teacher = self.teachers[pair.teacher]
+                for whose, net, name in (
+                    ("student", model, pair.ours),
+                    (f"teacher {teacher.source}", teacher.model, pair.theirs),
+                ):
+                    try:
+                        models.module(net, name)
+                    except models.ModelError as error:
+                        asked = f"mimic {pair.ours} -> {pair.theirs}"
+                        raise DistillationError(f"{asked}: {whose}: {error}") from None
+                adapters.append(_adapter(pair, ours, theirs[pair.teacher], self.teachers))
+        return adapters
+
+    @torch.no_grad()
+    def lesson(self, images: Tensor, batch: Any = None) -> list[Answer]:
+        """Every teacher's answer to the student's images (n, 3, h, w), normalised and mixed.
+
+        With `keep` the logits of a batch that were kept are read, others are kept.
+        """
+        if self.kept is not None and batch is not None and not batch.failures:
+            found = self.kept.read(batch)
+            if found is None:
+                answers = self._ask(images)
+                self.kept.write(batch, torch.cat([a.logits.float() for a in answers], 1))
+                return answers
+            return [Answer(logits.to(self.device), {}) for logits in found.split(self.classes, 1)]
+        return self._ask(images)
+
+    def _ask(self, images: Tensor) -> list[Answer]:
+        answers = []
+        for teacher, names in zip(self.teachers, self.wanted, strict=True):
+            with _listening(teacher.model, names) as features:
+                seen = teacher.view(images, self.recipe.mean, self.recipe.std)
+                answers.append(Answer(teacher.model(seen), features))
+        return answers
+
+    def loss(
+        self, logits: Tensor, features: dict[int, Tensor], lesson: list[Answer], labels: Tensor
+    ) -> Tensor:
+        """Sum over pairs of mimic_weight * teacher_weight * loss, 0-d, mean over the pictures.
+
+        Labels are class numbers (n,) or soft (n, C). What compares pictures with each other (dist)
+        sees those of this forward.
+        """
+        total = logits.new_zeros((), dtype=torch.float32)
+        for i, pair in enumerate(self.pairs):
+            answer = lesson[pair.teacher]
+            if pair.ours == "logits":
+                ours, theirs = logits, answer.logits
+            else:
+                ours, theirs = features[i], answer.features[pair.theirs]
+            total = total + pair.weight * pair.between(ours.float(), theirs.float(), labels)
+        return total
+
+    def record(self) -> list[dict[str, Any]]:
+        """A dict per teacher for environment.json."""
+        return [
+            {"source": t.source, "model": t.name, "image_size": t.image_size, "digest": t.digest}
+            | {"parameters": sum(p.numel() for p in t.model.parameters()), "top1": t.top1}
+            for t in self.teachers
+        ]
+
+    def keep(self, steps_per_epoch: int, **circumstances: Any) -> str:
+        """Keeps logits on disk from here on; returns a sentence: where, and what is there already.
+
+        `circumstances` are what, beside recipe and teachers, the answers depend on: the data, the
+        precision, the device. Raises DistillationError when the disk has no room.
+        """
+        if not self.recipe.verify_data:
+            raise DistillationError(
+                "cache_teacher knows pictures by their bytes, which verify_data: false never reads;"
+                " leave out one of the two"
+            )
+        teachers = [
+            {
+                k: v
+                for k, v in vars(t).items()
+                if k in ("name", "image_size", "mean", "std", "digest")
+            }
+            for t in self.teachers
+        ]
+        recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in INDIFFERENT}
+        values = {**circumstances, "teachers": teachers, **recipe}
+        size = self.recipe.batch_size
+        self.kept = Kept(values, steps_per_epoch, size, len(teachers) * self.classes)
+        return self.kept.prepare(self.recipe.epochs)
+
+
+def _try(teacher: Teacher, device: torch.device) -> None:
+    """Raises DistillationError where a teacher cannot take pictures of its size."""
+    size = teacher.image_size
+    try:
+        with torch.no_grad():
+            teacher.model(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise DistillationError(
+            f"teacher {teacher.source}, a {teacher.name}, cannot take pictures of {size} pixels "
+            f"({str(error)[:200] or type(error).__name__}); set teacher_image_size"
+        ) from None
+
+
+def _pairs(recipe: Any, teachers: list[Teacher]) -> list[Pair]:
+    pairs = []
+    count = len(recipe.mimic)
+    kinds, weights = one_each(recipe.mimic_loss, count), one_each(recipe.mimic_weight, count)
+    for text, kind, weight in zip(recipe.mimic, kinds, weights, strict=True):
+        ours, theirs, number = mimic_parts(text)
+        between = mimic.between(kind, recipe.temperature, recipe.dkd_beta)
+        for k, teacher in enumerate(teachers):
+            if number in (None, k + 1):
+                pairs.append(Pair(ours, theirs, k, weight * teacher.weight, between))
+    return pairs
+
+
+@torch.no_grad()
+def _shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
+    """The shape, without the pictures' dimension, of what every module gives; () for no tensor."""
+    names = {name for name, _ in model.named_modules() if name}
+    blank = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
+    with models.evaluating(model), _listening(model, names) as said:
+        model(blank)
+    return {n: tuple(o.shape[1:]) if isinstance(o, Tensor) else () for n, o in said.items()}
+
+
+def _adapter(
+    pair: Pair,
+    ours: dict[str, tuple[int, ...]],
+    theirs: dict[str, tuple[int, ...]],
+    teachers: list[Teacher],
+) -> nn.Module | None:
+    """None where the shapes are the same, a layer where only the channels differ."""
+    asked = f"mimic {pair.ours} -> {pair.theirs}"
+    for whose, name, shapes in (("student", pair.ours, ours), ("teacher", pair.theirs, theirs)):
+        if not shapes.get(name):
+            raise DistillationError(
+                f"{asked}: {name} of the {whose} gives no tensor, or is not used; name a module "
+                "such as layer4"
+            )
+    mine, wanted = ours[pair.ours], theirs[pair.theirs]
+    if mine == wanted:
+        return None
+    if len(mine) == len(wanted) == 3 and mine[1:] == wanted[1:]:
+        return nn.Conv2d(mine[0], wanted[0], 1)
+    if len(mine) == len(wanted) < 3 and mine[:-1] == wanted[:-1]:
+        return nn.Linear(mine[-1], wanted[-1])
+    fits = [
+        n for n, s in theirs.items()
+        if len(s) == len(mine) and (s[1:] == mine[1:] if len(s) == 3 else s[:-1] == mine[:-1])
+    ]  # fmt: skip
+    own = [n for n in fits if "." not in n] or fits
+    raise DistillationError(
+        f"{asked}: the student gives {_shape(mine)} and the teacher {_shape(wanted)}; an adapter "
+        "changes channels, not height and width. "
+        + (f"Of the same size at the teacher: {_few(own)}. " if own else "")
+        + f"Or give it other pictures with teacher_image_size (now "
+        f"{teachers[pair.teacher].image_size}), or compare what is pooled: global_pool"
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+# ---- answers kept on disk
+
+# Knobs that a teacher's answers do not depend on: of the student, its optimisation, its losses, its
+# validation and the place. Any other, and any that comes later, makes other answers.
+INDIFFERENT = frozenset(
+    "name data_dir train_root val_list val_root class_names verify_data val_image_size val_resize"
+    " model deep_stem avg_down drop_path dropout pretrained weights force_weights freeze epochs"
+    " optimizer lr momentum nesterov weight_decay decay_all trust_clip always_adapt schedule"
+    " milestones step_epochs gamma power lr_min cosine_epochs lr_per_epoch warmup warmup_epochs"
+    " warmup_steps warmup_ratio layer_decay probe_epochs clip_grad_norm ema_decay loss"
+    " bce_threshold bce_sum bce_shift label_smoothing up_smoothing teacher teacher_model"
+    " teacher_weight teacher_image_size teacher_mean teacher_std mimic mimic_loss mimic_weight"
+    " temperature dkd_beta mimic_warmup_epochs task_weight cache_teacher resume_from auto_resume"
+    " val_every checkpoint_minutes log_every device precision workers runs_dir outside_root"
+    " train_list val_fraction num_classes dataset".split()
+)
+
+
+class Kept:
+    """Logits of all teachers by (epoch, place in it), a file per epoch, below the cache folder.
+
+    A row is its values and their CRC-32, so half a row, a cut file and bytes from elsewhere are
+    all seen, and asked anew. Rows of one place are the same bytes whoever writes them: two runs
+    may fill one folder.
+    """
+
+    def __init__(self, values: dict[str, Any], steps_per_epoch: int, batch_size: int, columns: int):
+        text = json.dumps(values, sort_keys=True)
+        self.values = json.loads(text)
+        self.folder = CACHE / "teachers" / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
+        self.row_bytes = 4 * columns + 4
+        self.found = self.asked = 0  # pictures, since the start
+
+    def prepare(self, epochs: int) -> str:
+        """Makes the folder. Returns a sentence: what is there, or why what is there is not for us.
+
+        Raises DistillationError when the disk has no room for `epochs`.
+        """
+        others = self._others()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with runs.replacing(self.folder / "recipe.json") as temporary:
+                temporary.write_text(json.dumps(self.values, indent=1))
+        except OSError as error:
+            raise self._failure(error) from None
+        there = [f for f in (self._file(e) for e in range(epochs)) if f.exists()]
+        used = sum(f.stat().st_blocks * 512 for f in there)
+        rows = epochs * self.steps_per_epoch * self.batch_size
+        need = max(0, rows * self.row_bytes - used)
+        free = shutil.disk_usage(self.folder).free
+        if need > 0.95 * free:
+            raise DistillationError(
+                f"cache_teacher needs {need / 1e9:,.2f} GB for {rows:,} pictures in {epochs} "
+                f"epochs, and {self.folder} has {free / 1e9:,.2f} GB; set cache_teacher: false, or "
+                "WORKBENCH_CACHE to another disk"
+            )
+        if there:
+            return f"teachers' answers of {len(there)} of {epochs} epochs are read, {self.folder}"
+        text = f"teachers' answers are kept, {need / 1e6:,.0f} MB, {self.folder}"
+        return f"{text}; {others}" if others else text
+
+    def _others(self) -> str:
+        """Why what was kept before of these teachers is of no use here: the knobs that differ."""
+        best: list[str] | None = None
+        for path in self.folder.parent.glob("*/recipe.json"):
+            try:
+                values = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue
+            same = isinstance(values, dict) and path.parent != self.folder
+            if not same or values.get("teachers") != self.values["teachers"]:
+                continue
+            keys = sorted(set(values) | set(self.values))
+            missing = object()
+            changed = [
+                f"{key} {values.get(key)!r:.40} (now {self.values.get(key)!r:.40})"
+                for key in keys
+                if values.get(key, missing) != self.values.get(key, missing)
+            ]
+            if best is None or len(changed) < len(best):
+                best = changed
+        if best is None:
+            return ""
+        return f"what was kept before is NOT used, it was made with {', '.join(best)}"
+
+    def _file(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:05d}.rows"
+
+    def _span(self, batch: Any) -> tuple[int, np.ndarray]:
+        """The epoch of a batch, and the rows of its pictures in it."""
+        epoch, slot = divmod(batch.step, self.steps_per_epoch)
+        return epoch, slot * self.batch_size + batch.places.numpy()
+
+    def read(self, batch: Any) -> Tensor | None:
+        """float32 (n, teachers * C) of a batch, None when a row is not there or damaged."""
+        epoch, rows = self._span(batch)
+        self.asked += len(rows)
+        low, high = int(rows.min()), int(rows.max()) + 1
+        try:
+            handle = os.open(self._file(epoch), os.O_RDONLY)
+            try:
+                data = os.pread(handle, (high - low) * self.row_bytes, low * self.row_bytes)
+            finally:
+                os.close(handle)
+        except OSError:
+            return None
+        if len(data) != (high - low) * self.row_bytes:
+            return None
+        block = np.frombuffer(data, np.uint8).reshape(-1, self.row_bytes)[rows - low]
+        values, sums = block[:, :-4], np.ascontiguousarray(block[:, -4:]).view("<u4")[:, 0]
+        if any(self._sum(v.tobytes(), epoch, r) != s
+               for v, r, s in zip(values, rows, sums, strict=True)):  # fmt: skip
+            return None
+        self.found += len(rows)
+        return torch.from_numpy(np.ascontiguousarray(values)).view(torch.float32)
+
+    def write(self, batch: Any, logits: Tensor) -> None:
+        """Keeps (n, teachers * C) of a batch. Raises DistillationError when the disk refuses."""
+        epoch, rows = self._span(batch)
+        values = logits.cpu().contiguous().view(torch.uint8).numpy()
+        parts = [v.tobytes() for v in values]
+        parts = [p + self._sum(p, epoch, r).to_bytes(4, "little")
+                 for p, r in zip(parts, rows, strict=True)]  # fmt: skip
+        try:
+            handle = os.open(self._file(epoch), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                # One write where rows follow each other, as they do in a single process.
+                ends = np.flatnonzero(np.diff(rows) != 1) + 1
+                for run in np.split(np.arange(len(rows)), ends):
+                    data = b"".join(parts[i] for i in run)
+                    if os.pwrite(handle, data, int(rows[run[0]]) * self.row_bytes) != len(data):
+                        raise OSError("the disk took half of it")
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _sum(self, values: bytes, epoch: int, row: int) -> int:
+        """CRC-32 of a row and of its place: a file of another epoch or folder is no answer here."""
+        return zlib.crc32(values, zlib.crc32(f"{self.folder.name} {epoch} {row}".encode()))
+
+    def _failure(self, error: OSError) -> DistillationError:
+        return DistillationError(
+            f"the teachers' answers were not kept in {self.folder} ({error.strerror or error}); "
+            "set cache_teacher: false, or WORKBENCH_CACHE to another disk; the same command goes "
+            "on from the last checkpoint"
+        )
