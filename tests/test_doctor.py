@@ -188,6 +188,15 @@ def test_the_shipped_small_recipes_are_not_warned_of_their_own_rates():
         assert not [f for f in found if "LAMB with" in f.text], path
 
 
+def test_below_64_pictures_a_step_neither_rule_of_lr_is_held_against_a_recipe():
+    """There the linear rule asks for less than what works, from scratch and from weights."""
+    size = {"images": 2028, "classes": 26}
+    path = ROOT / "params" / "letters_downstream.yaml"
+    assert "a start from scratch takes" not in said("warning", size, **Recipe.read(path).changed())
+    few = {**KNOWN, "batch_size": 32, "lr": 0.5}
+    assert "lr 0.5" not in said("warning", **few) + said("warning", **few, weights="a.pt")
+
+
 def test_a_model_that_does_not_exist_is_refused_with_the_nearest():
     with pytest.raises(models.ModelError, match="resnet18"):
         doctor.examine(Recipe(model="resnet18q"), images=1000, classes=10)

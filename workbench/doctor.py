@@ -596,6 +596,7 @@ def _rate_of_a_scratch(recipe, per_epoch, steps, classes):
         and not recipe.resume_from
         and recipe.momentum >= 0.8
         and recipe.lr > linear
+        and recipe.batch_size >= 64
         and f"lr {recipe.lr:g} from trained weights is what a start from scratch takes at "
         f"batch_size {recipe.batch_size:,}; a tenth or a hundredth of that of pre-training keeps "
         "what was learnt"
