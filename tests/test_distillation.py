@@ -669,6 +669,15 @@ def test_an_adapter_is_made_where_channels_differ_and_only_there(school, tmp_pat
     assert len(made) == (shapes[0] != shapes[1])
 
 
+def test_maps_with_the_channels_last_have_a_linear_adapter():
+    """Swin's maps are (h, w, C)."""
+    pair = distillation.Pair("layers.3", "layers.3", 0, 1.0, None)
+    ours, theirs = {"layers.3": (7, 7, 768)}, {"layers.3": (7, 7, 1024)}
+    made = distillation._adapter(pair, ours, theirs, [])
+    assert isinstance(made, nn.Linear) and made.weight.shape == (1024, 768)
+    assert made(torch.zeros(2, 7, 7, 768)).shape == (2, 7, 7, 1024)
+
+
 def test_adapters_are_drawn_from_the_seed_and_leave_the_stream_alone(school, tmp_path):
     torch.manual_seed(5)
     after = torch.rand(1)
@@ -987,9 +996,9 @@ def test_a_run_that_reads_its_teachers_answers_is_the_run_that_asked(
     assert_same_run(asked, read)
     assert read.environment()["teacher_answers"] == {"asked": pictures, "read": pictures}
     (folder,) = cache.iterdir()
-    assert f"answers of 2 of 2 epochs are read, {folder}" == read.environment()[
-        "teacher_cache"
-    ].removeprefix("teachers' ")
+    assert f"read, of 2 of 2 epochs, {folder}" in read.environment()["teacher_cache"].removeprefix(
+        "teachers' "
+    )
     assert "teacher_cache" not in asked.environment()
 
 
@@ -1000,7 +1009,7 @@ def test_another_student_reads_the_same_answers(school, tmp_path, cache, monkeyp
     other |= dict(epochs=3, val_every=3, task_weight=0.5, name="other", dropout=0.2, ema_decay=0.9)
     run = train(pupil(school, tmp_path, cache_teacher=True, **other))
     assert len(list(cache.iterdir())) == 1
-    assert "answers of 2 of 3 epochs are read" in run.environment()["teacher_cache"]
+    assert "read, of 2 of 3 epochs" in run.environment()["teacher_cache"]
     answers = run.environment()["teacher_answers"]
     assert answers == {"asked": 3 * 324, "read": 2 * 324}
     asked = train(pupil(school, tmp_path / "asked", **other))
@@ -1291,20 +1300,21 @@ def test_a_knob_of_the_batch_has_another_folder_and_is_named(key, everything, ca
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "knobs, named",
     [
-        dict(teacher_image_size=[40]),
-        dict(teacher_mean=[0.1, 0.2, 0.3]),
-        dict(teacher_std=[0.1, 0.2, 0.3]),
-        dict(teachers="run wide"),
-        dict(teachers="wide"),
+        (dict(teacher_image_size=[40]), "teacher image_size [24] (now [40])"),
+        (dict(teacher_mean=[0.1, 0.2, 0.3]), "teacher mean [["),
+        (dict(teacher_std=[0.1, 0.2, 0.3]), "teacher std [["),
+        (dict(teachers="run wide"), None),  # other models: nothing to compare
+        (dict(teachers="wide"), None),
     ],
 )
-def test_another_teacher_or_view_of_it_has_another_folder(school, tmp_path, cache, knobs):
+def test_another_teacher_or_view_of_it_has_another_folder(school, tmp_path, cache, knobs, named):
     for recipe in (pupil(school, tmp_path), pupil(school, tmp_path, **knobs)):
         said = student_of(recipe).keep(5)
     assert len(list(cache.iterdir())) == 2
-    assert "NOT used" not in said  # what is named are the knobs that made these teachers' useless
+    assert (f"NOT used, it was made with {named}" if named else "are kept") in said
+    assert ("NOT used" in said) == (named is not None)
 
 
 def test_other_weights_of_a_teacher_have_another_folder(school, tmp_path, cache):
@@ -1312,8 +1322,11 @@ def test_other_weights_of_a_teacher_have_another_folder(school, tmp_path, cache)
         state = models.create("test_resnet", 10, seed=seed).state_dict()
         path = weights_file(tmp_path, "plain", state)
         files = dict(teacher=[str(path)], teacher_model=["test_resnet"])
-        student_of(pupil(school, tmp_path, **files)).keep(5)
+        said = student_of(pupil(school, tmp_path, **files)).keep(5, data="these")
     assert len(list(cache.iterdir())) == 2
+    assert "NOT used, it was made with teacher digest ['" in said
+    said = student_of(pupil(school, tmp_path)).keep(5, data="others")
+    assert "NOT used" not in said  # another teacher for other pictures was never of use here
 
 
 def test_the_same_teacher_from_another_place_has_the_same_folder(school, tmp_path, cache):
@@ -1337,7 +1350,7 @@ def test_the_circumstances_of_a_run_are_its_own(school, tmp_path, cache):
     environment = run.environment()
     for key in "data precision processes threads torch torchvision timm numpy pillow".split():
         assert values[key] == environment[key]
-    assert values["device"] == "cpu"
+    assert values["device"] == environment["device"] and len(values["code"]) == 12
     assert values["teachers"][0]["digest"] == environment["teachers"][0]["digest"]
 
 
@@ -1382,7 +1395,7 @@ def test_what_is_kept_already_needs_no_room_again(desk, cache, monkeypatch):
         desk.go()
         assert "answers are kept, 0 MB" in desk.said
     desk.opened()
-    assert "answers of 2 of 2 epochs are read" in desk.said
+    assert "read, of 2 of 2 epochs" in desk.said
 
 
 def test_a_full_disk_ends_the_run_and_it_goes_on_without_the_cache(school, tmp_path, monkeypatch):
@@ -1465,6 +1478,12 @@ def filed(world: Path, change=None, model: str = "test_resnet", **knobs) -> dict
         change(tensors)
     save_file(tensors, world / "t.safetensors")
     return dict(teacher="t.safetensors", teacher_model=model, **knobs)
+
+
+def grown_from(world: Path, model: str, said: str, **options) -> dict:
+    """A file of one model that is said to be of another."""
+    save_file(models.create(model, 3, **options).state_dict(), world / "t.safetensors")
+    return dict(teacher="t.safetensors", teacher_model=said)
 
 
 def cut(world: Path, name: str) -> dict:
@@ -1558,6 +1577,24 @@ WRONG = {
         lambda w: filed(w, model="resnet10t"), KD,
         ["t.safetensors is incomplete, or not of resnet10t", "made anew"],
     ),
+    "a smaller model": (
+        lambda w: grown_from(w, "resnet34", "resnet18"), KD,
+        ["t.safetensors is of a larger model than resnet18", "80 in the file ignored: layer1.2"],
+    ),
+    "a layer too many": (
+        lambda w: filed(w, lambda t: t.update({"layer5.weight": t["fc.weight"].clone()})), KD,
+        ["of a larger model than test_resnet", "1 in the file ignored: layer5.weight"],
+    ),
+    "a transformer of other pictures": (
+        lambda w: grown_from(w, "test_vit", "test_vit", image_size=160), KD,
+        ["trained at another image size", "pos_embed (file has (1, 101, 64), model (1, 5, 64))",
+         "set teacher_image_size to that of its training"],
+    ),
+    "a file of the run, of other classes": (
+        lambda w: named(w, ["x", "y", "z"]) | dict(teacher="runs/teacher-seed0/best.safetensors",
+                                                  teacher_model="test_resnet"), KD,
+        ["does not end in the 3 classes of the data (the file's classes are others)"],
+    ),
     "none of its tensors": (
         lambda w: filed(w, model="test_vit"), ME, ["fits 0 of the model's", "of another model"],
     ),
@@ -1593,11 +1630,11 @@ WRONG = {
     "pictures it cannot take": (
         lambda w: relearnt(w, "test_vit_relpos", teacher_image_size=48), KD,
         ["teacher-seed0, a test_vit_relpos, cannot take pictures of 48 pixels (Input height (48)",
-         "set teacher_image_size"],
+         "take another teacher_image_size, or none"],
     ),
     "pictures too small": (
         lambda w: relearnt(w, "test_convnext", teacher_image_size=16), KD,
-        ["a test_convnext, cannot take pictures of 16 pixels (", "set teacher_image_size"],
+        ["a test_convnext, cannot take pictures of 16 pixels (", "take another teacher_image_size"],
     ),
     # modules
     "no module of the student": (

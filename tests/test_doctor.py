@@ -146,6 +146,8 @@ WARNED = [
      {"mimic_loss": "dist"}),
     ("ce on a strong recipe", {**KNOWN, "teacher": "a", "mimic": ["layer4 -> layer4", "logits"],
      "mimic_loss": ["l2", "ce"], "randaug_n": 2}, {"randaug_n": 0}),
+    ("over the 8 pictures of a forward", {**KNOWN, "teacher": "a", "mimic_loss": "dist",
+     "micro_batch_size": 8}, {"mimic_loss": "kl"}),
     ("a tenth or a hundredth", {**KNOWN, "lr": 0.5, "weights": "a.pt"}, {"lr": 0.04}),
     ("these start at random", {**KNOWN, "freeze": ["conv1"]}, {"pretrained": True}),
     ("these start at random", {**KNOWN, "probe_epochs": 5}, {"weights": "a.pt", "lr": 0.01}),
@@ -410,6 +412,22 @@ def test_a_start_from_the_teachers_own_weights_agrees_with_it_and_gains_nothing(
     assert f"start has top-1 {report.val_top1[0]:.2f} % already, the teacher" in told
 
 
+def test_a_student_that_resumes_is_judged_where_it_stands(taught):
+    recipe = student({"ce": taught["ce"]}, resume_from=taught["ce"])
+    content = data.open_data(recipe)
+    report = doctor.teachers(recipe, content, pictures=32, progress=False)
+    assert report.agreement.tolist() == [100.0]
+
+
+def test_a_part_of_the_validation_list_is_taken_evenly(judged, slow):
+    recipe, content, whole = judged
+    report = doctor.teachers(recipe, content, pictures=32, val_pictures=100, progress=False)
+    assert report.val_images.tolist() == [100, 100]
+    for row, source in zip(report.itertuples(), slow, strict=True):
+        right = slow[source].argmax(1)[::5] == content.val.label[::5]
+        assert row.val_top1 == pytest.approx(100 * right.mean())
+
+
 def test_a_teacher_is_told_in_a_sentence_with_its_figures(judged):
     recipe, _, report = judged
     facts = [f.text for f in doctor.about_teachers(recipe, report) if f.kind == "fact"]
@@ -440,6 +458,7 @@ GOOD = {
     "start_top1": 0.1,
     "step_share": 30.0,
     "smoothing": 0.0,
+    "state": "finished",
 }
 KL = {"teacher": "a", "mimic_loss": "kl", "temperature": 4.0}
 OF_TEACHERS = [
@@ -448,6 +467,12 @@ OF_TEACHERS = [
     ("honest temperature is 1.10", {"bce": True}, {}, {"mimic_loss": "kl_standardized"}),
     ("mean logit -1.53 standard", {"bce": True, "offset": -1.53}, {},
      {"mimic": "layer4 -> layer4", "mimic_loss": "l2"}),
+    ("these pictures do not say; take kl_standardized", {"bce": True, "temperature": 0.05}, {},
+     {"mimic_loss": "kl_standardized"}),
+    ("these pictures do not say", {"bce": True, "temperature": 20.0}, {}, {"bce": False}),
+    ("up_kl cuts every logit below 0", {"bce": True}, {"mimic_loss": "up_kl", "temperature": 1.0},
+     {"mimic_loss": "kl_standardized"}),
+    ("its run is stopped", {"state": "stopped"}, {}, {"state": "finished"}),
     ("label smoothing 0.1", {"smoothing": 0.1}, {}, {"smoothing": 0.0}),
     ("label smoothing 0.1", {"smoothing": 0.1}, {"mimic_loss": "dkd"}, {"mimic_loss": "dist"}),
     ("start has top-1 79.00 % already, the teacher 79.00", {"start_top1": 79.0}, {},

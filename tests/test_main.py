@@ -42,6 +42,18 @@ def test_train_says_how_it_ended_and_where(params, tmp_path):
     assert "nothing to do: finished" in again.output and "epoch   1" not in again.output
 
 
+def test_train_judges_a_teacher_before_it_teaches_but_not_again_on_a_resume(params, tmp_path):
+    assert invoke("train", params).exit_code == 0
+    source = tmp_path / "runs" / "small-seed0"
+    words = ("-p", "name=taught", "-p", f"teacher={source}", "-p", "mimic_loss=kl")
+    done = invoke("train", params, *words)
+    assert done.exit_code == 0, done.output
+    said = done.output.index(f"teacher {source}, test_resnet, 0.4 million parameters: top-1 ")
+    assert said < done.output.index("epoch   1")
+    assert "of 500 validation pictures at the student's size" in done.output
+    assert "million parameters" not in invoke("train", params, *words).output
+
+
 def test_the_doctor_speaks_of_the_data_or_of_the_sizes_it_is_told(params):
     done = invoke("doctor", params, "-p", "flip=0.5")
     assert done.exit_code == 0, done.output

@@ -440,6 +440,8 @@ def test_a_folder_that_does_not_tell_its_classes_has_none(tmp_path, content):
     assert models.run_classes(tmp_path / "weights.pt") is None
     (tmp_path / "environment.json").write_text('{"classes": ["ant", "bee"]}')
     assert models.run_classes(tmp_path) == ["ant", "bee"]
+    (tmp_path / "weights.pt").touch()
+    assert models.run_classes(tmp_path / "weights.pt") == ["ant", "bee"], "a file of that run"
 
 
 # ---- of another model
@@ -485,7 +487,8 @@ def test_force_takes_no_file_of_which_nothing_fits_and_offers_itself_for_none(tm
 def test_a_module_is_found_by_its_dotted_name():
     model = tiny()
     assert models.module(model, "layer3.0.bn2") is model.layer3[0].bn2
-    assert models.module(model, models.classifier(model)) is model.fc
+    assert models.heads(model) == ("fc.",)
+    assert models.module(model, "fc") is model.fc
 
 
 @pytest.mark.parametrize(
@@ -508,8 +511,22 @@ def test_a_module_that_is_not_there_names_near_ones_that_are(name, near):
 def test_the_classifier_is_the_module_that_ends_in_the_classes(name):
     with meta():
         model = create(name, 37)
-    last = models.module(model, models.classifier(model))
+    [head] = models.heads(model)
+    last = models.module(model, head.removesuffix("."))
     assert isinstance(last, nn.Linear) and last.out_features == 37
+
+
+def test_a_model_that_ends_in_two_classifiers_has_both_made_anew():
+    """DeiT with a distillation token; only its heads differ between two class counts."""
+    with meta():
+        theirs = create("deit_tiny_distilled_patch16_224", 10)
+    model = create("deit_tiny_distilled_patch16_224", 7)
+    assert models.heads(model) == ("head.", "head_dist.")
+    tensors = {k: torch.zeros(v.shape) for k, v in theirs.state_dict().items()}
+    loaded = models._take(model, "file", tensors)
+    assert sorted(loaded.anew) == sorted(
+        f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")
+    )
 
 
 class Stop(Exception):

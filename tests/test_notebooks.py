@@ -284,6 +284,22 @@ def test_the_distillation_notebook_without_a_teacher_says_what_it_wants():
         exec(source["checks"], names)
 
 
+def test_a_stopped_student_does_not_make_the_notebook_train_the_other_one(tmp_path):
+    source = {c.id: c.source for c in cells(ROOT / "notebooks" / "03_distillation.ipynb")}
+    teacher = runs.Run(tmp_path / "teacher")
+    list(training.fit(Recipe(**SMALL, runs_dir=str(tmp_path)), teacher))
+    recipe = Recipe(**SMALL, name="student", runs_dir=str(tmp_path), teacher=[str(teacher.path)])
+    run = runs.Run(recipe.folder)
+    rows = training.fit(recipe, run)
+    next(rows)
+    rows.close()
+    names: dict[str, object] = {"recipe": recipe, "run": run}
+    exec(source["imports"], names)
+    with pytest.raises(runs.RunError, match="student-seed0 is stopped: stopped by leaving .*goes"):
+        exec(source["alone"], names | {"recipe": recipe, "run": run})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student-seed0", "teacher"]
+
+
 @pytest.fixture
 def unequal_letters(tmp_path) -> dict[str, object]:
     """Real letters under two lists in custom_cls form: of class a six times as many to train on.
@@ -321,7 +337,7 @@ def test_the_downstream_notebook_checks_starts_and_transfers(tmp_path, unequal_l
         runs.Run(tmp_path / "runs" / f"{n}-seed0")
         for n in ("letters_downstream", "digits_baseline")
     )
-    assert f"digits, epoch 2 of 2: top-1 {source.metrics().top1[1]:.2f} %" in first.said("checks")
+    assert f"digits, epoch 2 of 2: top-1 {source.metrics().top1[1]:.2f} %" in first.said("start")
 
     one_each = ["counts", "batch", "curves", "rivals", "per-class", "worst"]
     assert first.figures() == dict.fromkeys(one_each, 1)

@@ -225,6 +225,8 @@ def test_the_gpu_hours_are_the_estimate_they_say(path):
         theirs = TIMM_SPEED[recipe.teacher[0].partition(".")[0]] / TIMM_SPEED["resnet50"]
         seconds += 1 / (3 * 2500 * theirs)
         assert f"a third of the teacher's step there for its forward, times {theirs:.2f}" in said
+        alone = data_set(path)[0] * recipe.epochs / (2500 * ratio * smaller) / 3600
+        assert f"the student alone too, about {float(f'{alone:.2g}'):g} more" in said
     hours = data_set(path)[0] * recipe.epochs * seconds / 3600
     assert said.startswith(f"about {float(f'{hours:.2g}'):g} on one A100, estimated: 2,500 img/s")
     assert (f"times {ratio:.2f}, this model's ratio" in said) == (ratio != 1)

@@ -187,9 +187,37 @@ def test_published_weights_are_taken_and_told(tmp_path, digits, monkeypatch):
     )
     body = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
     run = left_after(letters(tmp_path, pretrained=True, freeze=body), 2)
-    assert run.environment()["start"] == "timm's published weights"
+    listed = pd.read_csv(run.file("start.csv"), keep_default_na=False)
+    told = run.environment()["start"]
+    assert told.startswith("timm's published weights of test_resnet: ")
+    assert "2 made anew: fc.weight (file has (10, 96), model (26, 96))" in told
+    assert set(listed.tensor[listed.fate == "made anew"]) == CLASSIFIER
+    assert set(listed.tensor[listed.fate == "loaded"]) == {
+        k for k in load_file(file) if k not in CLASSIFIER and counts_not(k)
+    }
     ours, theirs = run.load_checkpoint()["model"], load_file(file)
-    assert not [k for k in theirs if below(k, body) and not torch.equal(ours[k], theirs[k])]
+    kept = [k for k in theirs if below(k, body) and counts_not(k)]
+    assert kept and not [k for k in kept if not torch.equal(ours[k], theirs[k])]
+
+
+def test_a_run_from_published_weights_goes_on_without_asking_for_them_again(
+    tmp_path, digits, monkeypatch
+):
+    create = timm.create_model
+    overlay = {"file": str(digits.file("best.safetensors")), "num_classes": 10, "classifier": "fc"}
+    fed = lambda *a, **k: create(*a, pretrained_cfg_overlay=overlay, **k)
+    monkeypatch.setattr(timm, "create_model", fed)
+    recipe = letters(tmp_path, pretrained=True, epochs=1)
+    run = left_after(recipe, 3)
+
+    def offline(*a, pretrained=False, **k):
+        assert not pretrained, "last.pt is all that a resume needs"
+        return create(*a, **k)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    list(training.fit(recipe, run))
+    assert run.environment()["start"] == "goes on after step 3"
+    assert run.status()["state"] == "finished"
 
 
 TINY = {

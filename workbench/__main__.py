@@ -58,6 +58,8 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
 
     run = runs.Run(recipe.folder)
     progress = widgets.Progress(run)
+    if recipe.teacher and training.is_first() and not run.file("last.pt").exists():
+        _judge_teachers(recipe)
     for row in training.fit(recipe, run):
         if not progress.started:
             _warn(recipe, run.environment())
@@ -67,6 +69,15 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
         print(f"run folder: {run.path}")
     if run.status()["state"] == "stopped":
         raise typer.Exit(STOPPED)
+
+
+def _judge_teachers(recipe) -> None:
+    """Prints what its teachers are worth to the student, from a look at some pictures."""
+    from workbench import data, doctor
+
+    content = data.open_data(recipe)
+    report = doctor.teachers(recipe, content, pictures=512, val_pictures=2048)
+    print(*doctor.about_teachers(recipe, report), sep="\n", flush=True)
 
 
 def _warn(recipe, environment: dict) -> None:
@@ -102,11 +113,11 @@ def notebook(
     code = subprocess.run(command).returncode
     status = runs.Run(folder).status()
     print(f"\n{status['message'] or status['state']}\nrun folder: {folder}")
+    if status["state"] == "stopped":
+        raise typer.Exit(STOPPED)
     if code:
         print("the same command goes on from the last checkpoint")
         sys.exit(code)
-    if status["state"] == "stopped":
-        raise typer.Exit(STOPPED)
     words = " ".join(f"-p {text}" for text in [*p, f"seed={recipe.seed + 1}"])
     print(f"next: look at {output} (make lab)")
     print(f"      workbench notebook {notebook} {params} {words}   # how much is luck?")

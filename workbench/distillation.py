@@ -12,6 +12,7 @@ consistent", arXiv 2106.05237, section 3.
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -53,10 +54,12 @@ class Teacher:
     loss: str | None = None  # ce or bce, where its training is known
     smoothing: float | None = None  # of its labels
     top1: float | None = None  # percent, where its own run says so
+    state: str = "finished"  # of its own run
     digest: str = ""  # of all its tensors
 
     def __str__(self) -> str:
         own = "" if self.top1 is None else f", top-1 {self.top1:.2f} % in its own run"
+        own += "" if self.state == "finished" else f", which is {self.state}"
         return f"{self.source}: {self.name} at {self.image_size} pixels{own}"
 
     def view(self, images: Tensor, mean: list[float], std: list[float]) -> Tensor:
@@ -66,14 +69,19 @@ class Teacher:
         """
         if (mean, std) != (self.mean, self.std):
             ours, theirs = (
-                torch.tensor(v, device=images.device).reshape(2, 1, 3, 1, 1)
-                for v in ([mean, std], [self.mean, self.std])
+                _constant(tuple(m), tuple(s), images.device)
+                for m, s in ((mean, std), (self.mean, self.std))
             )
             images = (images * ours[1] + (ours[0] - theirs[0])) / theirs[1]
         if images.shape[2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         return images
+
+
+@functools.cache  # copied to a GPU once: every copy would make the step wait
+def _constant(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor([mean, std], device=device).reshape(2, 1, 3, 1, 1)
 
 
 def open_teachers(recipe: Any, classes: list[str]) -> list[Teacher]:
@@ -152,7 +160,7 @@ def _of_run(path: Path, source: str, classes: list[str]) -> tuple[str, dict[str,
     r = run.recipe()
     try:
         known = {key: r[key] for key in ("image_size", "mean", "std", "loss")}
-        known["smoothing"] = r["label_smoothing"]
+        known |= {"smoothing": r["label_smoothing"], "state": run.status()["state"]}
         name, options = r["model"], {key: r[key] for key in ("deep_stem", "avg_down")}
     except KeyError as error:
         raise DistillationError(f"teacher {source}: recipe.yaml names no {error}") from None
@@ -197,10 +205,21 @@ def _build(name: str, classes: int, image_size: int, **options: Any) -> nn.Modul
 
 def _fill(teacher: nn.Module, source: str, name: str, classes: list[str]) -> None:
     """Loads a teacher's weights, all of them: one that is partly at its initial values is none."""
-    loaded = models.load(teacher, source, force=True)  # what is missing is refused here
-    head = models.classifier(teacher) + "."
-    if any(not tensor.startswith(head) for tensor in loaded.anew):
+    # What is missing or too much is refused here.
+    loaded = models.load(teacher, source, classes=classes, force=True)
+    head = models.heads(teacher)
+    body = {tensor: why for tensor, why in loaded.anew.items() if not tensor.startswith(head)}
+    if body and all(why.startswith("file has") for why in body.values()) and "pos" in "".join(body):
+        raise DistillationError(
+            f"teacher {source} was trained at another image size ({loaded}); set "
+            "teacher_image_size to that of its training"
+        )
+    if body:
         raise DistillationError(f"teacher {source} is incomplete, or not of {name}: {loaded}")
+    if loaded.ignored:
+        raise DistillationError(
+            f"teacher {source} is of a larger model than {name}: {loaded}; name its own model"
+        )
     if loaded.anew:
         raise DistillationError(
             f"teacher {source} does not end in the {len(classes)} classes of the data "
@@ -267,8 +286,9 @@ class Pair(NamedTuple):
 class Student(nn.Module):
     """The model with its adapters: forward gives logits (n, C) and the adapted features by pair.
 
-    An adapter is a learned 1x1 convolution (maps) or linear layer (vectors, tokens) where the
-    channels differ, FitNets, arXiv 1412.6550, section 2.2. They are no part of the model.
+    An adapter is a learned 1x1 convolution (maps) or linear layer (vectors, tokens, maps with the
+    channels last) where the channels differ, FitNets, arXiv 1412.6550, section 2.2. They are no
+    part of the model.
     """
 
     def __init__(self, model: nn.Module, pairs: list[Pair], adapters: list[nn.Module | None]):
@@ -323,7 +343,7 @@ class Distillation:
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         for teacher in self.teachers:
             teacher.model.to(device, memory_format=layout)
-            _try(teacher, device)
+            _try(teacher, device, bool(recipe.teacher_image_size))
         self.pairs = _pairs(recipe, self.teachers)
         self.student = Student(model, self.pairs, self._adapters(model)).to(device)
         self.wanted = [
@@ -432,7 +452,7 @@ class Distillation:
         return self.kept.prepare(self.recipe.epochs)
 
 
-def _try(teacher: Teacher, device: torch.device) -> None:
+def _try(teacher: Teacher, device: torch.device, asked: bool) -> None:
     """Raises DistillationError where a teacher cannot take pictures of its size."""
     size = teacher.image_size
     try:
@@ -441,7 +461,8 @@ def _try(teacher: Teacher, device: torch.device) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise DistillationError(
             f"teacher {teacher.source}, a {teacher.name}, cannot take pictures of {size} pixels "
-            f"({str(error)[:200] or type(error).__name__}); set teacher_image_size"
+            f"({str(error)[:200] or type(error).__name__}); "
+            + ("take another teacher_image_size, or none" if asked else "set teacher_image_size")
         ) from None
 
 
@@ -487,7 +508,7 @@ def _adapter(
         return None
     if len(mine) == len(wanted) == 3 and mine[1:] == wanted[1:]:
         return nn.Conv2d(mine[0], wanted[0], 1)
-    if len(mine) == len(wanted) < 3 and mine[:-1] == wanted[:-1]:
+    if len(mine) == len(wanted) and mine[:-1] == wanted[:-1]:  # vectors, tokens, Swin's maps
         return nn.Linear(mine[-1], wanted[-1])
     fits = [
         n for n, s in theirs.items()
@@ -523,6 +544,15 @@ INDIFFERENT = frozenset(
     " val_every checkpoint_minutes log_every device precision workers runs_dir outside_root"
     " train_list val_fraction num_classes dataset".split()
 )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The values a Kept is known by, those of its teachers as "teacher digest", "teacher std"."""
+    teachers = values.get("teachers")
+    teachers = [t for t in teachers if isinstance(t, dict)] if isinstance(teachers, list) else []
+    keys = sorted({key for teacher in teachers for key in teacher})
+    flat = {f"teacher {key}": [teacher.get(key) for teacher in teachers] for key in keys}
+    return flat | {key: value for key, value in values.items() if key != "teachers"}
 
 
 class Kept:
@@ -565,28 +595,37 @@ class Kept:
                 "WORKBENCH_CACHE to another disk"
             )
         if there:
-            return f"teachers' answers of {len(there)} of {epochs} epochs are read, {self.folder}"
+            return (
+                f"teachers' answers that are kept already are read, of {len(there)} of {epochs} "
+                f"epochs, {self.folder}"
+            )
         text = f"teachers' answers are kept, {need / 1e6:,.0f} MB, {self.folder}"
         return f"{text}; {others}" if others else text
 
     def _others(self) -> str:
-        """Why what was kept before of these teachers is of no use here: the knobs that differ."""
+        """Why what was kept before of such teachers is of no use here: what differs.
+
+        Such are the same ones, or others of the same models for the same data.
+        """
         best: list[str] | None = None
+        ours, missing = _flat(self.values), object()
         for path in self.folder.parent.glob("*/recipe.json"):
             try:
                 values = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
-            same = isinstance(values, dict) and path.parent != self.folder
-            if not same or values.get("teachers") != self.values["teachers"]:
+            if not isinstance(values, dict) or path.parent == self.folder:
                 continue
-            keys = sorted(set(values) | set(self.values))
-            missing = object()
+            theirs = _flat(values)
             changed = [
-                f"{key} {values.get(key)!r:.40} (now {self.values.get(key)!r:.40})"
-                for key in keys
-                if values.get(key, missing) != self.values.get(key, missing)
+                f"{key} {theirs.get(key)!r:.40} (now {ours.get(key)!r:.40})"
+                for key in sorted(set(theirs) | set(ours))
+                if theirs.get(key, missing) != ours.get(key, missing)
             ]
+            names = {text.partition(" ")[0] for text in changed}
+            known = {text.split(" ")[1] for text in changed if text.startswith("teacher ")}
+            if "name" in known or ("digest" in known and "data" in names):
+                continue
             if best is None or len(changed) < len(best):
                 best = changed
         if best is None:

@@ -174,9 +174,16 @@ def _mixing(recipe: Any) -> list[str]:
 
 
 def teachers(
-    recipe: Any, content: data.Data, *, pictures: int = 2048, progress: bool = True
+    recipe: Any,
+    content: data.Data,
+    *,
+    pictures: int = 2048,
+    val_pictures: int | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """What the recipe's teachers are worth to this student, a row each, from running them.
+
+    `val_pictures` takes so many of the validation list, evenly spaced, in the place of all.
 
     teacher, model, parameters; own_top1 (its own run's, nan where unknown), val_top1 (of the
     validation list, as the student sees it), crops_top1 (of the first `pictures` training crops,
@@ -186,17 +193,19 @@ def teachers(
     began, near 0, binary cross-entropy pulls it far below); temperature (of the smallest
     cross-entropy on the validation list, arXiv 1706.04599); agreement (percent of the validation
     list on which the student's start says the same); step_share (percent of a step's time that
-    the teacher takes). Raises DistillationError or ModelError.
+    the teacher takes); state (of its own run). Raises DistillationError or ModelError.
     """
     device = training.pick_device(recipe.device)
     bf16 = training.pick_precision(recipe.precision, device) == "bf16"
-    model = training.create_model(recipe, len(content.classes))
-    if recipe.weights:
-        models.load(model, recipe.weights, classes=content.classes, force=recipe.force_weights)
+    model, _ = training.starting_model(recipe, content.classes)
+    if recipe.resume_from:
+        model.load_state_dict(training.resumed_state(recipe)["model"])
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
     kd = distillation.Distillation(recipe, model, content.classes, device)
-    total = min(pictures, len(content.train)) + len(content.val)
+    every = math.ceil(len(content.val) / (val_pictures or len(content.val)))
+    val = content.val.iloc[::every].reset_index(drop=True)
+    total = min(pictures, len(content.train)) + len(val)
     with contextlib.ExitStack() as stack:
         if progress:
             shown = stack.enter_context(bar(total, "asking the teachers", "img"))
@@ -223,7 +232,10 @@ def teachers(
         stack.enter_context(models.evaluating(model))
         stack.enter_context(torch.no_grad())
         for batch in data.eval_batches(
-            content.val, training.test_transform(recipe), batch_size=64, workers=0
+            val,
+            training.test_transform(recipe),
+            batch_size=64,
+            workers=training.pick_workers(recipe.workers) if len(val) > 2000 else 0,
         ):
             if len(batch.labels):
                 images = normalize(batch.images.to(device))
@@ -254,9 +266,13 @@ def teachers(
                 "start_top1": 100 * float((start == label).mean()),
                 "step_share": 100 * shares[k],
                 "smoothing": teacher.smoothing,
+                "state": teacher.state,
             }
         )
     return pd.DataFrame(rows)
+
+
+LEAST_T, MOST_T = 0.05, 20.0  # where best_temperature looks; at either end it found none
 
 
 def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -265,7 +281,7 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     Guo et al., arXiv 1706.04599, section 4.2.
     """
     z, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    grid = np.geomspace(0.05, 20, 301)
+    grid = np.geomspace(LEAST_T, MOST_T, 301)
     return float(grid[np.argmin([F.cross_entropy(z / t, y).item() for t in grid])])
 
 
@@ -352,7 +368,9 @@ def _tempered(recipe: Any) -> bool:
 
 def _bce_teacher(recipe: Any, row: Any) -> str | bool:
     asked, honest = recipe.temperature, row.temperature
-    if abs(math.log(honest)) > math.log(1.2):
+    if not LEAST_T < honest < MOST_T:
+        advice = "which temperature is honest these pictures do not say; take kl_standardized"
+    elif abs(math.log(honest)) > math.log(1.2):
         advice = f"temperature {asked * honest:.2g} would do to it what {asked:g} does to others; "
         advice += "or take kl_standardized"
     else:
@@ -363,6 +381,20 @@ def _bce_teacher(recipe: Any, row: Any) -> str | bool:
         and f"looks trained with binary cross-entropy (mean logit {row.offset:+.2f} standard "
         f"deviations), so its softmax at temperature 1 is not what it learnt to say: {advice}"
     )
+
+
+def _cut_teacher(recipe: Any, row: Any) -> str | bool:
+    return (
+        row.bce
+        and "up_kl" in recipe.mimic_loss
+        and f"looks trained with binary cross-entropy (mean logit {row.offset:+.2f} standard "
+        "deviations), and up_kl cuts every logit below 0, which are nearly all of it: take kl with "
+        "its own temperature, or kl_standardized"
+    )
+
+
+def _unfinished_teacher(recipe: Any, row: Any) -> str | bool:
+    return row.state != "finished" and f"its run is {row.state}: a teacher has finished learning"
 
 
 def _smoothed_teacher(recipe: Any, row: Any) -> str | bool:
@@ -401,6 +433,8 @@ def _smaller_pictures(recipe: Any, row: Any) -> str | bool:
 
 _TEACHER_EVIDENCE = [
     (_bce_teacher, "the mean logit; arXiv 2110.00476 trains so; arXiv 1706.04599"),
+    (_cut_teacher, "the mean logit; arXiv 2110.00476 trains so"),
+    (_unfinished_teacher, "its run folder"),
     (_smoothed_teacher, "arXiv 1906.02629, section 5"),
     (_weak_teacher, "the report above"),
     (_lost_teacher, "the report above; arXiv 2106.05237, section 3"),
@@ -588,6 +622,17 @@ def _kl_on_a_strong_recipe(recipe, per_epoch, steps, classes):
     )
 
 
+def _few_beside_each_other(recipe, per_epoch, steps, classes):
+    together = min(recipe.micro_batch_size or recipe.batch_size, recipe.batch_size)
+    return (
+        bool(recipe.teacher)
+        and "dist" in recipe.mimic_loss
+        and together < 16
+        and f"dist correlates every class over the {together} pictures of a forward, mostly noise; "
+        "let a forward hold 16 or more (on several devices each its own), or take kl"
+    )
+
+
 def _rate_of_a_scratch(recipe, per_epoch, steps, classes):
     linear = 0.1 * recipe.batch_size / 256
     return (
@@ -631,6 +676,7 @@ _EVIDENCE = [
     (_small_norm_batch, "arXiv 1803.08494, figure 1"),
     (_short_of_the_end, _UP),
     (_kl_on_a_strong_recipe, "arXiv 2205.10536, table 3, and its code's README"),
+    (_few_beside_each_other, "the formula: arXiv 2205.10536, eq. 10"),
     (_rate_of_a_scratch, "United Perception's page on downstream tasks: 0.1 or 0.01 of it"),
     (_frozen_at_random, "United Perception freezes pre-trained layers"),
 ]

@@ -27,7 +27,7 @@ class ModelError(ValueError):
 
 def create(
     name: str,
-    num_classes: int,
+    num_classes: int | None,
     *,
     image_size: int = 224,
     deep_stem: bool = False,
@@ -39,11 +39,15 @@ def create(
 ) -> nn.Module:
     """A timm model with initial weights drawn from `seed` (the global stream is left alone).
 
+    num_classes None is the published weights' own.
+
     deep_stem and avg_down are UP's flags for resnet18 to resnet152; both together give timm's
     resnet*d (BoT, section 4, "ResNet-D", with a stem 32 wide). Raises ModelError.
     """
     check_name(name)
-    options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": dropout}
+    options: dict[str, Any] = {"drop_rate": dropout}
+    if num_classes is not None:
+        options["num_classes"] = num_classes
     if deep_stem:
         options |= {"stem_type": "deep", "stem_width": 32}
     if avg_down:
@@ -128,11 +132,32 @@ def load(
     """
     path = ROOT / Path(source).expanduser()
     label, tensors = read_weights(path)
-    own = model.state_dict()
-    tensors = {k: v for k, v in _renamed(tensors).items() if not k.endswith("num_batches_tracked")}
-    wanted = [name for name in own if not name.endswith("num_batches_tracked")]
-    head = classifier(model) + "."
     strange = classes is not None and not same_classes(run_classes(path), classes)
+    return _take(model, label, _renamed(tensors), strange, force)
+
+
+def load_published(model: nn.Module, name: str, **options: Any) -> Loaded:
+    """Loads timm's published weights of `name` into the model, and says what fits.
+
+    `options` are create's, image_size among them: timm resamples position embeddings to it. Raises
+    ModelError when they cannot be had.
+    """
+    published = create(name, None, pretrained=True, **options)
+    return _take(model, f"timm's published weights of {name}", published.state_dict())
+
+
+def _take(
+    model: nn.Module,
+    label: str,
+    tensors: Mapping[str, torch.Tensor],
+    strange: bool = False,
+    force: bool = False,
+) -> Loaded:
+    """What fits of the tensors, into the model; with `strange` no classifier does."""
+    own = model.state_dict()
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    wanted = [name for name in own if not name.endswith("num_batches_tracked")]
+    head = heads(model)
     result = Loaded(label)
     take = {}
     for name in wanted:
@@ -224,16 +249,17 @@ def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def classifier(model: nn.Module) -> str:
-    """The name of the module that ends in the classes."""
-    name = getattr(model, "default_cfg", {}).get("classifier", "fc")
-    return name if isinstance(name, str) else name[0]
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the classifier's tensors begin with: ("fc.",), or two for a DeiT's."""
+    names = getattr(model, "default_cfg", {}).get("classifier", "fc")
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def run_classes(path: Path) -> list[str] | None:
-    """The class names a run folder was trained for, None for anything else."""
+    """The class names that a run folder, or a file in one, was trained for; else None."""
+    folder = path if path.is_dir() else path.parent
     try:
-        return json.loads((path / "environment.json").read_text())["classes"]
+        return json.loads((folder / "environment.json").read_text())["classes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -182,12 +182,16 @@ def curves(steps: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
     return figure
 
 
-def top1_curves(metrics: Mapping[str, pd.DataFrame]) -> Figure:
-    """Validation top-1 by epoch, a line per name, its last value in the legend."""
+def top1_curves(metrics: Mapping[str, pd.DataFrame], weights: str = "raw") -> Figure:
+    """Validation top-1 by epoch, a line per name, its last value in the legend.
+
+    With `weights` ema that of averaged weights, where a run kept them.
+    """
     figure = Figure(9 if len(metrics) > 4 else 6.5)
     ax = figure.subplots()
     for i, (name, table) in enumerate(metrics.items()):
-        seen = table.reindex(columns=["epoch", "top1"]).dropna()
+        column = "ema_top1" if weights == "ema" and "ema_top1" in table else "top1"
+        seen = table.reindex(columns=["epoch", column]).dropna().rename(columns={column: "top1"})
         style = STYLES[i // len(COLOURS) % len(STYLES)]
         label = f"{name}: {seen.top1.iloc[-1]:.2f} %" if len(seen) else f"{name}: no epoch yet"
         ax.plot(

@@ -121,6 +121,12 @@ class Run:
             status["state"] = "interrupted"
         return status
 
+    def check_finished(self) -> None:
+        """Raises RunError, with what to do next, where the run did not finish."""
+        status = self.status()
+        if status["state"] != "finished":
+            raise RunError(f"{self.path} is {status['state']}: {status['message']}")
+
     def recipe(self) -> dict[str, Any]:
         """The knobs in recipe.yaml."""
         import yaml

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import hashlib
 import math
 import os
 import platform
@@ -23,6 +24,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,18 +149,28 @@ def loss_function(recipe: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.T
 
 
 def create_model(recipe: Any, num_classes: int) -> nn.Module:
-    """The recipe's model at its initial weights (timm's published ones with `pretrained`)."""
-    return models.create(
-        recipe.model,
-        num_classes,
-        image_size=recipe.image_size,
-        deep_stem=recipe.deep_stem,
-        avg_down=recipe.avg_down,
-        drop_path=recipe.drop_path,
-        dropout=recipe.dropout,
-        pretrained=recipe.pretrained,
-        seed=recipe.seed,
-    )
+    """The recipe's model at the initial weights of its seed."""
+    options = {"drop_path": recipe.drop_path, "dropout": recipe.dropout, "seed": recipe.seed}
+    return models.create(recipe.model, num_classes, **_form(recipe), **options)
+
+
+def _form(recipe: Any) -> dict[str, Any]:
+    return {key: getattr(recipe, key) for key in ("image_size", "deep_stem", "avg_down")}
+
+
+def starting_model(recipe: Any, classes: list[str]) -> tuple[nn.Module, models.Loaded | None]:
+    """The recipe's model where its training starts, and what became of every tensor on the way.
+
+    From `weights` or timm's published ones (`pretrained`); from the seed alone the second is None.
+    Raises ModelError.
+    """
+    model = create_model(recipe, len(classes))
+    if recipe.weights:
+        force = recipe.force_weights
+        return model, models.load(model, recipe.weights, classes=classes, force=force)
+    if recipe.pretrained:
+        return model, models.load_published(model, recipe.model, **_form(recipe))
+    return model, None
 
 
 def create_optimizer(
@@ -176,11 +188,11 @@ def create_optimizer(
     spared = getattr(model, "no_weight_decay", set)()
     # What begins later, after probing, has a group of its own: torch's fused SGD wants the momenta
     # of a group to begin together.
-    head = models.classifier(model) + "." if recipe.probe_epochs else ""
+    head = models.heads(model) if recipe.probe_epochs else ("",)
     parts: dict[tuple[bool, bool, float], list] = {}
     for name, p in named:
         free = not recipe.decay_all and (p.ndim <= 1 or any(part in name for part in spared))
-        first = name.startswith((head, "adapters."))
+        first = name.startswith((*head, "adapters."))
         parts.setdefault((free, first, scales.get(name, 1.0)), []).append(p)
     groups = [
         {"params": kept, "lr_scale": scale, **({"weight_decay": 0.0} if free else {})}
@@ -458,7 +470,15 @@ def _train(
     steps = recipe.epochs * steps_per_epoch
 
     # Model, optimizer and where they start.
-    model = create_model(recipe, len(content.classes))
+    state = run.load_checkpoint()
+    borrowed = state is None
+    if state is None and recipe.resume_from:
+        state = resumed_state(recipe)
+    started = None
+    if state is None:  # else weights need not even be there any more
+        model, started = starting_model(recipe, content.classes)
+    else:
+        model = create_model(recipe, len(content.classes))
     smallest = _smallest_part(len(train), recipe, team.world)
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if smallest == 1 and norms:
@@ -467,19 +487,7 @@ def _train(
             f"normalise ({len(train)} pictures, batch_size {recipe.batch_size}); set drop_last: "
             "true or another batch_size"
         )
-    said = "timm's published weights" if recipe.pretrained else f"drawn from seed {recipe.seed}"
-    state = run.load_checkpoint()
-    borrowed = state is None
-    if state is None and recipe.resume_from:
-        state = runs.Run(ROOT / recipe.resume_from).load_checkpoint()
-        if state is None:
-            raise runs.RunError(f"resume_from {recipe.resume_from!r} has no last.pt")
-    started = None
-    if state is None and recipe.weights:
-        loaded = models.load(
-            model, recipe.weights, classes=content.classes, force=recipe.force_weights
-        )
-        said, started = str(loaded), loaded.table()
+    said = f"drawn from seed {recipe.seed}" if started is None else str(started)
     frozen = [models.module(model, name) for name in recipe.freeze]
     _wake(model, frozen)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -530,9 +538,9 @@ def _train(
     if kd:
         environment["teachers"] = kd.record()
         if recipe.cache_teacher:
-            same = "data precision processes threads torch torchvision timm numpy pillow".split()
+            same = "data precision processes threads torch torchvision timm numpy pillow device"
             environment["teacher_cache"] = kd.keep(
-                steps_per_epoch, device=device.type, **{key: environment[key] for key in same}
+                steps_per_epoch, **{k: environment[k] for k in same.split()}, code=_code()
             )
     if team.first:
         before = run.environment()
@@ -550,7 +558,7 @@ def _train(
             columns = ["side", "file", "label", "reason", "detail", "step"]
             run.save_frame("quarantine.csv", _concat([pd.DataFrame(columns=columns), *quarantined]))
         if started is not None:
-            run.save_frame("start.csv", started)
+            run.save_frame("start.csv", started.table())
         run.write_json("environment.json", {**environment, "seconds": progress.seconds})
         run.set_status("running", step=progress.step, steps=steps, message="")
 
@@ -682,9 +690,8 @@ def _train(
             step = progress.step
             if probing is not (probe := step < recipe.probe_epochs * steps_per_epoch):
                 probing = probe
-                _wake(
-                    model, frozen, models.module(model, models.classifier(model)) if probe else None
-                )
+                head = [models.module(model, name[:-1]) for name in models.heads(model)]
+                _wake(model, frozen, head if probe else None)
                 wrapped = team.wrap(student)  # gradients are shared for what learns from here on
             lr = rate(step)
             for group in optimizer.param_groups:
@@ -829,14 +836,14 @@ def _smallest_part(count: int, recipe: Any, world: int) -> int:
     return min(sizes)
 
 
-def _wake(model: nn.Module, frozen: list[nn.Module], only: nn.Module | None = None) -> None:
-    """Training mode and gradients for all but what is frozen; for the part `only` where given.
+def _wake(model: nn.Module, frozen: list[nn.Module], only: list[nn.Module] | None = None) -> None:
+    """Training mode and gradients for all but what is frozen; for the parts `only` where given.
 
     What sleeps keeps its weights and its norms' statistics.
     """
     model.train(only is None).requires_grad_(only is None)
-    if only is not None:
-        only.train().requires_grad_(True)
+    for part in only or ():
+        part.train().requires_grad_(True)
     for part in frozen:
         part.eval().requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
@@ -850,6 +857,14 @@ def _zero(wrapped: nn.Module, student: nn.Module, recipe: Any, device: torch.dev
         given = wrapped(blank)
         logits, features = given if isinstance(given, tuple) else (given, {})
         return sum(out.float().sum() for out in (logits, *features.values())) * 0.0
+
+
+def resumed_state(recipe: Any) -> dict[str, Any]:
+    """The checkpoint of the recipe's `resume_from`. Raises RunError when there is none."""
+    state = runs.Run(ROOT / recipe.resume_from).load_checkpoint()
+    if state is None:
+        raise runs.RunError(f"resume_from {recipe.resume_from!r} has no last.pt")
+    return state
 
 
 def _no_validation(ema: bool) -> dict[str, Any]:
@@ -1198,6 +1213,13 @@ def _commit() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _code() -> str:
+    """Twelve hex digits over our own code that decides what a teacher is shown."""
+    names = "augmentation data distillation images".split()
+    text = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def _usage(device: torch.device, seconds: float) -> dict[str, Any]:
