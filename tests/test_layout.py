@@ -26,7 +26,7 @@ BELOW_TRAINING = {*LEVEL_0, *LEVEL_1}
 LEVEL_2 = {
     "training": BELOW_TRAINING,
     "export": {"models", "data", "evaluation", "runs"},
-    "comparison": {"runs"},
+    "comparison": {"recipe", "runs"},
     "united_perception": {"recipe"},
     "doctor": {"data", "distillation", "models", "progress", "recipe", "training"},
 }

@@ -111,6 +111,34 @@ def test_check_data_lists_findings_and_writes_them_all(pictures, tmp_path):
     assert pd.read_csv(out).file.tolist() == ["a/0.png"]
 
 
+def test_compare_prints_table_and_verdict_and_writes_them(params, tmp_path):
+    for words in ((), ("-p", "lr=0.05", "-p", "name=slow")):
+        assert invoke("train", params, *words).exit_code == 0
+    folders = [tmp_path / "runs" / f"{name}-seed0" for name in ("small", "slow")]
+    out = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "markdown")}
+    files = [word for kind, path in out.items() for word in (f"--{kind}", path)]
+    done = invoke("compare", *folders, *files)
+    assert done.exit_code == 0, done.output
+    assert "slow and small" in done.output or "slow is " in done.output
+    table = pd.read_csv(out["csv"])
+    for run, row in zip(map(runs.Run, folders), table.itertuples(), strict=True):
+        assert row.top1 == pytest.approx(run.metrics().top1.iloc[-1])
+        assert row.top5 == pytest.approx(run.metrics().top5.iloc[-1])
+        assert row.pictures == 500
+    assert table.differs[1] == "lr 0.05 (0.1)"
+    said = done.output.splitlines()[-1]
+    assert f"- {said}\n" in out["markdown"].read_text()
+    turned = invoke("compare", *folders, "--against", "slow")
+    assert "small and slow" in turned.output or "small is " in turned.output
+
+
+def test_a_comparison_that_cannot_be_made_is_a_message(params, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["workbench", "compare", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert str(ended.value.code).startswith("ComparisonError: ")
+
+
 def test_runs_lists_the_runs_or_says_that_there_are_none(params, tmp_path):
     assert "no runs in" in invoke("runs", tmp_path / "runs").output
     invoke("train", params)

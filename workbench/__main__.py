@@ -32,7 +32,7 @@ def main() -> None:
     except RecipeError as error:
         sys.exit(str(error))
     except (ValueError, RuntimeError, OSError) as error:
-        kinds = "Data Distillation Model Run Training UnitedPerception".split()
+        kinds = "Comparison Data Distillation Model Run Training UnitedPerception".split()
         if type(error).__name__ not in {f"{kind}Error" for kind in kinds}:
             raise
         sys.exit(f"{type(error).__name__}: {error}")
@@ -181,6 +181,30 @@ def doctor(
             print(finding)
     elif recipe.teacher:
         print("its teachers are judged on the pictures themselves: leave out --images, --classes")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="run folders; seeds of a recipe are one")],
+    weights: Annotated[str, typer.Option(help="raw, or ema where a run kept an average")] = "raw",
+    against: Annotated[str, typer.Option(help="the recipe to hold against; the first")] = "",
+    csv: Annotated[Path | None, typer.Option(help="write the table to this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write table and verdicts there")] = None,
+) -> None:
+    """Say which recipe is better, and whether that could be luck.
+
+    workbench compare runs/cifar10_*
+    """
+    from workbench import comparison
+
+    found = comparison.compare(folders, weights=weights, against=against)
+    if csv:
+        found.table.to_csv(csv, index=False)
+    if markdown:
+        lines = [comparison.markdown(found.table), "", *(f"- {line}" for line in found.sentences())]
+        markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(found.table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    print("", *found.sentences(), sep="\n")
 
 
 @app.command("import-up")

@@ -132,7 +132,10 @@ class Run:
         import yaml
 
         try:
-            recipe = yaml.safe_load(self.file("recipe.yaml").read_text(encoding="utf-8")) or {}
+            # libyaml's parser where PyYAML has it: ten times as fast, as safe.
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            text = self.file("recipe.yaml").read_text(encoding="utf-8")
+            recipe = yaml.load(text, Loader=loader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunError(f"{self.path} is no readable run: {error}") from None
         if not isinstance(recipe, dict):

@@ -529,6 +529,7 @@ def _train(
         "val_images": len(val),
         "classes": content.classes,
         "data": data.fingerprint(data.Data(train, val, content.classes)),
+        "val_data": data.fingerprint(data.Data(train.iloc[:0], val, content.classes)),
         "recipe": recipe.fingerprint,
         "steps_per_epoch": steps_per_epoch,
         "in_both": int(val.digest.isin(train.digest).sum()) if recipe.verify_data else None,
