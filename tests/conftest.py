@@ -1,6 +1,7 @@
 """A cache of its own for the whole session, and a small folder of pictures for every test."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -11,8 +12,11 @@ os.environ["WORKBENCH_CACHE"] = tempfile.mkdtemp(prefix="workbench-tests-")
 atexit.register(shutil.rmtree, os.environ["WORKBENCH_CACHE"], ignore_errors=True)
 
 import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
+
+from workbench.recipe import Recipe  # noqa: E402
 
 CLASSES = ("a", "b", "c")
 
@@ -39,4 +43,34 @@ def save_noise(path: Path, seed, size: tuple[int, int] = (40, 32)) -> Path:
 def write_list(path: Path, *rows: str) -> Path:
     """A list file with one row per line."""
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+PICTURES, JUDGED = 400, ["ant", "bee", "cat", "dog"]  # of the runs that run_folder makes up
+
+
+def run_folder(
+    root: Path, name: str, seed: int = 0, *, top1: float = 0.8, n: int = PICTURES, **knobs
+) -> Path:
+    """A run as training leaves it: of `n` pictures the first ones are right, but for some luck."""
+    path = root / f"{name[:60]}-seed{seed}"
+    path.mkdir(parents=True)
+    Recipe(name=name, seed=seed, runs_dir=str(root), **knobs).write(path / "recipe.yaml")
+    rng = np.random.default_rng([seed, len(name)])
+    label = np.arange(n) % 4
+    right = np.arange(n) < n * (top1 + rng.normal(0, 0.004))
+    right ^= rng.random(n) < 0.02
+    frame = pd.DataFrame({"weights": "raw", "file": [f"{i}.png" for i in range(n)], "list": 0})
+    frame["row"], frame["label"] = np.arange(n), label
+    for k in range(4):
+        frame[f"class{k + 1}"] = ((label + k + ~right) % 4).astype(np.int32)
+    frame["p1"] = rng.uniform(0.5, 1, n).astype(np.float32)
+    frame.to_parquet(path / "predictions.parquet", index=False)
+    environment = {"classes": JUDGED, "seconds": 60.0, "device": "a CPU", "data": "d"}
+    (path / "environment.json").write_text(json.dumps({**environment, "val_data": "v"}))
+    (path / "status.json").write_text(json.dumps({"state": "finished"}))
+    metrics = pd.DataFrame({"epoch": [1, 2], "step": [2, 4], "top1": [50.0, 80.0]})
+    metrics.to_csv(path / "metrics.csv", index=False)
+    steps = pd.DataFrame({"step": [1, 2, 3], "images_per_second": [10.0, 300.0, 310.0]})
+    steps.to_csv(path / "steps.csv", index=False)
     return path

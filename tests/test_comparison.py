@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import JUDGED, PICTURES, run_folder
 from scipy import stats
 from sklearn.calibration import calibration_curve
 from statsmodels.stats.contingency_tables import mcnemar
@@ -15,11 +16,7 @@ from statsmodels.stats.power import TTestIndPower
 
 from workbench import comparison
 from workbench.comparison import ComparisonError, Spread, compare, difference
-from workbench.recipe import Recipe
 from workbench.runs import Run
-
-PICTURES = 400
-CLASSES = ["ant", "bee", "cat", "dog"]
 
 
 def answers(rng, runs: int, p: np.ndarray, shift: float = 0.0) -> np.ndarray:
@@ -214,33 +211,6 @@ def test_the_calibration_error_is_a_loop_over_bins():
 # ---- run folders
 
 
-def folder(
-    root: Path, name: str, seed: int = 0, *, top1: float = 0.8, n: int = PICTURES, **knobs
-) -> Path:
-    """A run as training leaves it: of `n` pictures the first ones are right, but for some luck."""
-    path = root / f"{name[:60]}-seed{seed}"
-    path.mkdir(parents=True)
-    Recipe(name=name, seed=seed, runs_dir=str(root), **knobs).write(path / "recipe.yaml")
-    rng = np.random.default_rng([seed, len(name)])
-    label = np.arange(n) % 4
-    right = np.arange(n) < n * (top1 + rng.normal(0, 0.004))
-    right ^= rng.random(n) < 0.02
-    frame = pd.DataFrame({"weights": "raw", "file": [f"{i}.png" for i in range(n)], "list": 0})
-    frame["row"], frame["label"] = np.arange(n), label
-    for k in range(4):
-        frame[f"class{k + 1}"] = ((label + k + ~right) % 4).astype(np.int32)
-    frame["p1"] = rng.uniform(0.5, 1, n).astype(np.float32)
-    frame.to_parquet(path / "predictions.parquet", index=False)
-    environment = {"classes": CLASSES, "seconds": 60.0, "device": "a CPU", "data": "d"}
-    (path / "environment.json").write_text(json.dumps({**environment, "val_data": "v"}))
-    (path / "status.json").write_text(json.dumps({"state": "finished"}))
-    pd.DataFrame({"epoch": [1, 2], "top1": [50.0, 80.0]}).to_csv(path / "metrics.csv", index=False)
-    pd.DataFrame({"step": [1, 2, 3], "images_per_second": [10.0, 300.0, 310.0]}).to_csv(
-        path / "steps.csv", index=False
-    )
-    return path
-
-
 def changed(path: Path, name: str, **values) -> None:
     file = path / name
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
@@ -250,8 +220,8 @@ def changed(path: Path, name: str, **values) -> None:
 def six(tmp_path) -> list[Path]:
     """Three seeds of a recipe, three of a better one."""
     return [
-        *(folder(tmp_path, "plain", s) for s in range(3)),
-        *(folder(tmp_path, "better", s, top1=0.9, lr=0.2, flip=0.5) for s in range(3)),
+        *(run_folder(tmp_path, "plain", s) for s in range(3)),
+        *(run_folder(tmp_path, "better", s, top1=0.9, lr=0.2, flip=0.5) for s in range(3)),
     ]
 
 
@@ -289,7 +259,7 @@ def test_a_verdict_is_one_sentence_either_way(six, tmp_path):
     [turned] = compare(six, against="better").verdicts
     said = f"plain is worse than better by {d.points:.2f} points (95 % interval {d.low:.2f} to"
     assert str(turned).startswith(said)
-    alike = [*six[:3], *(folder(tmp_path, "alike", s, lr=0.3) for s in range(3))]
+    alike = [*six[:3], *(run_folder(tmp_path, "alike", s, lr=0.3) for s in range(3))]
     [none] = compare(alike).verdicts
     assert not none.real
     assert str(none).startswith("no difference between alike and plain that these runs can show: ")
@@ -304,7 +274,7 @@ def test_one_run_each_speaks_of_these_runs_alone(six):
 
 
 def test_several_questions_have_holms_p(six, tmp_path):
-    third = [folder(tmp_path, "third", s, top1=0.81, lr=0.3) for s in range(3)]
+    third = [run_folder(tmp_path, "third", s, top1=0.81, lr=0.3) for s in range(3)]
     found = compare([*six, *third])
     raw = [v.found.p for v in found.verdicts]
     assert [v.p for v in found.verdicts] == pytest.approx(comparison.holm(raw))
@@ -312,15 +282,15 @@ def test_several_questions_have_holms_p(six, tmp_path):
 
 
 def test_recipes_are_told_apart_by_their_knobs_not_their_names(tmp_path):
-    one = folder(tmp_path / "x", "name", 0)
-    same = folder(tmp_path / "y", "another", 1)
-    other = folder(tmp_path / "z", "name", 0, lr=0.2)
+    one = run_folder(tmp_path / "x", "name", 0)
+    same = run_folder(tmp_path / "y", "another", 1)
+    other = run_folder(tmp_path / "z", "name", 0, lr=0.2)
     found = compare([one, same, other])
     assert [(g.name, g.seeds) for g in found.groups] == [("name", [0, 1]), ("name-seed0", [0])]
 
 
 def test_the_same_seed_twice_counts_once_and_is_said(tmp_path):
-    paths = [folder(tmp_path / side, "name", 0) for side in "xy"]
+    paths = [run_folder(tmp_path / side, "name", 0) for side in "xy"]
     found = compare(paths)
     assert [g.seeds for g in found.groups] == [[0]]
     assert any("left out: it is name-seed0 again" in flag for flag in found.flags)
@@ -337,7 +307,7 @@ def test_other_pictures_are_refused(six):
 
 
 def test_other_classes_are_refused(six):
-    changed(six[3], "environment.json", classes=CLASSES[::-1])
+    changed(six[3], "environment.json", classes=JUDGED[::-1])
     with pytest.raises(ComparisonError, match="classes in another order|others in another order"):
         compare(six)
 
@@ -387,8 +357,8 @@ def test_a_run_of_an_older_version_is_compared_and_said(six):
 
 
 def test_what_is_not_alike_is_flagged(tmp_path):
-    first = folder(tmp_path, "plain", 0)
-    other = folder(tmp_path, "other", 0, image_size=64, val_resize=72, epochs=20)
+    first = run_folder(tmp_path, "plain", 0)
+    other = run_folder(tmp_path, "other", 0, image_size=64, val_resize=72, epochs=20)
     changed(other, "status.json", state="stopped")
     changed(other, "environment.json", data="e")
     found = compare([first, other])
@@ -442,7 +412,7 @@ def test_what_is_usable_is_found_and_the_rest_is_said_why(six, tmp_path):
 
 def test_names_of_any_kind_are_told_in_full(tmp_path):
     name = "ümläut 漢字 | " + "long " * 30
-    found = compare([folder(tmp_path, name, 0), folder(tmp_path, "plain", 0, lr=0.2)])
+    found = compare([run_folder(tmp_path, name, 0), run_folder(tmp_path, "plain", 0, lr=0.2)])
     assert found.table.recipe[0] == name
     assert name.replace("|", "\\|") in comparison.markdown(found.table)
 
@@ -453,7 +423,7 @@ def test_names_of_any_kind_are_told_in_full(tmp_path):
 @pytest.fixture
 def two(tmp_path) -> comparison.Comparison:
     """Eight pictures; b loses the second and gains the fifth and sixth."""
-    paths = [folder(tmp_path, "a", 0, n=8), folder(tmp_path, "b", 0, n=8, lr=0.2)]
+    paths = [run_folder(tmp_path, "a", 0, n=8), run_folder(tmp_path, "b", 0, n=8, lr=0.2)]
     label = np.arange(8) % 4
     said = {0: [0, 1, 2, 3, 3, 3, 3, 3], 1: [0, 2, 2, 3, 0, 1, 3, 3]}
     for k, path in enumerate(paths):
@@ -476,7 +446,7 @@ def test_classes_gain_and_lose_by_themselves(two):
 
 def test_the_difference_of_confusions_is_per_run(two):
     table = two.confusion("b", "a")
-    expected = pd.DataFrame(0.0, CLASSES, CLASSES)
+    expected = pd.DataFrame(0.0, JUDGED, JUDGED)
     expected.loc["ant", "ant"], expected.loc["ant", "dog"] = 1, -1
     expected.loc["bee", "cat"], expected.loc["bee", "dog"] = 1, -1
     pd.testing.assert_frame_equal(table, expected)

@@ -76,7 +76,10 @@ def test_a_committed_notebook_is_in_its_canonical_form(path):
                 assert cell.source.count("\n") < 25, f"{cell.id} does not fit on a screen"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+OF_RECIPES = [path for path in NOTEBOOKS if path.stem != "05_compare"]  # that one reads runs
+
+
+@pytest.mark.parametrize("path", OF_RECIPES, ids=lambda p: p.stem)
 def test_the_parameters_cell_holds_every_knob_at_its_default(path):
     """Else the same params file would mean one thing to papermill and another to the command."""
     tagged = [c for c in cells(path) if "parameters" in c.metadata.get("tags", [])]

@@ -289,9 +289,9 @@ def test_an_explorer_says_what_went_wrong_and_recovers():
     slider = ipywidgets.IntSlider(0, 0, 2)
     explorer = widgets.Explorer(draw, level=slider)
     slider.value = 1
-    assert "ValueError: no &lt;such&gt; level" in explorer._error.value
+    assert "ValueError: no &lt;such&gt; level" in explorer._text.value
     slider.value = 2
-    assert explorer._error.value == ""
+    assert explorer._text.value == ""
 
 
 STEP = {

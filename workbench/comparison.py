@@ -215,7 +215,7 @@ def calibration_error(predictions: pd.DataFrame, bins: int = BINS) -> float:
 # ---- runs
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """The runs of one recipe, which differ in the seed alone."""
 
@@ -230,6 +230,11 @@ class Group:
     def top1(self) -> np.ndarray:
         """Percent, float (runs,)."""
         return 100 * self.right.mean(1)
+
+    @functools.cached_property
+    def tables(self) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+        """(steps, metrics) of every run, read once."""
+        return [(run.steps(), run.metrics()) for run in self.runs]
 
     @property
     def answers(self) -> np.ndarray:
@@ -288,7 +293,7 @@ def _p(p: float) -> str:
     return f"{p:.1g}" if p < 0.095 else f"{p:.2f}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Comparison:
     """What compare returns: groups in the order given, their table, verdicts and flags."""
 
@@ -369,19 +374,22 @@ class Comparison:
 def usable(root: str | Path) -> tuple[list[Run], dict[str, str]]:
     """The evaluated runs in a folder, newest first, and by name why the others are left out."""
     runs, left_out = [], {}
-    for folder in sorted(Path(root).iterdir()) if Path(root).is_dir() else []:
-        if not folder.is_dir() or not any(folder.glob("recipe.yaml")):
-            continue
-        run = Run(folder)
+    for path in sorted(Path(root).glob("*/recipe.yaml")):
+        run = Run(path.parent)
         try:
-            run.recipe()
+            run.recipe(), run.environment()
             if not run.file("predictions.parquet").exists():
                 raise RunError(f"{run.status()['state']}, not evaluated yet")
-            runs.append(run)
-        except RunError as error:
-            left_out[folder.name] = str(error)
-    runs.sort(key=lambda run: -run.file("predictions.parquet").stat().st_mtime)
-    return runs, left_out
+            runs.append((run.file("predictions.parquet").stat().st_mtime, run))
+        except (RunError, OSError) as error:
+            left_out[run.path.name] = str(error)
+    return [run for _, run in sorted(runs, key=lambda pair: -pair[0])], left_out
+
+
+def alike(runs: Sequence[Run]) -> list[Run]:
+    """Those of the runs that were validated on the pictures of the first, in their order."""
+    known = [(e.get("val_data"), e.get("classes")) for e in (run.environment() for run in runs)]
+    return [run for run, its in zip(runs, known, strict=True) if its == known[0]]
 
 
 def compare(
@@ -432,9 +440,11 @@ class _Opened:
         missing = {"file", "label", "class1", "p1", "weights"} - set(frame)
         if missing or frame.empty:
             raise ComparisonError(f"{run.path}: predictions.parquet holds no {sorted(missing)}")
-        kept = set(frame.weights)
+        kept = frame.weights.unique().tolist()
         self.weights = weights if weights in kept else "raw"
-        self.predictions = frame[frame.weights == self.weights].reset_index(drop=True)
+        if kept != [self.weights]:
+            frame = frame[frame.weights == self.weights].reset_index(drop=True)
+        self.predictions = frame
         if "list" not in self.predictions:
             self.predictions["list"] = 0
         count = int(max(self.predictions.label.max(), self.predictions.class1.max())) + 1
@@ -569,7 +579,7 @@ def _row(group: Group, first: Group) -> dict[str, Any]:
         wilson = stats.binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
         low, high, of = 100 * wilson.low, 100 * wilson.high, "pictures"
     environments = [run.environment() for run in group.runs]
-    speeds = [_median(run.steps(), "images_per_second") for run in group.runs]
+    speeds = [_median(steps, "images_per_second") for steps, _ in group.tables]
     minutes = [e.get("seconds", math.nan) / 60 for e in environments]
     devices = {str(e.get("device", "")) for e in environments}
     top5 = [_top5(f) for f in group.predictions]
@@ -612,6 +622,52 @@ def recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict
 
 def _value(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def knobs(groups: Sequence[Group]) -> pd.DataFrame:
+    """The knobs that differ between recipes, a row each, as text; empty for one recipe."""
+    rows = {
+        key: [_value(group.recipe[key]) for group in groups]
+        for key in groups[0].recipe
+        if key not in PLACE and key != "seed"
+    }
+    table = pd.DataFrame.from_dict(rows, "index", columns=[group.name for group in groups])
+    return table[table.nunique(axis=1) > 1].rename_axis("knob")
+
+
+MEASURES = {  # of curves: (table, column, unit)
+    "top-1": ("metrics", "top1", "validation top-1 (%)"),
+    "top-1, EMA": ("metrics", "ema_top1", "validation top-1 of averaged weights (%)"),
+    "top-5": ("metrics", "top5", "validation top-5 (%)"),
+    "validation loss": ("metrics", "val_loss", "validation loss (nats)"),
+    "training loss": ("metrics", "train_loss", "training loss (nats)"),
+    "loss by step": ("steps", "loss", "training loss (nats)"),
+    "lr": ("steps", "lr", "lr"),
+    "speed": ("steps", "images_per_second", "images per second"),
+    "waiting": ("steps", "data_wait", "share of the time waiting for data"),
+}
+AXES = {"epoch": "epoch", "step": "step", "minutes": "minutes of training"}
+
+
+def curves(
+    groups: Sequence[Group], measure: str = "top-1", by: str = "epoch"
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(recipe, x, y) of every run that has the measure, one of MEASURES; `by` one of AXES."""
+    table, column, _ = MEASURES[measure]
+    lines = []
+    for group in groups:
+        for steps, metrics in group.tables:
+            frame = steps if table == "steps" else metrics
+            if column not in frame:
+                continue
+            frame = frame.dropna(subset=[column])
+            x = frame.step.to_numpy(float)
+            if by == "epoch":
+                x = x * (metrics.epoch.iloc[-1] / metrics.step.iloc[-1] if len(metrics) else 1.0)
+            elif by == "minutes" and len(steps):
+                x = np.interp(x, steps.step, steps.seconds / 60)
+            lines.append((group.name, x, frame[column].to_numpy(float)))
+    return lines
 
 
 def markdown(table: pd.DataFrame, digits: int = 2) -> str:

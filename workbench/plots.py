@@ -5,7 +5,9 @@ Colours are Okabe and Ito's, told apart with any colour vision; lines differ in 
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +22,23 @@ STYLES = ["-", "--", "-.", ":"]
 class Figure(_Figure):
     """A matplotlib figure that a notebook shows by itself, white in dark themes too."""
 
-    def __init__(self, width: float = 9, height: float = 3.2):
-        super().__init__(figsize=(width, height), layout="constrained", facecolor="white")
+    def __init__(self, width: float = 9, height: float = 3.2, layout: str | None = "constrained"):
+        super().__init__(figsize=(width, height), layout=layout, facecolor="white")
 
     def png(self) -> bytes:
         """The figure as a PNG file."""
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=90)
+        self._save(buffer, "png")
         return buffer.getvalue()
+
+    def write(self, path: str | Path) -> None:
+        """Writes the figure to a file; its suffix decides: .png, .svg or .pdf."""
+        self._save(path, Path(path).suffix[1:])
+
+    def _save(self, where: Any, form: str) -> None:
+        with warnings.catch_warnings():  # names in any script; a box stands for what the font lacks
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            self.savefig(where, format=form, dpi=90)
 
     def _repr_png_(self) -> bytes:
         return self.png()
@@ -209,6 +220,101 @@ def top1_curves(metrics: Mapping[str, pd.DataFrame], weights: str = "raw") -> Fi
     return figure
 
 
+def overlay(
+    lines: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    xlabel: str,
+    ylabel: str,
+    smoothing: float = 0.0,
+) -> Figure:
+    """(name, x, y) as lines; those of one name share a colour, a style and a place in the legend.
+
+    With `smoothing` above 0 an exponential mean of that weight is drawn over the pale line. Lines
+    of more than 400 points are means over equal stretches: more a screen does not show.
+    """
+    figure = Figure(9, 3.6, layout=None)  # the other draws everything twice, while a slider waits
+    figure.subplots_adjust(left=0.08, right=0.7, bottom=0.14, top=0.97)
+    ax = figure.subplots()
+    names = list(dict.fromkeys(name for name, _, _ in lines))
+    for name, x, y in lines:
+        look = _look(names.index(name))
+        if smoothing > 0:
+            ax.plot(*_thinned(x, y), lw=0.8, alpha=0.3, **look)
+            y = pd.Series(y).ewm(alpha=1 - smoothing).mean().to_numpy()
+        ax.plot(*_thinned(x, y), lw=1.4, marker="." if len(x) < 60 else None, **look)
+    for i, name in enumerate(names):
+        runs = sum(other == name for other, _, _ in lines)
+        ax.plot([], [], label=_short(name) + (f" ({runs} seeds)" if runs > 1 else ""), **_look(i))
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.grid(alpha=0.3)
+    if names:
+        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        ax.text(0.5, 0.5, "none of these runs has it", ha="center", transform=ax.transAxes)
+    return figure
+
+
+def _thinned(x: np.ndarray, y: np.ndarray, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    every = -(-len(x) // most)
+    if every < 2:
+        return x, y
+    starts = np.arange(0, len(x), every)
+    counts = np.diff([*starts, len(x)])
+    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
+
+
+def intervals(table: pd.DataFrame, top1: Mapping[str, Sequence[float]]) -> Figure:
+    """Top-1 with its interval, a row per recipe of comparison's table; small dots are the runs."""
+    figure = Figure(9, 0.9 + 0.34 * len(table))
+    ax = figure.subplots()
+    for i, row in enumerate(table.itertuples()):
+        colour = _look(i)["color"]
+        ax.plot([row.low, row.high], [i, i], color=colour, lw=2)
+        ax.plot(top1[row.recipe], [i] * len(top1[row.recipe]), "|", color=colour, ms=9)
+        ax.plot([row.top1], [i], "o", color=colour)
+        text = f" {row.top1:.2f} %, over {row.seeds} seeds" if row.seeds > 1 else (
+            f" {row.top1:.2f} %, one run: over pictures")  # fmt: skip
+        ax.text(max(row.high, *top1[row.recipe]), i, f" {text}", va="center", fontsize=8)
+    ax.set_yticks(range(len(table)), [_short(name) for name in table.recipe], fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.35, y=0.15)
+    ax.set_xlabel("top-1 (%), 95 % interval")
+    ax.set_ylabel("recipe")
+    ax.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Share of right answers by confidence, a line per name; on the diagonal both are the same."""
+    figure = Figure(6.5, 3.8)
+    ax = figure.subplots()
+    ax.plot([0, 100], [0, 100], ":", color="grey", label="as sure as it is right")
+    for i, (name, table) in enumerate(tables.items()):
+        ax.plot(
+            100 * table.confidence, 100 * table.top1, marker=".", label=_short(name), **_look(i)
+        )
+    ax.set_xlabel("confidence: probability of the answer (%)")
+    ax.set_ylabel("right answers (%)")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _look(i: int) -> dict[str, str]:
+    """Colour and style of the i-th name, the same in every figure of a comparison."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
+    }
+
+
+def _short(name: str, most: int = 40) -> str:
+    """A name for a legend: of a long one begin and end; `$` is no formula."""
+    half = most // 2 - 1
+    name = name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
+    return name.replace("$", r"\$")
+
+
 def _epochs(ax: Any) -> None:
     ax.set_xlabel("epoch")
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -277,6 +383,30 @@ def confusion(table: pd.DataFrame, most: int = 30) -> Figure:
     return figure
 
 
+def confusion_change(table: pd.DataFrame, most: int = 20) -> Figure:
+    """By how many pictures each confusion changed, of the classes that changed most."""
+    size = np.abs(table.to_numpy())
+    kept = np.sort(np.argsort(-(size.sum(0) + size.sum(1)), kind="stable")[:most])
+    part = table.iloc[kept, kept]
+    size = min(9.0, 2.2 + 0.32 * len(part))
+    figure = Figure(size + 1.2, size)
+    ax = figure.subplots()
+    largest = max(1.0, float(part.abs().to_numpy().max()))
+    shown = ax.imshow(part, cmap="PuOr_r", vmin=-largest, vmax=largest)
+    figure.colorbar(shown, ax=ax, label="pictures more (fewer below 0)", shrink=0.8)
+    ax.set_xticks(range(len(part)), part.columns, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(part)), part.index, fontsize=8)
+    ax.set_xlabel("predicted")
+    ax.set_ylabel("true")
+    for (i, j), count in np.ndenumerate(part.to_numpy()):
+        if count:
+            ink = "white" if abs(count) > 0.7 * largest else "black"
+            ax.text(j, i, f"{count:+.3g}", ha="center", va="center", fontsize=7, color=ink)
+    if len(part) < len(table):
+        ax.set_title(f"the {len(part)} of {len(table)} classes that changed most", fontsize=9)
+    return figure
+
+
 def per_class(table: pd.DataFrame, most: int = 30) -> Figure:
     """Top-1 of the weakest classes, worst first, with their most frequent mistake."""
     part = table.dropna(subset=["top1"]).sort_values("top1", kind="stable").head(most)
@@ -321,7 +451,7 @@ def changes(table: pd.DataFrame, names: Sequence[str], most: int = 30) -> Figure
     ax.set_yticks(range(len(part)), part["class"], fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
-    ax.margins(x=0.25)
+    ax.margins(x=0.4)
     if change.abs().max() < 1:  # nothing happened: not to be blown up to the width of the figure
         ax.set_xlim(-1.5, 1.5)
     ax.set_xlabel(f"top-1 of {names[1]} less that of {names[0]} (points)")

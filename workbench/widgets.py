@@ -1,17 +1,23 @@
 """What is alive in a notebook: views that show what a plain function also returns."""
 
+import asyncio
 import base64
+import contextlib
 import html
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
+import pandas as pd
+import traitlets
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from workbench import plots, runs
+from workbench import comparison, data, images, plots, runs, training
 from workbench.progress import watched
+from workbench.recipe import Recipe
 
 
 class Progress:
@@ -125,31 +131,235 @@ def _step_line(row: dict[str, Any]) -> str:
 
 
 class Explorer(ipywidgets.VBox):
-    """Controls above the figure they choose; on paper (papermill, GitHub) the figure alone.
+    """Controls above what they choose; on paper (papermill, GitHub) that alone.
 
-    `draw` takes the controls' values by name and returns a plots.Figure. The figure is one Image
-    that is replaced, without ipywidgets' Output, whose messages can leave a headless run waiting.
+    `draw` takes the controls' values by name and returns a plots.Figure, a DataFrame, or sentences.
+    With a Picker the first argument is its comparison, and the view follows what is picked. It is
+    one Image or one HTML that is replaced, without ipywidgets' Output, whose messages can leave a
+    headless run waiting.
     """
 
-    def __init__(self, draw: Callable[..., plots.Figure], **controls: ipywidgets.ValueWidget):
-        self._draw, self._controls = draw, controls
-        self._image = ipywidgets.Image(format="png")
-        self._error = ipywidgets.HTML()
+    def __init__(
+        self,
+        draw: Callable[..., plots.Figure | pd.DataFrame | list[str]],
+        picker: "Picker | None" = None,
+        **controls: ipywidgets.ValueWidget,
+    ):
+        self._draw, self._picker, self._controls = draw, picker, controls
+        self._image, self._text = ipywidgets.Image(format="png"), ipywidgets.HTML()
         for control in controls.values():
             control.observe(self._redraw, names="value")
+        if picker is not None:
+            picker.observe(self._redraw, names=["found", "problem"])
         self._redraw()
-        super().__init__([*controls.values(), self._error, self._image])
+        super().__init__([*controls.values(), self._text, self._image])
 
     def _redraw(self, _: Any = None) -> None:
+        given = {name: control.value for name, control in self._controls.items()}
         try:
-            figure = self._draw(**{name: c.value for name, c in self._controls.items()})
-            self._image.value, self._error.value = figure.png(), ""
+            if self._picker is None:
+                shown = self._draw(**given)
+            elif self._picker.found is None:
+                raise LookupError(self._picker.problem)
+            else:
+                shown = self._draw(self._picker.found, **given)
         except Exception as error:  # a widget's callback has nobody else to tell
-            text = html.escape(f"{type(error).__name__}: {error}")
-            self._error.value = f"<b style='color:#D55E00'>{text}</b>"
+            name = "" if isinstance(error, LookupError) else f"{type(error).__name__}: "
+            self._show(f"<b style='color:#D55E00'>{html.escape(name + str(error))}</b>", b"")
+            return
+        if isinstance(shown, plots.Figure):
+            self._show("", shown.png())
+        else:
+            self._show(_as_html(shown), b"")
+
+    def _show(self, text: str, picture: bytes) -> None:
+        self._text.value, self._image.value = text, picture
+        self._image.layout.display = None if picture else "none"
 
     def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**keywords)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["image/png"] = base64.b64encode(self._image.value).decode()
+        kinds = bundle[0] if isinstance(bundle, tuple) else bundle
+        if self._image.value:
+            kinds["image/png"] = base64.b64encode(self._image.value).decode()
+        else:
+            kinds["text/html"] = self._text.value
         return bundle
+
+
+def _as_html(shown: pd.DataFrame | list[str]) -> str:
+    """A table, or sentences as a list; both readable in a dark theme."""
+    if isinstance(shown, pd.DataFrame):
+        numbered = isinstance(shown.index, pd.RangeIndex)
+        return shown.to_html(float_format="{:.2f}".format, na_rep="", border=0, index=not numbered)
+    items = "".join(f"<li>{html.escape(str(line))}</li>" for line in shown)
+    return f"<ul style='line-height: 1.4'>{items}</ul>"
+
+
+class Picker(ipywidgets.VBox):
+    """Chooses runs of a folder: newest first, those in training marked, a word narrows the list.
+
+    `found` is what comparison.compare says of the chosen runs, None with `problem` where they
+    cannot be compared; Explorers follow it. `recipe`, a control for them to share, is the one that
+    is looked at closely, held against the first. In Jupyter the folder is read again every two
+    seconds, so that a run in training is followed. On paper it is the table of the runs.
+
+    Without `names` the 20 newest are chosen that were validated on the newest one's pictures.
+    Raises ComparisonError for a name that is not there.
+    """
+
+    found = traitlets.Any(None, allow_none=True)
+    problem = traitlets.Unicode()
+
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Sequence[str] = (),
+        *,
+        against: str = "",
+        weights: str = "raw",
+        viewer: str | None = None,
+    ):
+        self.folder = Path(folder)
+        self._labels: dict[str, tuple[Any, str]] = {}
+        self._stamp, self._updating = _stamp(self.folder), False
+        self.search = ipywidgets.Text(description="search", placeholder="part of a name")
+        self.runs = ipywidgets.SelectMultiple(
+            description="runs", rows=12, layout={"width": "720px"}, tooltip="hold Ctrl for several"
+        )
+        first = [("the first", ""), *([(against, against)] if against else [])]
+        self.against = ipywidgets.Dropdown(options=first, value=against, description="against")
+        self.weights = ipywidgets.Dropdown(
+            options=["raw", "ema"], value=weights, description="weights"
+        )
+        self.recipe = ipywidgets.Dropdown(description="recipe")
+        self.note = ipywidgets.HTML()
+        super().__init__([self.search, self.runs, self.against, self.weights, self.note])
+        usable = self.refresh()
+        if missing := sorted(set(names) - {run.path.name for run in usable}):
+            raise comparison.ComparisonError(
+                f"{self.folder} has no evaluated run {', '.join(missing)}; see workbench runs"
+            )
+        self.runs.value = tuple(names) or tuple(
+            run.path.name for run in comparison.alike(usable)[:20]
+        )
+        self._judge()
+        self.search.observe(self.refresh, names="value")
+        for control in (self.runs, self.against, self.weights):
+            control.observe(self._judge, names="value")
+        if (viewer or watched()) == "jupyter":
+            with contextlib.suppress(RuntimeError):  # no loop: nobody could press anything either
+                self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    def refresh(self, _: Any = None) -> list[runs.Run]:
+        """Reads the folder again and returns its evaluated runs; what is chosen stays chosen."""
+        usable, left_out = comparison.usable(self.folder)
+        word, chosen = self.search.value.lower(), self.runs.value
+        there = {run.path.name: self._label(run) for run in usable}
+        self._updating = True  # a new list loses the choice for a moment
+        self.runs.options = [
+            (label, name) for name, label in there.items() if word in name.lower() or name in chosen
+        ]
+        self._updating = False
+        self.runs.value = tuple(name for name in chosen if name in there)
+        texts = [f"{len(usable)} evaluated runs in {self.folder}" + "; make demo trains one" * (
+            not usable)]  # fmt: skip
+        texts += [f"left out: {name} ({why})" for name, why in list(left_out.items())[:5]]
+        texts += [f"and {len(left_out) - 5} more left out"] if len(left_out) > 5 else []
+        self.note.value = "<br>".join(map(html.escape, texts))
+        return usable
+
+    def _label(self, run: runs.Run) -> str:
+        state = run.status()["state"]
+        stamp = [run.file(f).exists() and run.file(f).stat().st_mtime_ns for f in _FOLLOWED]
+        known = self._labels.get(run.path.name)
+        if known is None or known[0] != (state, stamp):
+            metrics = run.metrics()
+            top1 = metrics.top1.dropna().tolist() if "top1" in metrics else []
+            said = f"{top1[-1]:6.2f} %" if top1 else "     - %"
+            mark = "\u25cf training" if state == "running" else state
+            label = f"{said}  {run.path.name}  ({mark}, epoch {len(metrics)})"
+            known = self._labels[run.path.name] = ((state, stamp), label)
+        return known[1]
+
+    def _judge(self, _: Any = None) -> None:
+        if self._updating:
+            return
+        newest_first = [name for _, name in self.runs.options if name in self.runs.value]
+        order = [self.folder / name for name in reversed(newest_first)]
+        try:
+            found = comparison.compare(
+                order, weights=self.weights.value, against=self.against.value
+            )
+        except (comparison.ComparisonError, OSError) as error:
+            self.problem, found = str(error), None
+        else:
+            wanted, names = self.against.value, [group.name for group in found.groups]
+            self._updating = True
+            self.against.options = [("the first", ""), *((name, name) for name in names)]
+            self.against.value = wanted
+            self._updating = False
+            looked_at = self.recipe.value
+            self.recipe.options = [name for name in names if name != found.groups[0].name]
+            if self.recipe.options:
+                kept = looked_at in self.recipe.options
+                self.recipe.value = looked_at if kept else self.recipe.options[-1]
+        self.found = found
+
+    async def _watch(self) -> None:
+        while self.comm is not None:  # until it is closed
+            await asyncio.sleep(2)
+            if (stamp := _stamp(self.folder)) != self._stamp:
+                self._stamp = stamp
+                self.refresh()
+                self._judge()
+
+    def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(**keywords)
+        kinds = bundle[0] if isinstance(bundle, tuple) else bundle
+        chosen = self.runs.value
+        rows = [("\u2713" * (name in chosen), label) for label, name in self.runs.options]
+        table = pd.DataFrame(rows, columns=["picked", "run"])
+        kinds["text/html"] = table.to_html(index=False, border=0) + self.note.value
+        return bundle
+
+
+def flips(
+    found: comparison.Comparison, name: str, side: str = "gained", of: str = ""
+) -> plots.Figure | pd.DataFrame:
+    """The pictures that changed sides from the first recipe to `name`, most runs first.
+
+    `side` is gained or lost, `of` part of a class's name. Each stands under its answers before and
+    after and its label; a table, where the pictures themselves are not at hand.
+    """
+    first = found.groups[0]
+    table = found.flips(name, first.name)
+    table = table[(table.change > 0) == (side == "gained")]
+    table = table[[of.lower() in found.classes[label].lower() for label in table.label]]
+    shown = table.head(24)
+    try:
+        recipe = Recipe(**first.recipe)
+        places = data.open_data(recipe).val[["list", "file", "path"]]
+        shown = shown.merge(places, on=["list", "file"])
+        see = training.test_transform(recipe)
+        pictures = [see(images.decode(path)) for path in shown.path]
+    except (ValueError, OSError, RuntimeError):  # moved, or a recipe of an older version
+        pictures = []
+    if not pictures:
+        return table.head(24)
+    texts = [
+        f"{found.classes[row.before]}\nto {found.classes[row.after]}\nis {found.classes[row.label]}"
+        for row in shown.itertuples()
+    ]
+    heading = f"{side}: {len(table):,} of {len(found.pictures):,} pictures"
+    return plots.grid(pictures, texts, columns=12, heading=heading)
+
+
+_FOLLOWED = ("metrics.csv", "predictions.parquet", "status.json")
+
+
+def _stamp(folder: Path) -> tuple:
+    """Changes when a run below the folder has a new row, new predictions or a new state."""
+    files = [file for name in _FOLLOWED for file in sorted(folder.glob(f"*/{name}"))]
+    with contextlib.suppress(OSError):
+        return tuple((str(file), file.stat().st_mtime_ns) for file in files)
+    return ()
