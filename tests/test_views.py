@@ -1,8 +1,11 @@
 """Figures and widgets: labelled, drawn without a screen, quiet where nobody looks."""
 
+import asyncio
 import base64
 import io
 import struct
+import threading
+import time
 
 import ipywidgets
 import numpy as np
@@ -11,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from workbench import evaluation, plots, progress, runs, schedule, widgets
+from workbench import evaluation, plots, progress, runs, schedule, training, widgets
+from workbench.recipe import Recipe
 
 
 def predictions(count=60, classes=4):
@@ -331,7 +335,7 @@ def test_where_nobody_looks_an_epoch_is_one_line_and_no_bar(tmp_path, capsys):
     assert epoch.startswith("epoch   1") and "top-1 61.50 (n=500)" in epoch
 
 
-def test_in_jupyter_it_is_said_too_what_was_left_out(tmp_path, capsys, monkeypatch):
+def test_in_jupyter_it_is_said_too_what_was_left_out(tmp_path):
     run = runs.Run(tmp_path)
     record = {"train_images": 9, "val_images": 3, "classes": ["a", "b"], "device": "CPU"}
     with run.writing():
@@ -339,16 +343,113 @@ def test_in_jupyter_it_is_said_too_what_was_left_out(tmp_path, capsys, monkeypat
             "environment.json", {**record, "precision": "fp32", "start": "seed", "in_both": 1}
         )
         run.append("quarantine.csv", {"side": "train", "file": "x.png", "step": -1})
-    view = widgets.Progress(run, viewer="jupyter")
-    monkeypatch.setattr(view, "_move_bar", lambda row: None)
-    monkeypatch.setattr(view, "_draw", lambda: None)
+    view = widgets.Live(run)
     view.show(STEP)
     view.show(EPOCH)
-    out = capsys.readouterr().out
-    assert "9 training and 3 validation pictures, 2 classes" in out
-    assert "1 pictures left out, named in quarantine.csv" in out
-    assert "1 validation pictures are in training too" in out
-    assert "epoch   1" not in out  # the curves show it
+    out = view.start.value
+    assert out.startswith("9 training and 3 validation pictures, 2 classes")
+    assert "<br>1 pictures left out, named in quarantine.csv" in out
+    assert "<br>1 validation pictures are in training too" in out
+
+
+def test_a_live_view_says_step_speed_waiting_and_memory(tmp_path):
+    view = widgets.Live(runs.Run(tmp_path))
+    view.show(STEP)
+    said = view.line.value
+    assert "step 10 of 40: loss 1.250, 320 img/s, 25% waiting for data" in said
+    assert "GB of memory" in said and "about 5 min left" in said
+    assert (view.bar.value, view.bar.max) == (10, 40)
+    bundle = view._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert base64.b64decode(data["image/png"]) == view.curves.value
+
+
+class Gate:
+    """Rows that come when they are let through, and what was done with them."""
+
+    def __init__(self, count: int = 3):
+        self.count, self.given, self.closed = count, 0, False
+
+    def __iter__(self):
+        try:
+            for i in range(1, self.count + 1):
+                self.given = i
+                yield {**STEP, "step": i}
+        finally:
+            self.closed = True
+
+
+def until(true, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_pause_waits_and_stop_ends_the_waiting(tmp_path):
+    view, rows = widgets.Live(runs.Run(tmp_path)), Gate(5)
+    view.pausing.value = True
+    thread = threading.Thread(target=view._take, args=[rows])
+    thread.start()
+    until(lambda: rows.given == 1)
+    time.sleep(0.2)
+    assert rows.given == 1, "nobody asks for the next row"
+    view.pausing.value = False
+    thread.join(20)
+    assert rows.given == 5 and rows.closed
+    assert view.stopping.disabled and view.pausing.disabled
+
+
+def test_the_stop_button_ends_a_training_that_can_go_on(tmp_path):
+    recipe = Recipe(epochs=500, workers=0, fraction=0.1, log_every=1, runs_dir=str(tmp_path))
+    run = runs.Run(recipe.folder)
+    view = widgets.Live(run)
+    rows = training.fit(recipe, run, stop=view.stop)
+    thread = threading.Thread(target=view._take, args=[rows])
+    thread.start()
+    until(lambda: view.bar.value >= 2)
+    view.stopping.click()
+    thread.join(60)
+    assert run.status()["state"] == "stopped" and run.file("last.pt").exists()
+    assert "the same command goes on" in view.line.value
+    step = run.status()["step"]
+    assert next(iter(training.fit(recipe, run)))["step"] == step + 1
+
+
+def test_stop_leaves_a_run_elsewhere_its_file(tmp_path):
+    run = runs.Run(tmp_path)
+    view = widgets.Live(run, elsewhere=True)
+    view.stopping.click()
+    assert run.stop_requested() and view.pausing.disabled
+    view.stopping.click()
+
+
+def test_an_error_of_the_training_reaches_the_cell(tmp_path):
+    def rows():
+        yield STEP
+        raise training.TrainingError("the loss is nan")
+
+    with pytest.raises(training.TrainingError, match="the loss is nan"):
+        asyncio.run(widgets.Live(runs.Run(tmp_path)).see(rows()))
+
+
+def test_interrupt_waits_for_the_step_and_ends_normally(tmp_path):
+    view, ended = widgets.Live(runs.Run(tmp_path)), []
+
+    def rows():
+        while not view.stop.is_set():
+            time.sleep(0.01)
+            yield STEP
+        ended.append("with a checkpoint")
+
+    async def interrupted():
+        cell = asyncio.ensure_future(view.see(rows()))
+        await asyncio.sleep(0.3)
+        cell.cancel()
+        await cell
+
+    asyncio.run(interrupted())
+    assert ended == ["with a checkpoint"]
 
 
 def started(run, **more) -> None:

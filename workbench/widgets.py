@@ -4,13 +4,16 @@ import asyncio
 import base64
 import contextlib
 import html
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
 import pandas as pd
+import psutil
+import torch
 import traitlets
 from IPython.display import display
 from tqdm.auto import tqdm
@@ -21,19 +24,17 @@ from workbench.recipe import Recipe
 
 
 class Progress:
-    """Shows the rows of a training as they come.
+    """Shows the rows of a training as they come: a bar, and a line per epoch.
 
-    In Jupyter a bar and curves that redraw; in a terminal a bar and a line per epoch; where nobody
-    looks a flushed line per epoch, and per minute inside a long one.
+    Where nobody looks there is no bar, and a flushed line per minute inside a long epoch.
     """
 
     def __init__(self, run: runs.Run, viewer: str | None = None):
         self.run = run
         self.viewer = viewer or watched()
         self.bar: tqdm | None = None
-        self.image: Any = None
         self.started = False
-        self.drawn = self.said = time.monotonic()
+        self.said = time.monotonic()
 
     def show(self, row: dict[str, Any]) -> None:
         """Takes one row of `training.fit` or `runs.follow`."""
@@ -43,15 +44,12 @@ class Progress:
         if self.viewer != "nobody":
             self._move_bar(row)
         now = time.monotonic()
-        if row["kind"] == "epoch" and self.viewer != "jupyter":  # there the curves say it
+        if row["kind"] == "epoch":
             self._say(_epoch_line(row))
             self.said = now
         elif self.viewer == "nobody" and now - self.said > 60:
             self._say(_step_line(row))
             self.said = now
-        if self.viewer == "jupyter" and (row["kind"] == "epoch" or now - self.drawn > 5):
-            self._draw()
-            self.drawn = time.monotonic()
 
     def close(self) -> None:
         """Ends the bar and says how the run stands."""
@@ -79,13 +77,124 @@ class Progress:
         else:
             print(text, flush=True)
 
+
+async def train(recipe: Recipe, run: runs.Run, *, prepared: data.Data | None = None) -> None:
+    """Trains a recipe while the cell waits for it: `await widgets.train(recipe, run)`.
+
+    In Jupyter the loop runs in a thread below a Live view, so that its buttons work; Interrupt does
+    what Stop does. Elsewhere it is the plain loop with Progress. Raises what training.fit raises.
+    """
+    if watched() != "jupyter":
+        progress = Progress(run)
+        for row in training.fit(recipe, run, prepared=prepared):
+            progress.show(row)
+        progress.close()
+        return
+    view = Live(run)
+    await view.see(training.fit(recipe, run, prepared=prepared, stop=view.stop))
+
+
+async def watch(run: runs.Run) -> None:
+    """Follows a run that another process trains, in the same view; Stop leaves it a STOP file."""
+    view = Live(run, elsewhere=True)
+    await view.see(runs.follow(run))
+
+
+class Live(ipywidgets.VBox):
+    """A training as it goes: a bar, the latest row, curves, a Stop and a Pause button.
+
+    All of it is widget state, which survives closing and reopening the tab; saved it is the curves.
+    """
+
+    def __init__(self, run: runs.Run, *, elsewhere: bool = False):
+        self.run, self.elsewhere, self.stop = run, elsewhere, threading.Event()
+        self._drawn = 0.0
+        self.start = ipywidgets.HTML()
+        self.bar = ipywidgets.IntProgress(layout={"width": "400px"})
+        self.line = ipywidgets.HTML(html.escape(f"{run.path.name}: reading the data"))
+        self.curves = ipywidgets.Image(
+            format="png", value=plots.curves(run.steps(), run.metrics()).png(), width=810
+        )
+        self.stopping = ipywidgets.Button(
+            description="Stop", tooltip="ends it at the next step, with a checkpoint to go on from"
+        )
+        self.pausing = ipywidgets.ToggleButton(
+            description="Pause", tooltip="waits before the next row", disabled=elsewhere
+        )
+        self.stopping.on_click(self._stop)
+        buttons = ipywidgets.HBox([self.bar, self.pausing, self.stopping])
+        super().__init__([self.start, buttons, self.line, self.curves])
+
+    async def see(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Shows itself and then the rows, which a thread asks for, until they end."""
+        display(self)
+        work = asyncio.ensure_future(asyncio.to_thread(self._take, rows))
+        try:
+            while not work.done():  # awake now and then: a signal may have met another thread
+                await asyncio.sleep(0.2)
+        except asyncio.CancelledError:  # Interrupt; a second one does not wait for the step
+            self._stop()
+        await work
+
+    def _take(self, rows: Iterable[dict[str, Any]]) -> None:
+        try:
+            for row in rows:
+                self.show(row)
+                while self.pausing.value and not self.stop.is_set():
+                    time.sleep(0.05)
+        finally:
+            self.stopping.disabled = self.pausing.disabled = True
+            status = self.run.status()
+            self._say(status["message"] or f"{self.run.path} is {status['state']}")
+            self._draw()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Takes one row of `training.fit` or `runs.follow`."""
+        if not self.start.value:
+            lines = _start_line(self.run, {"steps": self.bar.max, **row}).split("\n")
+            self.start.value = "<br>".join(map(html.escape, lines))
+        self.bar.max = row.get("steps") or self.run.status()["steps"] or row["step"]
+        self.bar.value = row["step"]
+        if row["kind"] == "step":
+            self._say(
+                f"epoch {row['epoch']}, step {row['step']} of {self.bar.max}: loss "
+                f"{row['loss']:.3f}, {row['images_per_second']:.0f} img/s, {row['data_wait']:.0%} "
+                f"waiting for data, {_memory()}, {_time_left(row, self.bar.max)} left"
+            )
+        if row["kind"] == "epoch" or time.monotonic() - self._drawn > 5:
+            self._draw()
+
+    def _stop(self, _: Any = None) -> None:
+        self.stop.set()
+        self.stopping.disabled = True
+        self._say("stopping at the next step ...")
+        if self.elsewhere:
+            self.run.file("STOP").touch()
+
+    def _say(self, text: str) -> None:
+        self.line.value = html.escape(text)
+
     def _draw(self) -> None:
-        picture = plots.curves(self.run.steps(), self.run.metrics()).png()
-        if self.image is None:
-            self.image = ipywidgets.Image(value=picture, format="png", layout={"width": "810px"})
-            display(self.image)
-        else:
-            self.image.value = picture
+        self.curves.value = plots.curves(self.run.steps(), self.run.metrics()).png()
+        self._drawn = time.monotonic()
+
+    def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(**keywords)
+        kinds = bundle[0] if isinstance(bundle, tuple) else bundle
+        kinds["image/png"] = base64.b64encode(self.curves.value).decode()
+        return bundle
+
+
+def _memory() -> str:
+    text = f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory"
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
+    return text
+
+
+def _time_left(row: dict[str, Any], steps: int) -> str:
+    left = (steps - row["step"]) * row["seconds"] / max(1, row["step"]) / 60
+    return f"about {left:.0f} min"
 
 
 def _start_line(run: runs.Run, row: dict[str, Any]) -> str:
@@ -123,10 +232,9 @@ def _epoch_line(row: dict[str, Any]) -> str:
 
 
 def _step_line(row: dict[str, Any]) -> str:
-    left = (row["steps"] - row["step"]) * row["seconds"] / max(1, row["step"])
     return (
         f"step {row['step']}/{row['steps']}  loss {row['loss']:.4f}  "
-        f"{row['images_per_second']:.0f} img/s  about {left / 60:.0f} min left"
+        f"{row['images_per_second']:.0f} img/s  {_time_left(row, row['steps'])} left"
     )
 
 
