@@ -38,7 +38,8 @@ class Figure(_Figure):
     def _save(self, where: Any, form: str) -> None:
         with warnings.catch_warnings():  # names in any script; a box stands for what the font lacks
             warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-            self.savefig(where, format=form, dpi=90)
+            fast = {"pil_kwargs": {"compress_level": 1}} if form == "png" else {}
+            self.savefig(where, format=form, dpi=90, **fast)
 
     def _repr_png_(self) -> bytes:
         return self.png()
