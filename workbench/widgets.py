@@ -442,7 +442,8 @@ def flips(
     first = found.groups[0]
     table = found.flips(name, first.name)
     table = table[(table.change > 0) == (side == "gained")]
-    table = table[[of.lower() in found.classes[label].lower() for label in table.label]]
+    named = [k for k, name in enumerate(found.classes) if of.lower() in name.lower()]
+    table = table[table.label.isin(named)]
     shown = table.head(24)
     try:
         recipe = Recipe(**first.recipe)
