@@ -226,6 +226,16 @@ def test_a_run_that_breaks_while_it_is_picked_is_told_not_thrown(root):
     assert "a-seed0" in html_of(view) and "leave it out" in html_of(view)
 
 
+def test_no_picture_gained_is_a_table_of_none(tmp_path):
+    paths = [run_folder(tmp_path, name, n=12, lr=lr) for name, lr in (("a", 0.1), ("b", 0.2))]
+    frame = pd.read_parquet(paths[0] / "predictions.parquet")
+    frame.to_parquet(paths[1] / "predictions.parquet", index=False)
+    found = comparison.compare(paths)
+    for side in ("gained", "lost"):
+        shown = widgets.flips(found, "b", side)
+        assert isinstance(shown, pd.DataFrame) and shown.empty and "file" in shown
+
+
 def test_two_hundred_runs_are_listed_and_twenty_compared(tmp_path):
     for seed in range(200):
         run_folder(tmp_path, "many", seed, n=12)
@@ -277,6 +287,7 @@ def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(train
     for cell in nbformat.read(output, as_version=4).cells:
         for out in cell.get("outputs", []):
             assert out.get("name") != "stderr", out
+            assert not [kind for kind in out.get("data", {}) if "widget" in kind], cell.id
             if "data" in out:
                 shown[cell.id] = out.data
     found = comparison.compare(

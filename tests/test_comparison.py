@@ -384,7 +384,7 @@ def test_averaged_weights_are_taken_where_they_are_and_the_mixture_is_said(six):
 def test_runs_that_cannot_be_compared_say_so_by_name(six, tmp_path):
     with pytest.raises(ComparisonError, match="no run to compare"):
         compare([])
-    with pytest.raises(ComparisonError, match="nowhere is no readable run"):
+    with pytest.raises(ComparisonError, match="nowhere is no run folder; name some"):
         compare([tmp_path / "nowhere"])
     (six[0] / "predictions.parquet").unlink()
     with pytest.raises(ComparisonError, match="plain-seed0 has no predictions.*leave it out"):

@@ -54,13 +54,15 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
     On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS
     """
     recipe = _recipe(params, p)
-    from workbench import runs, training, widgets
+    from workbench import data, runs, training, widgets
 
     run = runs.Run(recipe.folder)
     progress = widgets.Progress(run)
+    content = None
     if recipe.teacher and training.is_first() and not run.file("last.pt").exists():
-        _judge_teachers(recipe)
-    for row in training.fit(recipe, run):
+        content = data.open_data(recipe)
+        _judge_teachers(recipe, content)
+    for row in training.fit(recipe, run, prepared=content):
         if not progress.started:
             _warn(recipe, run.environment())
         progress.show(row)
@@ -71,11 +73,10 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
         raise typer.Exit(STOPPED)
 
 
-def _judge_teachers(recipe) -> None:
+def _judge_teachers(recipe, content) -> None:
     """Prints what its teachers are worth to the student, from a look at some pictures."""
-    from workbench import data, doctor
+    from workbench import doctor
 
-    content = data.open_data(recipe)
     report = doctor.teachers(recipe, content, pictures=512, val_pictures=2048)
     print(*doctor.about_teachers(recipe, report), sep="\n", flush=True)
 

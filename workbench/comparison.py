@@ -284,9 +284,10 @@ class Verdict:
         wanted = d.seeds_wanted(TARGET)
         if wanted is None:
             return f"{text}; {TARGET} points need more pictures, no number of seeds shows them"
-        more = max(1, wanted - min(ours, theirs))
-        each = "each" if ours == theirs else f"of each, {wanted} in all,"
-        return f"{text}; {more} more seed{'s' * (more > 1)} {each} would show {TARGET} points"
+        if ours != theirs:
+            return f"{text}; {wanted} seeds of each would show {TARGET} points"
+        more = max(1, wanted - ours)
+        return f"{text}; {more} more seed{'s' * (more > 1)} each would show {TARGET} points"
 
 
 def _p(p: float) -> str:
@@ -429,6 +430,8 @@ class _Opened:
 
     def __init__(self, run: Run, weights: str):
         self.run, self.name = run, run.path.name
+        if not run.file("recipe.yaml").exists():
+            raise ComparisonError(f"{run.path} is no run folder; name some, such as runs/*")
         try:
             defaults = {k: f.default for k, f in Recipe.model_fields.items()}
             self.recipe = defaults | run.recipe()  # a run of an older version knows fewer knobs
@@ -573,7 +576,7 @@ def _row(group: Group, first: Group) -> dict[str, Any]:
     mean, sd = float(top1.mean()), float(top1.std(ddof=1)) if len(top1) > 1 else math.nan
     if len(top1) > 1:
         half = sd / math.sqrt(len(top1)) * float(stats.t.ppf((1 + LEVEL) / 2, len(top1) - 1))
-        low, high, of = mean - half, mean + half, "seeds"
+        low, high, of = max(0.0, mean - half), min(100.0, mean + half), "seeds"
     else:
         hits = int(group.right.sum())
         wilson = stats.binomtest(hits, n).proportion_ci(LEVEL, method="wilson")

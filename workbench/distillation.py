@@ -617,15 +617,17 @@ class Kept:
             if not isinstance(values, dict) or path.parent == self.folder:
                 continue
             theirs = _flat(values)
+            differ = {
+                key
+                for key in set(theirs) | set(ours)
+                if theirs.get(key, missing) != ours.get(key, missing)
+            }
+            if "teacher name" in differ or {"teacher digest", "data"} <= differ:
+                continue
             changed = [
                 f"{key} {theirs.get(key)!r:.40} (now {ours.get(key)!r:.40})"
-                for key in sorted(set(theirs) | set(ours))
-                if theirs.get(key, missing) != ours.get(key, missing)
+                for key in sorted(differ)
             ]
-            names = {text.partition(" ")[0] for text in changed}
-            known = {text.split(" ")[1] for text in changed if text.startswith("teacher ")}
-            if "name" in known or ("digest" in known and "data" in names):
-                continue
             if best is None or len(changed) < len(best):
                 best = changed
         if best is None:

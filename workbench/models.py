@@ -39,10 +39,9 @@ def create(
 ) -> nn.Module:
     """A timm model with initial weights drawn from `seed` (the global stream is left alone).
 
-    num_classes None is the published weights' own.
-
-    deep_stem and avg_down are UP's flags for resnet18 to resnet152; both together give timm's
-    resnet*d (BoT, section 4, "ResNet-D", with a stem 32 wide). Raises ModelError.
+    num_classes None is that of the published weights. deep_stem and avg_down are UP's flags for
+    resnet18 to resnet152; both together give timm's resnet*d (BoT, section 4, "ResNet-D", with a
+    stem 32 wide). Raises ModelError.
     """
     check_name(name)
     options: dict[str, Any] = {"drop_rate": dropout}

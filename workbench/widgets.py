@@ -100,7 +100,24 @@ async def watch(run: runs.Run) -> None:
     await view.see(runs.follow(run))
 
 
-class Live(ipywidgets.VBox):
+class View(ipywidgets.VBox):
+    """A widget that is something else on paper, where nobody runs its front end.
+
+    Its static twin is in the saved notebook beside it, and in its place where nobody watches: a
+    reader who cannot draw the widget would show nothing.
+    """
+
+    def _on_paper(self) -> dict[str, str]:
+        """The static twin, by MIME type."""
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
+        if watched() != "jupyter":
+            return {"text/plain": type(self).__name__, **self._on_paper()}
+        return {**super()._repr_mimebundle_(**keywords), **self._on_paper()}
+
+
+class Live(View):
     """A training as it goes: a bar, the latest row, curves, a Stop and a Pause button.
 
     All of it is widget state, which survives closing and reopening the tab; saved it is the curves.
@@ -178,11 +195,8 @@ class Live(ipywidgets.VBox):
         self.curves.value = plots.curves(self.run.steps(), self.run.metrics()).png()
         self._drawn = time.monotonic()
 
-    def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
-        bundle = super()._repr_mimebundle_(**keywords)
-        kinds = bundle[0] if isinstance(bundle, tuple) else bundle
-        kinds["image/png"] = base64.b64encode(self.curves.value).decode()
-        return bundle
+    def _on_paper(self) -> dict[str, str]:
+        return {"image/png": base64.b64encode(self.curves.value).decode()}
 
 
 def _memory() -> str:
@@ -238,7 +252,7 @@ def _step_line(row: dict[str, Any]) -> str:
     )
 
 
-class Explorer(ipywidgets.VBox):
+class Explorer(View):
     """Controls above what they choose; on paper (papermill, GitHub) that alone.
 
     `draw` takes the controls' values by name and returns a plots.Figure, a DataFrame, or sentences.
@@ -264,34 +278,31 @@ class Explorer(ipywidgets.VBox):
 
     def _redraw(self, _: Any = None) -> None:
         given = {name: control.value for name, control in self._controls.items()}
+        if self._picker is not None and self._picker.found is None:
+            self._complain(self._picker.problem)
+            return
+        found = () if self._picker is None else (self._picker.found,)
         try:
-            if self._picker is None:
-                shown = self._draw(**given)
-            elif self._picker.found is None:
-                raise LookupError(self._picker.problem)
-            else:
-                shown = self._draw(self._picker.found, **given)
+            shown = self._draw(*found, **given)
         except Exception as error:  # a widget's callback has nobody else to tell
-            name = "" if isinstance(error, LookupError) else f"{type(error).__name__}: "
-            self._show(f"<b style='color:#D55E00'>{html.escape(name + str(error))}</b>", b"")
+            self._complain(f"{type(error).__name__}: {error}")
             return
         if isinstance(shown, plots.Figure):
             self._show("", shown.png())
         else:
             self._show(_as_html(shown), b"")
 
+    def _complain(self, text: str) -> None:
+        self._show(f"<b style='color:#D55E00'>{html.escape(text)}</b>", b"")
+
     def _show(self, text: str, picture: bytes) -> None:
         self._text.value, self._image.value = text, picture
         self._image.layout.display = None if picture else "none"
 
-    def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
-        bundle = super()._repr_mimebundle_(**keywords)
-        kinds = bundle[0] if isinstance(bundle, tuple) else bundle
+    def _on_paper(self) -> dict[str, str]:
         if self._image.value:
-            kinds["image/png"] = base64.b64encode(self._image.value).decode()
-        else:
-            kinds["text/html"] = self._text.value
-        return bundle
+            return {"image/png": base64.b64encode(self._image.value).decode()}
+        return {"text/html": self._text.value}
 
 
 def _as_html(shown: pd.DataFrame | list[str]) -> str:
@@ -303,7 +314,7 @@ def _as_html(shown: pd.DataFrame | list[str]) -> str:
     return f"<ul style='line-height: 1.4'>{items}</ul>"
 
 
-class Picker(ipywidgets.VBox):
+class Picker(View):
     """Chooses runs of a folder: newest first, those in training marked, a word narrows the list.
 
     `found` is what comparison.compare says of the chosen runs, None with `problem` where they
@@ -367,8 +378,8 @@ class Picker(ipywidgets.VBox):
         self.runs.options = [
             (label, name) for name, label in there.items() if word in name.lower() or name in chosen
         ]
-        self._updating = False
         self.runs.value = tuple(name for name in chosen if name in there)
+        self._updating = False
         texts = [f"{len(usable)} evaluated runs in {self.folder}" + "; make demo trains one" * (
             not usable)]  # fmt: skip
         texts += [f"left out: {name} ({why})" for name, why in list(left_out.items())[:5]]
@@ -421,14 +432,11 @@ class Picker(ipywidgets.VBox):
                 self.refresh()
                 self._judge()
 
-    def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
-        bundle = super()._repr_mimebundle_(**keywords)
-        kinds = bundle[0] if isinstance(bundle, tuple) else bundle
+    def _on_paper(self) -> dict[str, str]:
         chosen = self.runs.value
         rows = [("\u2713" * (name in chosen), label) for label, name in self.runs.options]
         table = pd.DataFrame(rows, columns=["picked", "run"])
-        kinds["text/html"] = table.to_html(index=False, border=0) + self.note.value
-        return bundle
+        return {"text/html": table.to_html(index=False, border=0) + self.note.value}
 
 
 def flips(
