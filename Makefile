@@ -25,13 +25,13 @@ train: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb $(PARAMS) $(SET)
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 lab: venv
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 bench: venv
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

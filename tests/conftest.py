@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Before workbench is imported anywhere: it reads the place of its cache once.
 os.environ["WORKBENCH_CACHE"] = tempfile.mkdtemp(prefix="workbench-tests-")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 atexit.register(shutil.rmtree, os.environ["WORKBENCH_CACHE"], ignore_errors=True)
 
 import numpy as np  # noqa: E402

@@ -1,10 +1,12 @@
-"""Notebooks in a real JupyterLab and a real Chromium: run them, touch their controls, look again.
+"""Notebooks in a real Chromium, by JupyterLab and Voila: run them, touch their controls, look.
 
 Needs Chromium (Debian: apt-get install chromium) and Playwright's driver, which pip brings.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +20,8 @@ import pytest
 from conftest import run_folder
 from playwright.sync_api import Page, sync_playwright
 
-from workbench import ROOT, runs
+from workbench import ROOT, runs, training
+from workbench.recipe import Recipe
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
@@ -28,6 +31,7 @@ SETTINGS = {  # no news, and every cell drawn whether it is in sight or not
                                         "doNotDisturbMode": True},
     "notebook-extension/tracker": {"windowingMode": "none"},
 }  # fmt: skip
+ICONS = "https://cdn.jsdelivr.net/npm/@fortawesome/"
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
 --disable-background-networking --disable-component-update""".split()
 
@@ -45,41 +49,53 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def lab(root) -> Iterator[str]:
-    """The address of a JupyterLab on loopback, `{}` where a path goes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@contextlib.contextmanager
+def served(root: Path, port: int, ready: str, *command: str) -> Iterator[None]:
+    """A Jupyter server with a home of its own, on loopback, ended by its process id."""
     home = root / "home"
-    for name, values in SETTINGS.items():
-        file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values))
     places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
     places |= {f"JUPYTER_{kind.upper()}_DIR": kind for kind in ("config", "data", "runtime")}
     environment = {key: str(home / name) for key, name in places.items()}
     environment |= {"IPYTHONDIR": str(home / "ipython"), "WORKBENCH_ROOT": str(root)}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1"]
-    command += [f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=secret"]
-    command += [f"--ServerApp.root_dir={root}", "--ServerApp.allow_root=True"]
-    command += ["--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
-    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    command += ["--expose-app-in-browser"]
-    at = f"http://127.0.0.1:{port}{{}}?token=secret"
-    with open(root / "lab.log", "wb") as log:
-        server = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+    with open(root / f"{command[0]}.log", "wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command], env=os.environ | environment, stdout=log, stderr=log,
+            cwd=root,
+        )  # fmt: skip
     try:
-        _until(lambda: urllib.request.urlopen(at.format("/api/status")), 60, OSError)
-        yield at
+        _until(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}"), 60, OSError)
+        yield
     finally:
+        server.terminate()  # both servers end their kernels then
         try:
-            ask = urllib.request.Request(at.format("/api/shutdown"), method="POST")
-            urllib.request.urlopen(ask).close()
             server.wait(30)
         finally:
             server.kill()
             server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(root) -> Iterator[str]:
+    """The address of a JupyterLab on loopback, `{}` where a path goes."""
+    for name, values in SETTINGS.items():
+        file = root / "home" / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    port = free_port()
+    command = ["jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=secret"]
+    command += [f"--ServerApp.root_dir={root}", "--ServerApp.allow_root=True"]
+    command += ["--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    command += ["--expose-app-in-browser"]
+    with served(root, port, "/api/status?token=secret", *command):
+        yield f"http://127.0.0.1:{port}{{}}?token=secret"
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +112,10 @@ def page(browser) -> Iterator[Page]:
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda asked: "//127.0.0.1:" in asked.url or "://" not in asked.url
-            or asked.url.startswith(("data:", "blob:")) or problems.append(asked.url))  # fmt: skip
+    ours = ("data:", "blob:", "http://127.0.0.1:", "ws://127.0.0.1:", ICONS)
+    page.on("request", lambda asked: asked.url.startswith(ours) or problems.append(asked.url))
+    # Voila's template asks for icons there; without them the page is whole.
+    page.route(f"{ICONS}**", lambda route: route.abort())
     yield page
     page.close()
     assert problems == []
@@ -132,14 +150,22 @@ CELLS = """() => window.jupyterapp.shell.currentWidget.content.widgets
                    .map(o => o.ename + ': ' + o.evalue)}))"""
 
 
-def run_all(page: Page, lab: str, name: str, seconds: float = 180) -> None:
-    """Opens a notebook and runs it; every code cell has run without an error afterwards."""
+def open_and_run(page: Page, lab: str, name: str) -> None:
+    """Opens a notebook and lets it run all its cells."""
     page.goto(lab.format(f"/lab/tree/notebooks/{name}") + "&reset", timeout=60_000)
+    connect(page)
+    page.evaluate(RUN_ALL)
+
+
+def connect(page: Page) -> None:
     page.wait_for_function("() => window.jupyterapp && window.jupyterapp.shell.currentWidget",
                            timeout=60_000)  # fmt: skip
     # "Idle" is shown before the kernel is connected, and run-all would do nothing.
     _until(lambda: page.evaluate(CONNECTED), 60, Exception)
-    page.evaluate(RUN_ALL)
+
+
+def all_done(page: Page, seconds: float = 180) -> None:
+    """Waits until every code cell has run, without an error."""
     cells = _until(
         lambda: (now := page.evaluate(CELLS)) and all(c["count"] for c in now) and now
         or [c for c in now if c["errors"]], seconds
@@ -167,7 +193,8 @@ def redrawn(page: Page, name: str, before: str) -> str:
 
 
 def test_the_comparison_follows_what_is_picked_and_what_is_moved(page, lab, root):
-    run_all(page, lab, "05_compare.ipynb")
+    open_and_run(page, lab, "05_compare.ipynb")
+    all_done(page)
     assert "better is better than plain by" in cell(page, "verdict").inner_text()
     assert "other" in cell(page, "table").inner_text()
     curves, intervals = picture(page, "curves"), picture(page, "intervals")
@@ -202,12 +229,95 @@ def test_the_comparison_follows_what_is_picked_and_what_is_moved(page, lab, root
         run.set_status("finished")
 
 
-def test_a_slider_of_the_augmentations_draws_another_picture(page, lab):
-    run_all(page, lab, "01_augmentation.ipynb")
-    before = picture(page, "magnitude")
-    handle = cell(page, "magnitude").locator(".noUi-handle").nth(1)
-    handle.focus()
+def test_a_knob_of_the_augmentations_draws_another_picture_and_its_value_is_copied(page, lab):
+    open_and_run(page, lab, "01_augmentation.ipynb")
+    all_done(page)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    before = picture(page, "try")
+    knobs = cell(page, "knobs")
+    slider = lambda name: knobs.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
+    slider("brightness").focus()
     page.keyboard.press("End")
-    stronger = redrawn(page, "magnitude", before)
+    brighter = redrawn(page, "try", before)
+    lines = knobs.locator("textarea")
+    _until(lambda: "brightness: 1.0  #" in lines.input_value(), 30)
+    knobs.get_by_text("Copy", exact=True).click()
+    knobs.get_by_text("Copied", exact=True).wait_for()
+    copied = lambda: page.evaluate("() => navigator.clipboard.readText()")
+    _until(lambda: copied() == lines.input_value(), 30)
+    slider("brightness").focus()
     page.keyboard.press("Home")
-    redrawn(page, "magnitude", stronger)
+    assert redrawn(page, "try", brighter)
+
+    # Grey where it would change nothing; its neighbour brings it back.
+    magnitude = knobs.locator(".widget-hslider", has_text="randaug_m").locator(".noUi-target")
+    assert magnitude.get_attribute("disabled") is not None
+    slider("randaug_n").focus()
+    page.keyboard.press("End")
+    _until(lambda: magnitude.get_attribute("disabled") is None, 30)
+    before = picture(page, "try")
+    cell(page, "try").get_by_text("what the model eats", exact=True).click()
+    redrawn(page, "try", before)
+
+
+def test_a_training_is_paused_seen_again_in_another_tab_stopped_and_goes_on(page, lab, root):
+    notebook = (root / "notebooks" / "02_baseline.ipynb").read_text(encoding="utf-8")
+    for old, new in (
+        ('runs_dir = \\"runs\\"', 'runs_dir = \\"live\\"'),
+        ("epochs = 8", "epochs = 500"),
+        ("workers = None", "workers = 0"),
+    ):
+        assert notebook.count(old) == 1
+        notebook = notebook.replace(old, new)
+    (root / "notebooks" / "live.ipynb").write_text(notebook, encoding="utf-8")
+    open_and_run(page, lab, "live.ipynb")
+    view = lambda: cell(page, "training")
+    said = lambda: re.search(r"step (\d+) of ([\d,]+): loss .* img/s.* GB of memory",
+                             view().inner_text())  # fmt: skip
+    step = lambda: (match := said()) and int(match[1])
+    first = _until(step, 120)
+    _until(lambda: step() > first, 30)
+    curves = picture(page, "training")
+    redrawn(page, "training", curves)
+
+    view().get_by_text("Pause", exact=True).click()
+    time.sleep(1)  # the row that was under way
+    paused = step()
+    time.sleep(1.5)
+    assert step() == paused, "nothing moves while it is paused"
+
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    _until(lambda: "widget-view" in (root / "notebooks" / "live.ipynb").read_text("utf-8"), 30)
+    page.goto("about:blank")
+    page.goto(lab.format("/lab/tree/notebooks/live.ipynb"), timeout=60_000)
+    _until(lambda: step() == paused, 60, Exception)
+    view().get_by_text("Pause", exact=True).click()
+    _until(lambda: step() > paused, 30)
+
+    view().get_by_text("Stop", exact=True).click()
+    run = runs.Run(root / "live" / "baseline-seed0")
+    _until(lambda: run.status()["state"] == "stopped", 60)
+    stopped = run.status()["step"]
+    assert paused < stopped < run.status()["steps"]
+    _until(lambda: f"after step {stopped} of" in view().inner_text(), 30)
+    rows = training.fit(Recipe.read(run.file("recipe.yaml")), runs.Run(run.path))
+    row = next(rows)
+    rows.close()
+    assert row["step"] > stopped and row["step"] - stopped <= 10
+
+
+def test_voila_serves_the_comparison_as_a_page(page, root):
+    port = free_port()
+    command = ["voila", "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
+    with served(root, port, "/voila/static/voila.js", *command, "notebooks/05_compare.ipynb"):
+        page.goto(f"http://127.0.0.1:{port}", timeout=90_000)
+        text = lambda: page.locator("body").inner_text()
+        _until(lambda: "better is better than plain by" in text(), 60)
+        pictures = page.locator("img.widget-image:visible")
+        before = _until(lambda: pictures.first.get_attribute("src"), 30)
+        shown = page.locator("select[multiple]")
+        labels = [t for t in shown.locator("option").all_inner_texts() if "seed0" in t]
+        assert len(labels) == 3
+        shown.select_option(label=labels)
+        _until(lambda: "one run each on 400 pictures" in text(), 30)
+        _until(lambda: pictures.first.get_attribute("src") != before, 30)

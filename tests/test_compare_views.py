@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import PICTURES, run_folder
 
-from workbench import ROOT, comparison, plots, runs, training, widgets
+from workbench import ROOT, comparison, plots, runs, training, views, widgets
 from workbench.comparison import ComparisonError
 from workbench.recipe import Recipe
 
@@ -232,7 +232,7 @@ def test_no_picture_gained_is_a_table_of_none(tmp_path):
     frame.to_parquet(paths[1] / "predictions.parquet", index=False)
     found = comparison.compare(paths)
     for side in ("gained", "lost"):
-        shown = widgets.flips(found, "b", side)
+        shown = views.flips(found, "b", side)
         assert isinstance(shown, pd.DataFrame) and shown.empty and "file" in shown
 
 

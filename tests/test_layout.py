@@ -37,6 +37,7 @@ ARROWS = {
     **LEVEL_1,
     **LEVEL_2,
     "plots": BELOW_VIEWS - {"training"},
+    "views": BELOW_VIEWS | {"plots"},
     "widgets": BELOW_VIEWS | {"plots"},
     "__main__": BELOW_VIEWS | {"plots", "widgets"},
 }

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from workbench.recipe import PLACE, Recipe
+from workbench.recipe import PLACE, Recipe, without_effect
 from workbench.runs import Run, RunError
 
 LEVEL, POWER = 0.95, 0.8  # of every interval; of what is called detectable
@@ -615,12 +615,22 @@ def _median(frame: pd.DataFrame, column: str) -> float:
 
 
 def recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What differs between two recipes, by knob: "lr 0.2 (0.1)", the former in brackets."""
+    """What differs between two recipes, by knob: "lr 0.2 (0.1)", the former in brackets.
+
+    A knob that changes nothing beside the others of its recipe is "idle"; of two such none differs.
+    """
+    ours, theirs = _values(now), _values(before)
     return {
-        key: f"{key} {_value(now.get(key))} ({_value(before.get(key))})"
-        for key in now
-        if key not in PLACE and key != "seed" and now.get(key) != before.get(key)
+        key: f"{key} {ours[key]} ({theirs[key]})"
+        for key in ours
+        if key not in PLACE and key != "seed" and ours[key] != theirs.get(key)
     }
+
+
+def _values(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Every knob as text, `idle` where the others leave it without an effect."""
+    idle = without_effect(recipe)
+    return {key: "idle" if key in idle else _value(value) for key, value in recipe.items()}
 
 
 def _value(value: Any) -> str:
@@ -629,8 +639,9 @@ def _value(value: Any) -> str:
 
 def knobs(groups: Sequence[Group]) -> pd.DataFrame:
     """The knobs that differ between recipes, a row each, as text; empty for one recipe."""
+    values = [_values(group.recipe) for group in groups]
     rows = {
-        key: [_value(group.recipe[key]) for group in groups]
+        key: [its[key] for its in values]
         for key in groups[0].recipe
         if key not in PLACE and key != "seed"
     }

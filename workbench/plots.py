@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure as _Figure
+from PIL import Image
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":"]
+DPI = 90  # of a figure saved as pixels
 
 
 class Figure(_Figure):
@@ -39,7 +41,7 @@ class Figure(_Figure):
         with warnings.catch_warnings():  # names in any script; a box stands for what the font lacks
             warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
             fast = {"pil_kwargs": {"compress_level": 1}} if form == "png" else {}
-            self.savefig(where, format=form, dpi=90, **fast)
+            self.savefig(where, format=form, dpi=DPI, **fast)
 
     def _repr_png_(self) -> bytes:
         return self.png()
@@ -56,25 +58,17 @@ def grid(
 
     Few pictures stand at the left of a figure that is as wide as its heading.
     """
-    wide = math.ceil(0.08 * len(heading) / 1.15)
-    columns = min(columns, max(1, wide, len(pictures)))
-    count = max(1, math.ceil(len(pictures) / columns))
-    lines = max((str(t).count("\n") + 1 for t in titles or [""]), default=1)
-    figure = Figure(1.15 * columns, (1.1 + 0.17 * lines) * count + (0.3 if heading else 0))
-    axes = figure.subplots(count, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.set_frame_on(False)
-        ax.set_anchor("N")  # in the middle of its place a long title would be cut off at the top
-    for i, picture in enumerate(pictures):
-        ax = axes.flat[i]
-        ax.imshow(np.asarray(picture), interpolation="nearest", vmin=0, vmax=255)
-        if titles is not None:
-            ax.set_title(titles[i], fontsize=8)
-    if heading:
-        figure.suptitle(heading, fontsize=10)
-    return figure
+    titles = titles or [""] * len(pictures)
+    columns = max(1, math.ceil(7 * len(heading) / CELL), min(columns, len(pictures)))
+    lines = max((title.count("\n") + 1 for title in titles if title), default=0)
+    above, words = 25 if heading else 0, 4 + LINE * lines
+    line = words + SIDE + 4
+    rows = -(-len(pictures) // columns)
+    sheet = _Sheet(CELL * columns, above + max(1, rows) * line, heading)
+    for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        left, top = CELL * (i % columns), above + line * (i // columns) + words
+        sheet.put(picture, title, left, top)
+    return sheet.figure()
 
 
 def label_text(target: Any, classes: Sequence[str], most: int | None = None) -> str:
@@ -92,22 +86,89 @@ def label_text(target: Any, classes: Sequence[str], most: int | None = None) -> 
     return "\n".join(f"{shares[i]:.{digits}f} {classes[i]}" for i in mixed)
 
 
-def strips(rows: Mapping[str, tuple[Sequence[Any], Sequence[str]]], heading: str = "") -> Figure:
-    """One row of (pictures, titles) for every name, each as long as it needs to be."""
-    columns = max(len(pictures) for pictures, _ in rows.values())
-    figure = Figure(1.25 * columns + 0.8, 1.35 * len(rows) + (0.3 if heading else 0))
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.set_frame_on(False)
-    for line, (name, (pictures, titles)) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
-        for ax, picture, title in zip(line, pictures, titles, strict=False):
-            ax.imshow(np.asarray(picture), interpolation="nearest", vmin=0, vmax=255)
-            ax.set_title(title, fontsize=8)
-    if heading:
-        figure.suptitle(heading, fontsize=10)
+def strips(
+    rows: Mapping[str, tuple[Sequence[Any], Sequence[str]]], heading: str = "", columns: int = 1
+) -> Figure:
+    """One row of (pictures, titles) for every name, each as long as it needs to be.
+
+    With `columns` above 1 that many rows stand side by side.
+    """
+    most = max(len(pictures) for pictures, _ in rows.values())
+    margin = 12 + 7 * max(len(part) for name in rows for part in name.split("\n"))
+    lines = max(title.count("\n") + 1 for _, titles in rows.values() for title in titles)
+    above, words = 25 if heading else 0, 4 + LINE * lines
+    line = words + SIDE + 4
+    width, height = margin + CELL * most, above + line * -(-len(rows) // columns)
+    sheet = _Sheet(columns * width, height, heading)
+    for i, (name, (pictures, titles)) in enumerate(rows.items()):
+        left, top = width * (i % columns) + margin, above + line * (i // columns) + words
+        sheet.words.append((left - 6, top + SIDE / 2, name, 9, "right", "center"))
+        for k, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+            sheet.put(picture, title, left + CELL * k, top)
+    return sheet.figure()
+
+
+CELL, SIDE, LINE = 104, 96, 13  # pixels at DPI: a picture's place, its longer side, a title's line
+
+
+class _Sheet:
+    """Pictures and words at places in pixels from the top left, drawn as one image.
+
+    An Axes for each picture would take most of a second, while a slider waits.
+    """
+
+    def __init__(self, width: int, height: int, heading: str = ""):
+        self.canvas = np.full((height, width, 3), 255, np.uint8)
+        self.words: list[tuple[float, float, str, float, str, str]] = []
+        if heading:
+            self.words.append((width / 2, 5, heading, 10, "center", "top"))
+
+    def put(self, picture: Any, title: str, left: int, top: int) -> None:
+        """A picture below its title in a place of CELL pixels, as large as SIDE allows."""
+        image = (
+            picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+        )
+        scale = SIDE / max(image.size)
+        size = [max(1, round(scale * side)) for side in image.size]
+        kind = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+        pixels = np.asarray(image.convert("RGB").resize(size, kind))
+        left += (CELL - size[0]) // 2
+        self.canvas[top : top + size[1], left : left + size[0]] = pixels
+        longest = max(map(len, title.split("\n")))
+        points = min(8, max(5, 8 * 18 / max(1, longest)))
+        self.words.append((left + size[0] / 2, top - 3, title, points, "center", "bottom"))
+
+    def figure(self) -> Figure:
+        height, width, _ = self.canvas.shape
+        figure = Figure(width / DPI, height / DPI, layout=None)
+        ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        ax.set_axis_off()
+        place = (0, width, height, 0)
+        ax.imshow(self.canvas, extent=place, aspect="auto", interpolation="nearest")
+        for x, y, text, points, across, along in self.words:
+            ax.text(x, y, text.replace("$", r"\$"), fontsize=points, ha=across, va=along)
+        return figure
+
+
+def distances(table: pd.DataFrame) -> Figure:
+    """Histograms of views.distances: how much of the picture a draw keeps, how far it goes."""
+    figure = Figure()
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.hist(100 * table.area, np.linspace(0, 100, 21), color=COLOURS[0])
+    left.set_xlabel("share of the picture inside the crop (%)")
+    left.set_ylabel("draws")
+    most = max(1.0, table[["change", "yardstick"]].to_numpy().max())
+    right.hist(table.change, np.linspace(0, most, 21), color=COLOURS[0])
+    right.axvline(
+        table.yardstick.median(), ls="--", color=COLOURS[1], label="another picture, median"
+    )
+    right.set_xlabel("change: RMS over pixels (0 to 255)")
+    right.set_ylabel("draws")
+    beyond = 100 * (table.change > table.yardstick).mean()
+    right.set_title(f"{beyond:.0f} % of the draws go farther than another picture", fontsize=9)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    right.legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -8,13 +8,14 @@ fields. What a recipe does not name is off; the sizes default to the embedded di
 """
 
 import ast
+import contextlib
 import difflib
 import hashlib
 import json
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -296,10 +297,13 @@ class Recipe(BaseModel):
 
     def write(self, path: str | Path) -> None:
         """Every field as YAML, each with its description; `read` gives an equal recipe."""
-        lines = [f"# workbench recipe, fingerprint {self.fingerprint}"]
-        for key, value in self.model_dump().items():
-            lines.append(f"{key}: {_yaml(value)}  # {type(self).model_fields[key].description}")
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        head = f"# workbench recipe, fingerprint {self.fingerprint}\n"
+        Path(path).write_text(head + self.yaml(type(self).model_fields), encoding="utf-8")
+
+    def yaml(self, keys: Iterable[str]) -> str:
+        """These fields as lines of a params file, each with its description."""
+        values, fields = self.model_dump(), type(self).model_fields
+        return "".join(f"{k}: {_yaml(values[k])}  # {fields[k].description}\n" for k in keys)
 
     @classmethod
     def cell(cls) -> str:
@@ -801,6 +805,19 @@ _WRONG = [
         for key in ("crop_scale", "crop_ratio")
     ],
 ]
+
+
+def without_effect(values: Mapping[str, Any]) -> set[str]:
+    """The knobs that change nothing beside the other values, whatever they are set to."""
+    known = types.SimpleNamespace(
+        **{k: values.get(k, field.default) for k, field in Recipe.model_fields.items()}
+    )
+    found: set[str] = set()
+    for keys, rule in _UNUSED:
+        with contextlib.suppress(TypeError, ValueError):  # a run of an older version
+            if rule(known):
+                found |= set(keys.split())
+    return found
 
 
 def _contradictions(values: Mapping[str, Any], bad: set[str]) -> list[tuple[str, str]]:

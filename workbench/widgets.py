@@ -4,23 +4,24 @@ import asyncio
 import base64
 import contextlib
 import html
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ipywidgets
 import pandas as pd
 import psutil
 import torch
 import traitlets
-from IPython.display import display
+from IPython.display import Javascript, display
 from tqdm.auto import tqdm
 
-from workbench import comparison, data, images, plots, runs, training
+from workbench import comparison, data, plots, runs, training
 from workbench.progress import watched
-from workbench.recipe import Recipe
+from workbench.recipe import Recipe, RecipeError, without_effect
 
 
 class Progress:
@@ -157,7 +158,7 @@ class Live(View):
         try:
             for row in rows:
                 self.show(row)
-                while self.pausing.value and not self.stop.is_set():
+                while self.pausing.value and not self._stopped():
                     time.sleep(0.05)
         finally:
             self.stopping.disabled = self.pausing.disabled = True
@@ -180,6 +181,9 @@ class Live(View):
             )
         if row["kind"] == "epoch" or time.monotonic() - self._drawn > 5:
             self._draw()
+
+    def _stopped(self) -> bool:
+        return self.stop.is_set() or self.run.file("STOP").exists()
 
     def _stop(self, _: Any = None) -> None:
         self.stop.set()
@@ -256,32 +260,32 @@ class Explorer(View):
     """Controls above what they choose; on paper (papermill, GitHub) that alone.
 
     `draw` takes the controls' values by name and returns a plots.Figure, a DataFrame, or sentences.
-    With a Picker the first argument is its comparison, and the view follows what is picked. It is
-    one Image or one HTML that is replaced, without ipywidgets' Output, whose messages can leave a
-    headless run waiting.
+    With a `source`, a Picker or Knobs, the first argument is what it found, and the view follows.
+    It is one Image or one HTML that is replaced, without ipywidgets' Output, whose messages can
+    leave a headless run waiting.
     """
 
     def __init__(
         self,
         draw: Callable[..., plots.Figure | pd.DataFrame | list[str]],
-        picker: "Picker | None" = None,
+        source: "Picker | Knobs | None" = None,
         **controls: ipywidgets.ValueWidget,
     ):
-        self._draw, self._picker, self._controls = draw, picker, controls
+        self._draw, self._source, self._controls = draw, source, controls
         self._image, self._text = ipywidgets.Image(format="png"), ipywidgets.HTML()
         for control in controls.values():
             control.observe(self._redraw, names="value")
-        if picker is not None:
-            picker.observe(self._redraw, names=["found", "problem"])
+        if source is not None:
+            source.observe(self._redraw, names=["found", "problem"])
         self._redraw()
         super().__init__([*controls.values(), self._text, self._image])
 
     def _redraw(self, _: Any = None) -> None:
         given = {name: control.value for name, control in self._controls.items()}
-        if self._picker is not None and self._picker.found is None:
-            self._complain(self._picker.problem)
+        if self._source is not None and self._source.found is None:
+            self._complain(self._source.problem)
             return
-        found = () if self._picker is None else (self._picker.found,)
+        found = () if self._source is None else (self._source.found,)
         try:
             shown = self._draw(*found, **given)
         except Exception as error:  # a widget's callback has nobody else to tell
@@ -312,6 +316,113 @@ def _as_html(shown: pd.DataFrame | list[str]) -> str:
         return shown.to_html(float_format="{:.2f}".format, na_rep="", border=0, index=not numbered)
     items = "".join(f"<li>{html.escape(str(line))}</li>" for line in shown)
     return f"<ul style='line-height: 1.4'>{items}</ul>"
+
+
+class Knobs(View):
+    """Controls for knobs of a recipe; `found` is the recipe they make, None with `problem`.
+
+    Explorers follow it. A knob that would change nothing beside the others is greyed out and left
+    out. The chosen values stand below as lines for a params file, with a button that copies them;
+    on paper they are all there is.
+    """
+
+    found = traitlets.Any(None, allow_none=True)
+    problem = traitlets.Unicode()
+
+    def __init__(self, recipe: Recipe, names: Sequence[str]):
+        self._recipe = recipe
+        self.controls = {name: _control(name, getattr(recipe, name)) for name in names}
+        self._given = {name: control.value for name, control in self.controls.items()}
+        self.yaml = ipywidgets.Textarea(rows=8, layout={"width": "720px"}, disabled=True)
+        self.copy = ipywidgets.Button(description="Copy", tooltip="as lines of a params file")
+        self._copied = ipywidgets.Output()
+        self.note = ipywidgets.HTML()
+        self.copy.on_click(self._copy)
+        for control in self.controls.values():
+            control.observe(self._judge, names="value")
+        columns = ipywidgets.GridBox(
+            list(self.controls.values()), layout={"grid_template_columns": "repeat(2, 440px)"}
+        )
+        super().__init__([columns, self.note, self.yaml, self.copy, self._copied])
+        self._judge()
+
+    def _judge(self, _: Any = None) -> None:
+        chosen = {
+            name: getattr(self._recipe, name)  # 4/3 is no step of a slider
+            if control.value == self._given[name]
+            else _value(control)
+            for name, control in self.controls.items()
+        }
+        idle = without_effect({**self._recipe.model_dump(), **chosen})
+        for name, control in self.controls.items():
+            control.disabled = name in idle
+        kept = {name: value for name, value in chosen.items() if name not in idle}
+        rest = {k: v for k, v in self._recipe.changed().items() if k not in self.controls}
+        try:
+            found = Recipe(**rest, **kept)
+        except RecipeError as error:
+            self.problem, found = "; ".join(error.problems), None
+        else:
+            self.problem, self.yaml.value = "", found.yaml(kept)
+            self.copy.description = "Copy"
+        self.note.value = html.escape(self.problem)
+        self.found = found
+
+    def _copy(self, _: Any = None) -> None:
+        """In the browser: only there is a clipboard. Older ones copy what is selected."""
+        self._copied.outputs = ()
+        script = _COPY.replace("TEXT", json.dumps(self.yaml.value))
+        self._copied.append_display_data(Javascript(script))
+        self.copy.description = "Copied"
+
+    def _on_paper(self) -> dict[str, str]:
+        return {"text/html": f"<pre>{html.escape(self.yaml.value or self.problem)}</pre>"}
+
+
+_COPY = """
+const text = TEXT, old = () => {
+  const area = document.createElement('textarea');
+  area.value = text; document.body.appendChild(area); area.select();
+  document.execCommand('copy'); area.remove();
+};
+navigator.clipboard ? navigator.clipboard.writeText(text).catch(old) : old();
+"""
+
+# Where a slider ends that the field leaves open, or beyond what anybody uses.
+_REACH = {"crop_scale": (0.01, 1.0), "crop_ratio": (0.25, 4.0), "randaug_n": (0, 6)}
+_REACH |= {"randaug_std": (0.0, 3.0), "mixup_alpha": (0.0, 2.0), "cutmix_alpha": (0.0, 2.0)}
+
+
+def _control(name: str, value: Any) -> ipywidgets.ValueWidget:
+    """The control that fits a knob's type, ends where its limits are; value and type are kept."""
+    field = Recipe.model_fields[name]
+    how = {"description": name, "tooltip": field.description, "layout": {"width": "430px"}}
+    how["style"] = {"description_width": "140px"}
+    if isinstance(value, bool):
+        return ipywidgets.Checkbox(value, **how)
+    if isinstance(value, str):
+        return ipywidgets.Dropdown(options=get_args(field.annotation), value=value, **how)
+    low, high = _REACH.get(name) or (_limit(field, "ge"), _limit(field, "le"))
+    if isinstance(value, list):
+        low, high = min(low, *value), max(high, *value)
+        return ipywidgets.FloatRangeSlider(value=value, min=low, max=high, step=0.01, **how)
+    low, high = min(low, value), max(high, value)
+    if isinstance(value, int):
+        return ipywidgets.IntSlider(value, low, high, **how)
+    step = 0.1 if high > 4 else 0.01
+    return ipywidgets.FloatSlider(value=value, min=low, max=high, step=step, **how)
+
+
+def _limit(field: Any, name: str) -> Any:
+    return next(getattr(m, name) for m in field.metadata if hasattr(m, name))
+
+
+def _value(control: ipywidgets.ValueWidget) -> Any:
+    """A control's value as a knob takes it; sliders count in steps and add their rounding."""
+    value = control.value
+    if isinstance(value, tuple):
+        return [float(f"{x:.12g}") for x in value]
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 class Picker(View):
@@ -437,38 +548,6 @@ class Picker(View):
         rows = [("\u2713" * (name in chosen), label) for label, name in self.runs.options]
         table = pd.DataFrame(rows, columns=["picked", "run"])
         return {"text/html": table.to_html(index=False, border=0) + self.note.value}
-
-
-def flips(
-    found: comparison.Comparison, name: str, side: str = "gained", of: str = ""
-) -> plots.Figure | pd.DataFrame:
-    """The pictures that changed sides from the first recipe to `name`, most runs first.
-
-    `side` is gained or lost, `of` part of a class's name. Each stands under its answers before and
-    after and its label; a table, where the pictures themselves are not at hand.
-    """
-    first = found.groups[0]
-    table = found.flips(name, first.name)
-    table = table[(table.change > 0) == (side == "gained")]
-    named = [k for k, name in enumerate(found.classes) if of.lower() in name.lower()]
-    table = table[table.label.isin(named)]
-    shown = table.head(24)
-    try:
-        recipe = Recipe(**first.recipe)
-        places = data.open_data(recipe).val[["list", "file", "path"]]
-        shown = shown.merge(places, on=["list", "file"])
-        see = training.test_transform(recipe)
-        pictures = [see(images.decode(path)) for path in shown.path]
-    except (ValueError, OSError, RuntimeError):  # moved, or a recipe of an older version
-        pictures = []
-    if not pictures:
-        return table.head(24)
-    texts = [
-        f"{found.classes[row.before]}\nto {found.classes[row.after]}\nis {found.classes[row.label]}"
-        for row in shown.itertuples()
-    ]
-    heading = f"{side}: {len(table):,} of {len(found.pictures):,} pictures"
-    return plots.grid(pictures, texts, columns=12, heading=heading)
 
 
 _FOLLOWED = ("metrics.csv", "predictions.parquet", "status.json")

@@ -1,0 +1,295 @@
+"""What the augmentation notebook shows is what training does; its controls make a recipe."""
+
+import math
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import save_noise
+from PIL import Image
+
+from workbench import ROOT, comparison, data, images, plots, training, views, widgets
+from workbench.recipe import Recipe, RecipeError, without_effect
+
+STRONG = Recipe(
+    crop_scale=[0.3, 1.0], flip=0.5, brightness=0.4, hue=0.1, randaug_n=2, randaug_form="timm"
+)
+
+
+def shown(figure: plots.Figure) -> np.ndarray:
+    """The pixels of a figure of pictures, as they are before any saving."""
+    return figure.axes[0].images[0].get_array()
+
+
+def cell(figure: plots.Figure, i: int, columns: int, size: int = 32) -> np.ndarray:
+    """The i-th picture of a grid at its own size: SIDE is a multiple of it."""
+    canvas, factor, words = shown(figure), plots.SIDE // size, figure.axes[0].texts
+    heading = words[0].get_fontsize() > 8
+    above, rows = 25 * heading, math.ceil((len(words) - heading) / columns)
+    line = (canvas.shape[0] - above) // rows
+    bottom = above + line * (i // columns + 1) - 4
+    left = plots.CELL * (i % columns) + (plots.CELL - plots.SIDE) // 2
+    return canvas[bottom - plots.SIDE : bottom, left : left + plots.SIDE][::factor, ::factor]
+
+
+def texts(figure: plots.Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.open_data(Recipe())
+
+
+# ---- figures
+
+
+def test_the_draws_shown_are_those_of_the_training(digits):
+    row, columns = 5, 10
+    figure = views.draws(STRONG, images.decode(digits.train.path[row]), row)
+    steps = data.steps_per_epoch(len(digits.train), 100)
+    for epoch in range(2):
+        loader = data.batches(
+            digits.train,
+            training.train_transform(STRONG),
+            seed=STRONG.seed,
+            batch_size=100,
+            steps=range(epoch * steps, (epoch + 1) * steps),
+        )
+        [eaten] = [b.images[b.indices == row] for b in loader if row in b.indices]
+        picture = eaten[0].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(cell(figure, epoch + 1, columns), picture)
+    whole = training.test_transform(STRONG)(images.decode(digits.train.path[row]))
+    np.testing.assert_array_equal(cell(figure, 0, columns), whole)
+    later = views.draws(STRONG, images.decode(digits.train.path[row]), row, first_epoch=1)
+    np.testing.assert_array_equal(cell(later, 1, columns), cell(figure, 2, columns))
+    assert texts(figure)[0] == "validation" and texts(figure)[2].startswith("epoch 2")
+
+
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another(tmp_path):
+    picture = images.decode(save_noise(tmp_path / "mine.jpg", 1, (90, 60)))
+    one, again = (shown(views.draws(STRONG, picture)) for _ in range(2))
+    other = shown(views.draws(STRONG.replace(seed=1), picture))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+
+
+def test_a_grid_shows_small_pictures_pixel_by_pixel_and_keeps_the_shape_of_others():
+    small = np.arange(64 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    figure = plots.grid([small] * 3, ["a", "b\nc", ""], columns=2)
+    for i in range(3):
+        np.testing.assert_array_equal(cell(figure, i, 2, 8), small)
+    wide = np.zeros((50, 400, 3), np.uint8)
+    dark = (shown(plots.grid([wide])) == 0).all(2)
+    assert dark.any(1).sum() == plots.SIDE / 8 and dark.any(0).sum() == plots.SIDE
+    blue = Image.new("RGBA", (300, 300), "#0000ff")
+    assert (shown(plots.grid([blue])) == (0, 0, 255)).all(2).sum() == plots.SIDE**2
+
+
+def test_strengths_leave_randaugment_out_and_say_when_there_is_nothing(digits):
+    picture = images.decode(digits.train.path[0])
+    names = {"crop", "aspect", "flip", "brightness", "hue"}
+    assert names == {text for text in texts(views.strengths(STRONG, picture)) if text in
+                     {*names, "contrast", "saturation", "rotate"}} - {"flip 0"}  # fmt: skip
+    nothing = views.strengths(Recipe(crop_ratio=[1.0, 1.0]), picture, "plain")
+    assert nothing.to_dict("list") == {"plain": ["crop, flip and jitter are off"]}
+
+
+@pytest.mark.parametrize("form", ["up", "timm"])
+def test_every_operation_of_randaugment_has_a_row_even_when_it_is_off(form, digits):
+    picture = images.decode(digits.train.path[0])
+    recipe = Recipe(randaug_n=1, randaug_form=form, crop_scale=[0.1, 1.0])
+    figure = views.magnitudes(recipe, picture)
+    operations = views.magnitude_table(recipe)[form]["operation"].tolist()
+    labels = [t.get_text() for t in figure.axes[0].texts if t.get_ha() == "right"]
+    assert labels == operations and len(labels) == 15
+    assert f"{form}'s form" in texts(figure)[0]
+    off = views.magnitudes(Recipe(), picture)
+    assert len([t for t in off.axes[0].texts if t.get_ha() == "right"]) == 15
+
+
+def test_what_the_model_eats_is_the_first_step_and_names_its_mean(digits):
+    recipe = STRONG.replace(erase_prob=1.0, mixup_alpha=0.8)
+    figure = views.eaten(recipe, digits)
+    tensors, targets = training.first_pictures(recipe, digits, 24)
+    mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
+    for i in range(24):
+        pixels = (tensors[i].permute(1, 2, 0) * std + mean) * 255
+        difference = cell(figure, i, 12) - pixels.clamp(0, 255).numpy()
+        assert np.abs(difference).max() <= 0.51
+    heading = f"(24, 3, 32, 32), mean {tensors.mean():.2f}, std {tensors.std():.2f}"
+    assert texts(figure)[0] == heading
+    assert texts(figure)[1] == plots.label_text(targets[0], digits.classes)
+
+
+# ---- how far
+
+
+def test_draws_that_change_nothing_go_nowhere(digits):
+    table = views.distances(Recipe(crop_ratio=[1.0, 1.0]), digits, 3, 2)
+    assert table.area.tolist() == [1] * 6 and table.change.tolist() == [0] * 6
+    assert (table.yardstick > 10).all() and table.epoch.tolist() == [0, 1] * 3
+
+
+def test_the_distance_is_the_root_mean_square_over_pixels(digits):
+    recipe = Recipe(crop_ratio=[1.0, 1.0], flip=1.0)
+    table = views.distances(recipe, digits, 3, 1)
+    resize = lambda p: images.decode(p).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    whole = [np.asarray(resize(path), float) for path in digits.train.path[:3]]
+    for i, row in enumerate(table.itertuples()):
+        total, other = 0.0, 0.0
+        for y in range(32):
+            for x in range(32):
+                for c in range(3):
+                    total += (whole[i][y, 31 - x, c] - whole[i][y, x, c]) ** 2
+                    other += (whole[(i + 1) % 3][y, x, c] - whole[i][y, x, c]) ** 2
+        # torchvision's antialiased resize and Pillow's round alike
+        assert row.change == pytest.approx(math.sqrt(total / 3072), rel=1e-5)
+        assert row.yardstick == pytest.approx(math.sqrt(other / 3072), rel=1e-5)
+        assert row.file == digits.train.file[i]
+
+
+def test_the_area_is_that_of_the_crop(pictures):
+    recipe = Recipe(dataset="files", data_dir=str(pictures), crop_scale=[0.25, 0.25])
+    table = views.distances(recipe, data.open_data(recipe), 4, 10)
+    assert len(table) == 40 and table.area.to_numpy() == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_histograms_hold_every_draw_and_say_how_many_go_far():
+    table = pd.DataFrame(
+        {"area": [0.1, 0.5, 1.0, 1.0], "change": [0.0, 30, 60, 255], "yardstick": [50.0] * 4}
+    )
+    left, right = plots.distances(table).axes
+    for ax in (left, right):
+        assert sum(bar.get_height() for bar in ax.patches) == 4
+        assert ax.get_ylabel() == "draws" and "(" in ax.get_xlabel()
+    assert right.get_title() == "50 % of the draws go farther than another picture"
+    assert list(right.lines[0].get_xdata()) == [50, 50]
+    plots.distances(table.assign(change=0.0, yardstick=0.0)).png()  # one picture, drawn as it is
+
+
+# ---- controls
+
+
+def test_there_is_a_control_for_every_knob_of_augmentation():
+    fields = list(Recipe.model_fields)
+    assert views.AUGMENTATION == fields[fields.index("crop_scale") : fields.index("teacher")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_untouched_controls_are_the_recipe(path):
+    recipe = Recipe.read(path)
+    assert widgets.Knobs(recipe, views.AUGMENTATION).found == recipe
+
+
+@pytest.mark.parametrize("name", views.AUGMENTATION)
+def test_both_ends_of_every_control_are_allowed(name):
+    recipe = Recipe(randaug_n=2, mixup_alpha=0.2, cutmix_alpha=1.0, erase_prob=0.5, name="x")
+    knobs = widgets.Knobs(recipe, views.AUGMENTATION)
+    control = knobs.controls[name]
+    if isinstance(control, ipywidgets.Checkbox):
+        ends = [True, False]
+    elif isinstance(control, ipywidgets.Dropdown):
+        ends = control.options
+    else:
+        ends = [control.min, control.max]
+        if isinstance(control, ipywidgets.FloatRangeSlider):
+            ends = [(end, end) for end in ends]
+    for end in ends:
+        control.value = end
+        assert knobs.problem == "" and knobs.found is not None
+        value = getattr(knobs.found, name)
+        assert value == (list(end) if isinstance(end, tuple) else end)
+        assert type(value) is type(getattr(recipe, name))
+
+
+def test_the_lines_to_copy_are_the_knobs_that_count(tmp_path):
+    recipe = Recipe(name="mine", flip=0.5, lr=0.2)
+    knobs = widgets.Knobs(recipe, views.AUGMENTATION)
+    knobs.controls["randaug_n"].value = 2
+    knobs.controls["crop_scale"].value = (0.3, 1.0)
+    knobs.controls["brightness"].value = 0.1 + 0.2  # as a slider of steps adds up
+    assert "brightness: 0.3  # factor" in knobs.yaml.value
+    assert "switch_prob" not in knobs.yaml.value
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nlr: 0.2\n" + knobs.yaml.value)
+    assert Recipe.read(file) == knobs.found
+    assert knobs.found == recipe.replace(randaug_n=2, crop_scale=[0.3, 1.0], brightness=0.3)
+    paper = knobs._repr_mimebundle_()["text/html"]
+    assert paper.startswith("<pre>crop_scale: [0.3, 1.0]")
+
+
+def test_a_knob_without_effect_is_grey_and_comes_back():
+    knobs = widgets.Knobs(Recipe(randaug_n=2), views.AUGMENTATION)
+    m, n = knobs.controls["randaug_m"], knobs.controls["randaug_n"]
+    m.value = 9.0
+    assert not m.disabled and knobs.found.randaug_m == 9
+    n.value = 0
+    assert m.disabled and knobs.found.randaug_m == 7.0 and knobs.problem == ""
+    n.value = 1
+    assert not m.disabled and knobs.found.randaug_m == 9
+
+
+def test_what_a_recipe_refuses_is_said_and_the_view_below_says_it_too():
+    knobs = widgets.Knobs(Recipe(batch_size=1), views.AUGMENTATION)
+    view = widgets.Explorer(lambda recipe: [f"flip {recipe.flip}"], knobs)
+    assert "flip 0.0" in view._text.value
+    knobs.controls["mixup_alpha"].value = 0.2
+    assert knobs.found is None and "no partner to mix with" in knobs.note.value
+    assert "no partner to mix with" in view._text.value
+    knobs.controls["mixup_alpha"].value = 0.0
+    knobs.controls["flip"].value = 0.25
+    assert knobs.problem == "" and "flip 0.25" in view._text.value
+
+
+def test_copy_sends_the_lines_to_the_browser_and_nothing_before():
+    knobs = widgets.Knobs(Recipe(), views.AUGMENTATION)
+    assert knobs._copied.outputs == ()
+    knobs.copy.click()
+    [output] = knobs._copied.outputs
+    assert "flip: 0.0" in output["data"]["application/javascript"]
+    assert knobs.copy.description == "Copied"
+    knobs.controls["flip"].value = 0.5
+    assert knobs.copy.description == "Copy"
+
+
+# ---- knobs that are idle
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_what_has_no_effect_is_what_a_recipe_refuses_to_be_set(path):
+    recipe = Recipe.read(path)
+    idle = without_effect(recipe.model_dump())
+    other = {"randaug_m": 3.0, "mimic_loss": ["kl"], "erase_count": 3, "milestones": [1],
+             "gamma": 0.5, "momentum": 0.5, "nesterov": True, "switch_prob": 0.1,
+             "warmup_ratio": 0.5, "deep_stem": True, "temperature": 2.0}  # fmt: skip
+    for name, value in other.items():
+        if value == getattr(recipe, name):
+            continue
+        try:
+            recipe.replace(**{name: value})
+            refused = ""
+        except RecipeError as error:
+            refused = str(error)
+        assert (f"{name}: {value!r} would change nothing" in refused) == (name in idle)
+
+
+def test_two_recipes_do_not_differ_in_what_neither_uses():
+    plain, mixed = Recipe(), Recipe(mixup_alpha=0.2, optimizer="adamw", lr=0.001)
+    told = comparison.recipe_difference(plain.model_dump(), mixed.model_dump())
+    assert told == {
+        "optimizer": "optimizer adamw (sgd)",
+        "lr": "lr 0.001 (0.1)",
+        "momentum": "momentum idle (0.9)",
+        "nesterov": "nesterov idle (False)",
+        "mixup_alpha": "mixup_alpha 0.2 (0.0)",
+        "mix_per_sample": "mix_per_sample False (idle)",
+    }
+    assert comparison.recipe_difference(plain.model_dump(), plain.model_dump()) == {}
+
+
+def test_values_of_an_older_version_are_no_error():
+    old = Recipe().model_dump() | {"mimic_loss": None, "batch_size": "many", "erase_prob": None}
+    assert "temperature" in without_effect(old)
+    assert comparison.recipe_difference(old, old) == {}
