@@ -1,13 +1,15 @@
 # make demo   train the digits baseline through papermill (builds .venv first)
 # make demo-distillation   a teacher of the digits, then its student   make demo-downstream   from digits to letters
-# make test   the tests                make lint    ruff over code and notebooks
+# make test   the tests                make test-slow   the cases left out there
+# make lint   ruff over code and notebooks
 # make lab    JupyterLab               make bench   every benchmark
 # make train PARAMS=params/cifar10_baseline.yaml SET="-p data_dir=/data/cifar10"   any recipe through papermill
 PYTHON ?= python3
 BIN := .venv/bin
+SPREAD := -n logical --maxprocesses 4 --dist worksteal
 PARAMS ?= params/digits_baseline.yaml
 
-.PHONY: demo demo-distillation demo-downstream test lab bench train venv lint
+.PHONY: demo demo-distillation demo-downstream test test-slow lab bench train venv lint
 
 demo: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb params/digits_baseline.yaml
@@ -25,7 +27,10 @@ train: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb $(PARAMS) $(SET)
 
 test: venv
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest $(SPREAD)
+
+test-slow: venv
+	$(BIN)/python -m pytest $(SPREAD) -m slow
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -811,7 +811,9 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize("case", STOPPED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c != "cache" else []) for c in STOPPED]
+)
 def test_a_distillation_stopped_anywhere_ends_bit_for_bit_as_the_undisturbed_one(
     school, tmp_path, cache, case
 ):

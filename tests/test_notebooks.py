@@ -333,6 +333,7 @@ def unequal_letters(tmp_path) -> dict[str, object]:
             "val_root": "."}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_downstream_notebook_checks_starts_and_transfers(tmp_path, unequal_letters):
     """Run All as it stands but for its lists, the digits first; then the same recipe by name."""
     knobs = {**unequal_letters, "class_balance": 0.5, "probe_epochs": 1, "fraction": 1.0}

@@ -117,9 +117,10 @@ def stood_at(run: runs.Run) -> int:
     ("checkpoint_minutes", "how", "knobs"),
     [
         (0.0, "SIGKILL", {}),  # a checkpoint after every step: resumes in the middle of epochs
-        (10.0, "SIGKILL", {}),  # checkpoints at the ends of epochs: whole steps are done again
+        # checkpoints at the ends of epochs: whole steps are done again
+        pytest.param(10.0, "SIGKILL", {}, marks=pytest.mark.slow),
         (0.0, "SIGKILL", STRIKES),
-        (10.0, "SIGTERM", STRIKES),
+        pytest.param(10.0, "SIGTERM", STRIKES, marks=pytest.mark.slow),
         (10.0, "STOP", {}),
     ],
 )
@@ -348,7 +349,9 @@ def test_accumulated_parts_make_the_same_step_as_one_batch(tmp_path, knobs):
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("knobs", [{}, STRIKES], ids=["plain", "strikes"])
+@pytest.mark.parametrize(
+    "knobs", [pytest.param({}, marks=pytest.mark.slow), STRIKES], ids=["plain", "strikes"]
+)
 def test_two_processes_follow_the_batches_of_one(tmp_path, knobs):
     """torchrun with gloo; 324 pictures at 64 a step leave a last batch of 4, or 2 each."""
     knobs = {**knobs, **NO_BATCH_STATISTICS, "lr": knobs.get("lr", 0.01), "batch_size": 64}
