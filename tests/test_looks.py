@@ -204,6 +204,18 @@ def test_both_ends_of_every_control_are_allowed(name):
         assert type(value) is type(getattr(recipe, name))
 
 
+def test_a_browser_that_moves_a_slider_to_its_nearest_step_changes_nothing():
+    recipe = Recipe(crop_scale=[0.083, 1.0], flip=0.123, randaug_n=1, randaug_std=0.555)
+    knobs = widgets.Knobs(recipe, views.AUGMENTATION)
+    knobs.controls["crop_ratio"].set_state({"value": [0.75, 1.33]})
+    knobs.controls["crop_scale"].set_state({"value": [0.08, 1.0]})
+    knobs.controls["flip"].set_state({"value": 0.12})
+    knobs.controls["randaug_std"].set_state({"value": 0.56})
+    assert knobs.found == recipe
+    knobs.controls["crop_ratio"].set_state({"value": [0.75, 1.35]})
+    assert knobs.found.crop_ratio == [0.75, 1.35]
+
+
 def test_the_lines_to_copy_are_the_knobs_that_count(tmp_path):
     recipe = Recipe(name="mine", flip=0.5, lr=0.2)
     knobs = widgets.Knobs(recipe, views.AUGMENTATION)

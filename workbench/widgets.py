@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import ipywidgets
+import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -333,7 +334,7 @@ class Knobs(View):
         self._recipe = recipe
         self.controls = {name: _control(name, getattr(recipe, name)) for name in names}
         self._given = {name: control.value for name, control in self.controls.items()}
-        self.yaml = ipywidgets.Textarea(rows=8, layout={"width": "720px"}, disabled=True)
+        self.yaml = ipywidgets.Textarea(rows=8, layout={"width": "880px"}, disabled=True)
         self.copy = ipywidgets.Button(description="Copy", tooltip="as lines of a params file")
         self._copied = ipywidgets.Output()
         self.note = ipywidgets.HTML()
@@ -348,9 +349,7 @@ class Knobs(View):
 
     def _judge(self, _: Any = None) -> None:
         chosen = {
-            name: getattr(self._recipe, name)  # 4/3 is no step of a slider
-            if control.value == self._given[name]
-            else _value(control)
+            name: getattr(self._recipe, name) if self._untouched(name) else _value(control)
             for name, control in self.controls.items()
         }
         idle = without_effect({**self._recipe.model_dump(), **chosen})
@@ -367,6 +366,13 @@ class Knobs(View):
             self.copy.description = "Copy"
         self.note.value = html.escape(self.problem)
         self.found = found
+
+    def _untouched(self, name: str) -> bool:
+        """Whether a control says what the recipe said: a browser moves 4/3 to the nearest step."""
+        control, given = self.controls[name], self._given[name]
+        if isinstance(control.value, float | tuple):
+            return np.allclose(control.value, given, rtol=0, atol=0.51 * control.step)
+        return control.value == given
 
     def _copy(self, _: Any = None) -> None:
         """In the browser: only there is a clipboard. Older ones copy what is selected."""
