@@ -123,6 +123,18 @@ def test_what_the_model_eats_is_the_first_step_and_names_its_mean(digits):
     assert texts(figure)[1] == plots.label_text(targets[0], digits.classes)
 
 
+def test_what_an_exported_network_answers_otherwise_is_shown_by_form(digits):
+    val = digits.val.iloc[[3, 7]]
+    flips = pd.DataFrame({"file": val.file, "list": val.list, "form": ["int8", "onnx"],
+                          "before": [1, 2], "after": [4, 5], "label": [1, 2]})  # fmt: skip
+    figure = views.other_answers(flips, "int8", Recipe(), digits.classes)
+    assert texts(figure) == ["int8: 1 other answers", "1\nto 4\nis 1"]
+    see = training.test_transform(Recipe())
+    np.testing.assert_array_equal(cell(figure, 0, 1), see(images.decode(val.path.iloc[0])))
+    none = views.other_answers(flips, "program", Recipe(), digits.classes)
+    assert isinstance(none, pd.DataFrame) and none.empty
+
+
 # ---- how far
 
 
@@ -290,14 +302,15 @@ def test_what_has_no_effect_is_what_a_recipe_refuses_to_be_set(path):
 def test_two_recipes_do_not_differ_in_what_neither_uses():
     plain, mixed = Recipe(), Recipe(mixup_alpha=0.2, optimizer="adamw", lr=0.001)
     told = comparison.recipe_difference(plain.model_dump(), mixed.model_dump())
-    assert told == {
+    assert told == {  # momentum stands at its default, and is idle with adamw
         "optimizer": "optimizer adamw (sgd)",
         "lr": "lr 0.001 (0.1)",
-        "momentum": "momentum idle (0.9)",
-        "nesterov": "nesterov idle (False)",
         "mixup_alpha": "mixup_alpha 0.2 (0.0)",
-        "mix_per_sample": "mix_per_sample False (idle)",
     }
+    other = Recipe(mixup_alpha=0.2, mix_per_sample=True, momentum=0.8)
+    told = comparison.recipe_difference(plain.model_dump(), other.model_dump())
+    assert told["mix_per_sample"] == "mix_per_sample True (idle)"
+    assert told["momentum"] == "momentum 0.8 (0.9)"
     assert comparison.recipe_difference(plain.model_dump(), plain.model_dump()) == {}
 
 

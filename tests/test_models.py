@@ -1,10 +1,12 @@
 """Models against timm, torchvision and the published counts; weights from wherever they lie."""
 
 import contextlib
+import copy
 import json
 import os
 import pickle
 import re
+import time
 
 import pytest
 import timm
@@ -56,6 +58,112 @@ def test_parameter_counts_are_the_published_ones(name, millions):
     with meta():
         count = models.parameters(create(name, 1000))
     assert round(count / 1e6, 3) == millions
+
+
+PUBLISHED_MACS = [  # G at 224 pixels, of the whole network
+    # timm's table (results/model_benchmark_amp_nchw_rtx3090.csv) has 1.82, 3.67 and 4.11 for these
+    # ResNets: it counts norms as well, two for each output of a convolution.
+    ("resnet18", 1.814, 2.48),
+    ("resnet34", 3.664, 3.74),
+    ("resnet50", 4.089, 11.11),
+    ("mobilenetv2_100", 0.30, 6.68),  # arXiv 1801.04381, table 4: 300 M
+    ("convnext_tiny", 4.5, None),  # arXiv 2201.03545, table 1
+    ("swin_tiny_patch4_window7_224", 4.5, None),  # arXiv 2103.14030, table 1
+    ("vit_small_patch16_224", 4.6, None),  # DeiT-S, arXiv 2012.12877
+]
+
+
+@pytest.mark.parametrize("name, published, outputs", PUBLISHED_MACS)
+def test_multiply_adds_are_the_published_ones(name, published, outputs):
+    """To the digits that were printed; the third is timm's count of outputs, in millions."""
+    model = timm.create_model(name)
+    row = models.cost(model, 224)
+    digits = len(str(published).partition(".")[2])
+    assert round(row["macs"], digits) == published
+    assert row["parameters"] == sum(p.numel() for p in model.parameters()) / 1e6
+    if name.startswith("resnet"):
+        # Every convolution's output and its norm's, ReLUs and additions work in place; beside them
+        # the stem's pooling, the pooled features and the logits.
+        features = model.num_features
+        small = 64 * 56 * 56 + features + 1000
+        convolutions = outputs * 1e6 - 1000
+        assert row["activations"] == pytest.approx(4 * (2 * convolutions + small) / 1e6, abs=0.05)
+        timms = {"resnet18": 1.82, "resnet34": 3.67, "resnet50": 4.11}[name]
+        assert round(row["macs"] + 2 * outputs / 1e3, 2) == timms
+
+
+@pytest.mark.parametrize(
+    "name, macs", [("resnet18", 1.813), ("resnet34", 3.663), ("resnet50", 4.087)]
+)
+def test_united_perceptions_table_leaves_out_the_classifier_and_cuts_the_digits_off(name, macs):
+    model = create(name, 1000)
+    classifier = model.fc.weight.numel() / 1e9
+    assert int(1000 * (models.cost(model, 224)["macs"] - classifier)) / 1000 == macs
+
+
+def test_multiply_adds_of_a_transformer_are_its_formula_attention_included():
+    tokens, width, blocks = 101, 64, 6
+    model = timm.create_model("test_vit", num_classes=10)
+    assert (model.embed_dim, len(model.blocks)) == (width, blocks)
+    hidden = model.blocks[0].mlp.fc1.out_features
+    block = tokens * (width * 3 * width + width * width + 2 * width * hidden)
+    block += 2 * tokens**2 * width  # queries by keys, and the weights by the values
+    total = 100 * 3 * 16 * 16 * width + blocks * block + width * 10
+    assert models.cost(model, 160)["macs"] == total / 1e9
+
+
+def test_activations_are_the_outputs_of_modules_each_piece_of_memory_once():
+    model = nn.Sequential(
+        nn.Identity(),  # the picture itself
+        nn.Conv2d(3, 8, 3, padding=1),  # 8 x 16 x 16
+        nn.ReLU(inplace=True),
+        nn.Identity(),
+        nn.MaxPool2d(2),  # 8 x 8 x 8
+        nn.GELU(),  # as many
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+    row = models.cost(model.train(), 16)
+    assert row["activations"] == 4 * (8 * 16 * 16 + 2 * 512 + 10) / 1e6
+    assert row["macs"] == (8 * 27 * 16 * 16 + 5120) / 1e9
+    assert set(row) == {"parameters", "macs", "activations"}
+    assert models.cost(model.bfloat16(), 16)["activations"] == row["activations"] / 2
+
+
+def test_images_per_second_are_the_median_of_forwards_after_a_first():
+    class Sleeper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.seen = nn.Linear(3, 2), []
+
+        def forward(self, images):
+            self.seen.append((len(images), self.training))
+            time.sleep(0.3 if len(self.seen) in (2, 3) else 0.02)  # the first of 5, one outlier
+            return self.fc(images.mean((2, 3)))
+
+    model = Sleeper()
+    row = models.cost(model, 8, batch=5, seconds=0.6)
+    assert 150 < row["images_per_second"] < 250  # 5 in 0.02 s; 17 where the slow ones count
+    assert row["batch"] == 5 and row["device"] == "cpu"
+    assert row["threads"] == torch.get_num_threads()
+    assert model.seen[0] == (1, False) and set(model.seen[1:]) == {(5, False)}
+    assert len(model.seen) >= 6 and model.training
+    model.seen.clear()
+    models.cost(model, 8, batch=2, seconds=0)
+    assert len(model.seen) == 5  # counted, warmed up, three times measured
+
+
+def test_counting_leaves_mode_hooks_and_randomness_alone():
+    model = create("resnet18", 10).train()
+    model.layer1.eval()
+    modes = [part.training for part in model.modules()]
+    before, stream = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    models.cost(model, 32, batch=2, seconds=0)
+    assert torch.equal(stream, torch.random.get_rng_state())
+    assert [part.training for part in model.modules()] == modes
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
 @pytest.mark.parametrize("name, backbone", [("resnet152", 58.16), ("resnet50", 23.53)])

@@ -8,6 +8,8 @@ import contextlib
 import difflib
 import json
 import re
+import statistics
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ import pandas as pd
 import timm
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from workbench import ROOT
 
@@ -85,6 +89,65 @@ def _near(name: str) -> list[str]:
 def parameters(model: nn.Module) -> int:
     """The number of trainable values."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def cost(
+    model: nn.Module, image_size: int, *, batch: int | None = None, seconds: float = 1.0
+) -> dict[str, float | int | str]:
+    """What a model costs in evaluation: `parameters` (M), `macs` (G), `activations` (MB).
+
+    Parameters are all, frozen ones too. MACs are the multiply-adds of convolutions, linear layers
+    and the products of attention for one picture (3, image_size, image_size); norms, activation
+    functions, additions and pooling are not counted. Activations are the outputs of all modules
+    for one picture, in MB of 1e6 bytes and the model's precision, each piece of memory once: what
+    works in place or only reshapes adds nothing, nor do the picture and what functions give
+    inside a module. With `batch` also `images_per_second`: the median over forwards of that many
+    pictures of noise, for `seconds` and at least three, after one to warm up; with the `batch`,
+    `device` and `threads` of that. Loading pictures is no part of it.
+    """
+    weight = next(model.parameters())
+    picture = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
+    given: dict[int, torch.Tensor] = {}  # kept until all are counted, or memory would be used again
+
+    def note(module: nn.Module, args: tuple, out: Any) -> None:
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor):
+                given.setdefault(value.untyped_storage().data_ptr(), value)
+
+    with evaluating(model), torch.no_grad():
+        hooks = [part.register_forward_hook(note) for part in model.modules()]
+        try:
+            # The fused kernels of attention are not counted on every device, plain products are.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+                model(picture)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        given.pop(picture.untyped_storage().data_ptr(), None)
+        row: dict[str, float | int | str] = {
+            "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+            "macs": flops.get_total_flops() / 2e9,
+            "activations": sum(value.untyped_storage().nbytes() for value in given.values()) / 1e6,
+        }
+        if batch:
+            row |= {"images_per_second": _speed(model, picture, batch, seconds), "batch": batch}
+            row |= {"device": str(weight.device), "threads": torch.get_num_threads()}
+    return row
+
+
+def _speed(model: nn.Module, picture: torch.Tensor, batch: int, seconds: float) -> float:
+    stream = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *picture.shape[1:], generator=stream).to(picture)
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    times: list[float] = []
+    model(images)
+    while len(times) < 3 or sum(times) < seconds:
+        wait()
+        start = time.perf_counter()
+        model(images)
+        wait()
+        times.append(time.perf_counter() - start)
+    return batch / statistics.median(times)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
+from matplotlib import colors, ticker
 from matplotlib.figure import Figure as _Figure
 from PIL import Image
 
@@ -71,6 +71,25 @@ def grid(
     return sheet.figure()
 
 
+def answer(picture: Any, table: pd.DataFrame) -> Figure:
+    """A picture beside the best classes for it, with their probabilities: prediction.one's."""
+    figure = Figure(7, 0.9 + 0.3 * max(4, len(table)))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
+    left.imshow(np.asarray(picture))
+    left.set_axis_off()
+    right.barh(range(len(table)), 100 * table.p, color=COLOURS[0])
+    for i, p in enumerate(table.p):
+        text = f" {100 * p:.1f} % " if p >= 0.001 else f" {p:.1g} "
+        right.text(100 * p, i, text, va="center", ha="right" if p > 0.8 else "left", fontsize=8,
+                   color="white" if p > 0.8 else "black")  # fmt: skip
+    right.set_yticks(range(len(table)), [_short(name, 24) for name in table["class"]], fontsize=8)
+    right.invert_yaxis()
+    right.set_xlim(0, 100)
+    right.set_xlabel("probability (%)")
+    right.set_ylabel("class")
+    return figure
+
+
 def label_text(target: Any, classes: Sequence[str], most: int | None = None) -> str:
     """A class number as its name; a soft label as its shares, a line each: "0.62 cat".
 
@@ -99,13 +118,29 @@ def strips(
     above, words = 25 if heading else 0, 4 + LINE * lines
     line = words + SIDE + 4
     width, height = margin + CELL * most, above + line * -(-len(rows) // columns)
-    sheet = _Sheet(columns * width, height, heading)
+    sheet = _Sheet(max(columns * width, 7 * len(heading)), height, heading)
     for i, (name, (pictures, titles)) in enumerate(rows.items()):
         left, top = width * (i % columns) + margin, above + line * (i // columns) + words
         sheet.words.append((left - 6, top + SIDE / 2, name, 9, "right", "center"))
         for k, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
             sheet.put(picture, title, left + CELL * k, top)
     return sheet.figure()
+
+
+def tinted(picture: Any, weight: np.ndarray) -> np.ndarray:
+    """A picture's brightness in blue where `weight` (h, w) is 0, in orange where it is 1.
+
+    uint8 (h, w, 3). Both are told apart with any colour vision, black and white parts take
+    colour as well, and the picture can still be read: its light and dark stay.
+    """
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+    light = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    weight = np.asarray(weight, np.float32)[..., None]
+    dark, bright = (
+        (1 - weight) * np.array(colors.to_rgb(cold)) + weight * np.array(colors.to_rgb(warm))
+        for cold, warm in (("#0d1a4d", "#803300"), ("#cce6ff", "#ffe673"))
+    )
+    return (255 * (dark + (bright - dark) * light)).round().astype(np.uint8)
 
 
 CELL, SIDE, LINE = 104, 96, 13  # pixels at DPI: a picture's place, its longer side, a title's line

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
+from torch import nn
 
-from workbench import augmentation, comparison, data, images, plots, training
+from workbench import augmentation, comparison, data, explain, images, models, plots, training
 from workbench.recipe import Recipe
 
 AUGMENTATION = """
@@ -162,9 +164,29 @@ def flips(
     table = table[(table.change > 0) == (side == "gained")]
     named = [k for k, name in enumerate(found.classes) if of.lower() in name.lower()]
     table = table[table.label.isin(named)]
+    heading = f"{side}: {len(table):,} of {len(found.pictures):,} pictures"
+    return _changed(table, first.recipe, found.classes, heading)
+
+
+def other_answers(
+    flips: pd.DataFrame, form: str, recipe: Recipe, classes: Sequence[str]
+) -> plots.Figure | pd.DataFrame:
+    """The pictures that one form of an exported network answers otherwise than torch.
+
+    `flips` is flips.csv of a package. A table, where there are none or no pictures at hand.
+    """
+    table = flips[flips.form == form]
+    heading = f"{form}: {len(table):,} other answers"
+    return _changed(table, recipe.model_dump(), classes, heading)
+
+
+def _changed(
+    table: pd.DataFrame, recipe: Mapping, classes: Sequence[str], heading: str
+) -> plots.Figure | pd.DataFrame:
+    """The first rows of file, list, before, after and label as pictures of a validation list."""
     shown = table.head(24)
     try:
-        recipe = Recipe(**first.recipe)
+        recipe = Recipe(**recipe)
         places = data.open_data(recipe).val[["list", "file", "path"]]
         shown = shown.merge(places, on=["list", "file"])
         see = training.test_transform(recipe)
@@ -174,8 +196,45 @@ def flips(
     if not pictures:
         return table.head(24)
     texts = [
-        f"{found.classes[row.before]}\nto {found.classes[row.after]}\nis {found.classes[row.label]}"
+        f"{classes[row.before]}\nto {classes[row.after]}\nis {classes[row.label]}"
         for row in shown.itertuples()
     ]
-    heading = f"{side}: {len(table):,} of {len(found.pictures):,} pictures"
     return plots.grid(pictures, texts, columns=12, heading=heading)
+
+
+def explained(
+    recipe: Recipe,
+    paths: Sequence[str],
+    classes: Sequence[str],
+    asked: Mapping[str, tuple[nn.Module, Sequence[int]]],
+    heading: str = "",
+) -> plots.Figure:
+    """A strip for each picture: itself, and where each of `asked` finds evidence for its class.
+
+    `asked` is by name a model of the recipe's normalised pictures and a class number a picture;
+    above its Grad-CAM (explain.grad_cam) stand the class and the probability it has there. Orange
+    speaks for the class, blue does not. A model without a map has no column, and a sentence in the
+    heading; without any map the heading is all there is.
+    """
+    see = training.test_transform(recipe)
+    pictures = [see(images.decode(path)) for path in paths]
+    rows = [([picture], [""]) for picture in pictures]
+    notes = [heading] if heading else []
+    stack = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    for name, (model, targets) in asked.items() if stack else ():
+        device, targets = next(model.parameters()).device, np.array(targets, np.int64)
+        batch = training.Normalize(recipe, device)(torch.stack(stack).to(device))
+        try:
+            maps = explain.grad_cam(model, batch, targets)
+        except explain.ExplainError as error:
+            notes.append(f"{name}: {error}")
+            continue
+        with models.evaluating(model), torch.no_grad():
+            p = model(batch).float().softmax(1).cpu().numpy()
+        for row, cam, k, share in zip(rows, maps, targets, p, strict=True):
+            row[0].append(plots.tinted(row[0][0], cam))
+            row[1].append(f"{name} {classes[k]}: {share[k]:.2f}")
+    if not rows or len(rows[0][0]) == 1:
+        return plots.grid([], heading="; ".join(notes))
+    numbered = {str(i): row for i, row in enumerate(rows, 1)}
+    return plots.strips(numbered, "; ".join(notes), columns=min(3, len(rows)))
