@@ -21,7 +21,7 @@ import torch
 
 from workbench import runs, training
 from workbench.recipe import Recipe
-from workbench.runs import Run, RunError, finished, follow, replacing, table
+from workbench.runs import Run, RunError, finished, follow, newest, replacing, table
 
 # Children are forked in milliseconds from a process that has imported everything.
 _server = multiprocessing.get_context("forkserver")
@@ -539,6 +539,15 @@ def test_finished_runs_are_found_by_what_their_record_says(tmp_path):
     assert finished(tmp_path, recipe="nobody's") == []
     assert len(finished(tmp_path)) == 5
     assert finished(tmp_path / "nowhere", recipe="abc") == []
+
+
+def test_the_newest_run_is_the_one_that_finished_last(tmp_path):
+    for i, name in enumerate(["c-seed0", "a-seed0", "b-seed0"]):
+        os.utime(ended(tmp_path, name) / "status.json", (i, i))
+    ended(tmp_path, "d-seed0", state="running")
+    assert newest(tmp_path).path.name == "b-seed0"
+    with pytest.raises(RunError, match="no finished run in .*; make demo trains one"):
+        newest(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("state", ["running", "stopped", "failed", "new"])

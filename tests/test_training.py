@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -558,3 +559,20 @@ def test_the_rows_that_are_yielded_are_the_rows_that_are_written(tmp_path):
         pd.testing.assert_frame_equal(
             yielded.drop(columns=["kind", "steps"]), written, check_dtype=False, check_exact=True
         )
+
+
+def test_a_finished_run_says_when_its_pictures_have_changed_since(pictures):
+    recipe = Recipe(dataset="files", data_dir=str(pictures), runs_dir=str(pictures / "runs"),
+                    epochs=1, batch_size=6, workers=0)  # fmt: skip
+    run = runs.Run(recipe.folder)
+    list(training.fit(recipe, run))
+    assert list(training.fit(recipe, run)) == []
+    extra = pictures / "train" / "a" / "extra.png"
+    shutil.copy(pictures / "train" / "b" / "0.png", extra)
+    with pytest.raises(runs.RunError, match="have changed since: 19 for training .* 18 and 6 then"):
+        list(training.fit(recipe, run))
+    assert run.status()["state"] == "finished"
+    extra.unlink()
+    assert list(training.fit(recipe, run)) == []
+    shutil.rmtree(pictures / "val")
+    assert list(training.fit(recipe, run)) == [], "a run whose pictures are gone stays finished"

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 STATES = ("new", "running", "interrupted", "stopped", "failed", "finished", "unreadable")
 
@@ -81,6 +81,21 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)  # a loader's worker must not outlive us with the lock
 
 
+@contextlib.contextmanager
+def locking(path: Path) -> Iterator[tuple[int, bool]]:
+    """A descriptor of a file, made if need be, and whether this process now holds it alone.
+
+    The lock ends with the context, or with the process.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(handle)
+    try:
+        yield handle, _taken(handle)
+    finally:
+        _held.discard(handle)
+        os.close(handle)
+
+
 def _taken(handle: int) -> bool:
     """Whether the lock could be had; tried for a moment, since readers hold it for an instant."""
     for _ in range(20):
@@ -126,6 +141,10 @@ class Run:
         status = self.status()
         if status["state"] != "finished":
             raise RunError(f"{self.path} is {status['state']}: {status['message']}")
+
+    def unevaluated(self) -> bool:
+        """Whether this is a run that has no predictions yet."""
+        return self.file("recipe.yaml").exists() and not self.file("predictions.parquet").exists()
 
     def recipe(self) -> dict[str, Any]:
         """The knobs in recipe.yaml."""
@@ -206,32 +225,30 @@ class Run:
     @contextlib.contextmanager
     def writing(self) -> Iterator["Run"]:
         """Creates the folder and holds it alone. Raises RunError when another process does."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.file("lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self.path}: {error.strerror}; choose another runs_dir"
-            ) from None
-        try:
-            if not _taken(self._lock):
-                owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock, ours = stack.enter_context(locking(self.file("lock")))
+            except OSError as error:
                 raise RunError(
-                    f"{self.path} is being written by {owner or 'another process'}; wait for it, "
-                    f"stop it (touch {self.file('STOP')}), or give this run another name"
-                )
-            _held.add(self._lock)
-            with contextlib.suppress(OSError):  # a full disk: the first file will say so
-                os.ftruncate(self._lock, 0)
-                owner = f"process {os.getpid()} on {socket.gethostname()}"
-                os.pwrite(self._lock, owner.encode(), 0)
-            for leftover in self.path.glob(".*.*.????????"):  # of a writer killed while replacing
-                leftover.unlink(missing_ok=True)
-            yield self
-        finally:
-            _held.discard(self._lock)
-            os.close(self._lock)
-            self._lock = None
+                    f"cannot write {self.path}: {error.strerror}; choose another runs_dir"
+                ) from None
+            try:
+                if not ours:
+                    owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+                    raise RunError(
+                        f"{self.path} is being written by {owner or 'another process'}; wait for "
+                        f"it, stop it (touch {self.file('STOP')}), or give this run another name"
+                    )
+                with contextlib.suppress(OSError):  # a full disk: the first file will say so
+                    os.ftruncate(self._lock, 0)
+                    owner = f"process {os.getpid()} on {socket.gethostname()}"
+                    os.pwrite(self._lock, owner.encode(), 0)
+                for leftover in self.path.glob(".*.*.????????"):  # a writer was killed replacing
+                    leftover.unlink(missing_ok=True)
+                yield self
+            finally:
+                self._lock = None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Replaces a JSON file."""
@@ -323,6 +340,17 @@ class Run:
         contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         with self.replacing(name) as temporary:
             save_file(contiguous, temporary, {k: str(v) for k, v in metadata.items()})
+
+    def load_weights(self, name: str) -> tuple[str, dict[str, Any]]:
+        """What save_weights wrote: raw or ema, and the tensors by name."""
+        from safetensors.torch import load_file
+
+        try:
+            with safe_open(self.file(name), "pt") as opened:
+                kind = (opened.metadata() or {}).get("weights", "raw")
+            return kind, load_file(self.file(name))
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{self.file(name)} cannot be read ({_first_line(error)})") from None
 
     def save_frame(self, name: str, frame: pd.DataFrame) -> None:
         """Replaces a parquet or CSV file."""
@@ -423,6 +451,13 @@ def finished(root: str | Path, **environment: Any) -> list[Run]:
             if same and run.status()["state"] == "finished":
                 found.append(run)
     return found
+
+
+def newest(root: str | Path) -> Run:
+    """The run below `root` that finished last. Raises RunError where none did."""
+    if found := finished(root):
+        return max(found, key=lambda run: run.file("status.json").stat().st_mtime)
+    raise RunError(f"no finished run in {root}; make demo trains one")
 
 
 def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:

@@ -154,6 +154,43 @@ def create_model(recipe: Any, num_classes: int) -> nn.Module:
     return models.create(recipe.model, num_classes, **_form(recipe), **options)
 
 
+def trained(
+    recipe: Any, run: runs.Run, num_classes: int, weights: str = ""
+) -> tuple[nn.Module, str, str]:
+    """The recipe's model as a run left it, in evaluation mode; raw or ema; the file it is from.
+
+    Of the last checkpoint, without one of the best validated epoch; EMA weights where the run keeps
+    them, unless `weights` names a kind. Raises RunError, also for nan, or weights that do not fit.
+    """
+    state = run.load_checkpoint()
+    if state is not None and not isinstance(state, dict):
+        raise runs.RunError(f"{run.file('last.pt')} holds no checkpoint of a training")
+    if state is not None:
+        file, kept = "last.pt", {"raw": state.get("model"), "ema": state.get("ema")}
+    elif run.file("best.safetensors").exists():
+        file = "best.safetensors"
+        kind, tensors = run.load_weights(file)
+        kept = {"raw": None, "ema": None, kind: tensors}
+    else:
+        raise runs.RunError(f"{run.path} holds no weights yet (last.pt); train it first")
+    kind = weights or ("ema" if kept["ema"] else "raw")
+    if not kept.get(kind):
+        have = " and ".join(name for name, tensors in kept.items() if tensors) or "none"
+        raise runs.RunError(f"{run.file(file)} keeps no {kind} weights; it has {have}")
+    model = create_model(recipe, num_classes)
+    try:
+        model.load_state_dict(kept[kind])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise runs.RunError(
+            f"{run.file(file)} does not fit recipe.yaml and environment.json, {recipe.model} with "
+            f"{num_classes} classes: {' '.join(str(error).split())[:300]}"
+        ) from None
+    for name, values in model.state_dict().items():
+        if not torch.isfinite(values).all():
+            raise runs.RunError(f"{run.file(file)}: {name} holds nan or infinity")
+    return model.eval(), kind, file
+
+
 def _form(recipe: Any) -> dict[str, Any]:
     return {key: getattr(recipe, key) for key in ("image_size", "deep_stem", "avg_down")}
 
@@ -385,6 +422,8 @@ def _fit(
         if team.first:
             stack.enter_context(run.writing())
             already = _check_folder(recipe, run)
+            if already:
+                _check_pictures(recipe, run, prepared)
         if team.any(team.first and already):
             return
         asked = _Asked(run if team.first else None, stop)
@@ -422,6 +461,25 @@ def _check_folder(recipe: Any, run: runs.Run) -> bool:
                 f"another name and, to go on from there, resume_from: {run.path}"
             )
     return has_work and run.status()["state"] == "finished"
+
+
+def _check_pictures(recipe: Any, run: runs.Run, prepared: data.Data | None) -> None:
+    """Raises RunError where a finished run was trained on other pictures than are there now."""
+    before = run.environment()
+    try:
+        content = prepared or data.open_data(recipe)
+        train, val = content.train, content.val
+        if recipe.verify_data:
+            train, val = (data.sound(data.examine(f), s)[0] for f, s in ((train, ""), (val, "")))
+    except (data.DataError, OSError):
+        return  # the pictures are gone; the run is finished all the same
+    now = data.fingerprint(data.Data(train, val, content.classes))
+    if before.get("data", now) != now:
+        raise runs.RunError(
+            f"{run.path} is finished, and the pictures have changed since: {len(train):,} for "
+            f"training and {len(val):,} for validation now, {before.get('train_images')} and "
+            f"{before.get('val_images')} then, or others; give this run another name"
+        )
 
 
 @dataclass
@@ -1179,7 +1237,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
     from workbench import __version__
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "workbench": __version__,
         "commit": _commit(),
@@ -1194,7 +1252,8 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
