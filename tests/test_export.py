@@ -1,0 +1,722 @@
+"""A package answers as its run did, says only what was measured, and is refused when it lies."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import save_noise
+from PIL import Image
+from scipy import stats
+from torch import nn
+
+from workbench import ROOT, augmentation, consumer, data, export, images, runs, training
+from workbench.export import ExportError, PackageError
+from workbench.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> runs.Run:
+    """A run on the digits that is right more often than not, with an average of its weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = Recipe(name="small", runs_dir=str(folder), epochs=2, ema_decay=0.9, workers=0)
+    run = runs.Run(recipe.folder)
+    list(training.fit(recipe, run))
+    return run
+
+
+@pytest.fixture(scope="module")
+def built(trained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packages")
+    return export.package(trained.path, out, int8=True, program=True, seconds=0.02, int8_points=5.0)
+
+
+@pytest.fixture(scope="module")
+def files(built) -> dict[str, bytes]:
+    return export.check(built)
+
+
+def packed(path: Path, files: dict[str, bytes]) -> Path:
+    """A tar of these files under fresh sums, where none are given."""
+    if "SHA256SUMS" not in files:
+        sums = [f"{hashlib.sha256(its).hexdigest()}  {name}\n" for name, its in files.items()]
+        files = {**files, "SHA256SUMS": "".join(sums).encode()}
+    with tarfile.open(path, "w") as tar:
+        for name, its in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(its)
+            tar.addfile(member, io.BytesIO(its))
+    return path
+
+
+# ---- the same answers
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    """A folder of onnxruntime, numpy and Pillow alone: nothing else can be imported from it."""
+    folder = tmp_path_factory.mktemp("site")
+    [packages] = {Path(p) for p in site.getsitepackages()}
+    for name in ("onnxruntime", "numpy", "numpy.libs", "PIL", "pillow.libs"):
+        if (packages / name).exists():
+            (folder / name).symlink_to(packages / name)
+    return folder
+
+
+def test_the_generated_consumer_answers_every_picture_as_the_run_did_without_torch(
+    trained, built, elsewhere, tmp_path
+):
+    with tarfile.open(built) as tar:
+        tar.extractall(tmp_path, filter="data")
+    recipe = Recipe(**trained.recipe())
+    val = data.open_data(recipe).val
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[2]); "
+        "import predict; predict.main(sys.stdin.read().split('\\n')); "
+        "assert not {'torch', 'torchvision', 'timm', 'workbench', 'pandas'} & set(sys.modules)\n"
+        "try:\n  import torch\nexcept ImportError:\n  sys.exit(0)\nsys.exit('torch is there')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(elsewhere), str(tmp_path)],
+        input="\n".join(map(str, val.path)), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = list(csv.reader(io.StringIO(done.stdout), delimiter="\t"))
+    own = trained.predictions("ema")
+    assert [row[0] for row in answers] == [str(path) for path in val.path[own.row]]
+    classes = trained.environment()["classes"]
+    assert [row[1] for row in answers] == [classes[k] for k in own.class1]
+    assert np.array([float(row[2]) for row in answers]) == pytest.approx(own.p1, abs=2e-5)
+
+
+def test_the_consumer_is_short_and_needs_onnxruntime_and_pillow_alone():
+    source = Path(consumer.__file__).read_text(encoding="utf-8")
+    lines = [line for line in source.split("\n") if line.strip() and '"""' not in line]
+    assert len(lines) <= 50
+    assert "torch" not in source
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
+@pytest.mark.parametrize(
+    "size", [(40, 32), (32, 40), (33, 61), (200, 37), (24, 24), (25, 24), (101, 100)]
+)
+def test_the_consumer_prepares_a_picture_as_the_training_does(tmp_path, size, interpolation):
+    recipe = Recipe(image_size=24, val_resize=27, interpolation=interpolation, mean=[0.1, 0.5, 0.9])
+    path = save_noise(tmp_path / "a.png", seed=list(size), size=size)
+    pixels = training.test_transform(recipe)(images.decode(path))
+    tensor = torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1)[None]
+    wanted = training.Normalize(recipe, torch.device("cpu"))(tensor).numpy()
+    for inside in (False, True):
+        seen = export.preprocess(recipe, inside).model_dump()
+        came = consumer.prepare(consumer.rgb(Image.open(path)), seen)
+        if inside:
+            np.testing.assert_array_equal(came, tensor.numpy())
+        else:
+            np.testing.assert_allclose(came, wanted, atol=1e-5)
+            assert came.dtype == np.float32
+
+
+def pictures_of_every_mode(folder: Path) -> list[Path]:
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8), "RGBA")
+    made = {mode: colours.convert(mode) for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK")}
+    grey = rng.integers(0, 2**16, (20, 30)).astype(np.uint16)
+    paths = []
+    for mode, image in made.items():
+        paths.append(folder / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}")
+        image.save(paths[-1])
+    Image.fromarray(grey).save(folder / "16.png")
+    see_through = made["P"].copy()
+    see_through.save(folder / "palette.png", transparency=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    made["RGB"].save(folder / "turned.jpg", exif=exif)
+    return [*paths, folder / "16.png", folder / "palette.png", folder / "turned.jpg"]
+
+
+def test_the_consumer_reads_every_kind_of_picture_as_the_training_does(tmp_path):
+    for path in pictures_of_every_mode(tmp_path):
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(
+                np.asarray(consumer.rgb(image)), np.asarray(images.decode(path)), err_msg=path.name
+            )
+
+
+def exported(name: str, size: int, pixels: bool = False) -> tuple[export.Network, export.Answer]:
+    model = timm.create_model(name, num_classes=10).eval()
+    recipe = Recipe(image_size=size, val_resize=size)
+    network = export.Network(model, export.preprocess(recipe, pixels)).eval()
+    return network, export._runner(export.session(export.to_onnx(network)))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 64),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("resnet50", 64),
+                ("resnet50d", 64),
+                ("mobilenetv3_large_100", 64),
+                ("convnext_tiny", 64),
+                ("vit_small_patch16_224", 224),
+                ("swin_tiny_patch4_window7_224", 224),
+            ]
+        ],
+    ],
+)
+def test_a_network_leaves_torch_with_its_answers_at_any_batch_size(name, size):
+    network, answer = exported(name, size)
+    for batch in (1, 5):
+        feed = network.feed(network.noise(batch))
+        with torch.no_grad():
+            plain = network.model(feed).numpy()
+        came = answer(feed)
+        assert np.abs(came - plain).max() <= 1e-4 * max(1, np.abs(plain).max())
+
+
+def test_with_pixels_the_network_takes_bytes_and_normalises_itself():
+    network, answer = exported("test_resnet", 32, pixels=True)
+    noise = network.noise(3)
+    assert noise.dtype == torch.uint8
+    recipe = Recipe()
+    normalised = training.Normalize(recipe, torch.device("cpu"))(noise)
+    with torch.no_grad():
+        plain = network.model(normalised).numpy()
+    np.testing.assert_allclose(answer(network.feed(noise)), plain, atol=1e-4)
+
+
+def test_the_score_is_one_softmax_of_the_logits():
+    network = export.Network(nn.Flatten(), export.preprocess(Recipe()))
+    x = torch.randn(4, 3, 2, 2)
+    score, logits = network(x)
+    torch.testing.assert_close(score, torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True))
+
+
+def test_ema_weights_are_packed_where_the_run_keeps_them_and_raw_ones_when_asked(trained):
+    state = torch.load(trained.file("last.pt"), weights_only=True)
+    for asked, key, told in (("", "ema", "ema"), ("ema", "ema", "ema"), ("raw", "model", "raw")):
+        _, classes, model, weights = export.trained_model(trained, asked)
+        assert weights == told and classes == [str(i) for i in range(10)] and not model.training
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[key][name]), name
+
+
+# ---- int8
+
+
+def test_int8_really_computes_in_int8(files):
+    report = json.loads(files["parity.json"])
+    convolutions = sum(
+        isinstance(part, nn.Conv2d)
+        for part in timm.create_model("test_resnet", num_classes=10).modules()
+    )
+    assert report["quantised"] == {"QLinearConv": convolutions, "QGemm": 1}
+    assert report["bytes"]["model_int8.onnx"] < 0.5 * report["bytes"]["model.onnx"]
+    assert report["forms"]["int8"]["largest"] > 0, "rounding leaves a trace"
+
+
+def test_a_network_in_which_nothing_is_quantised_is_no_int8_network():
+    network = export.Network(
+        nn.Sequential(nn.AvgPool2d(32), nn.Flatten()), export.preprocess(Recipe())
+    )
+    onnx = export.to_onnx(network.eval())
+    with pytest.raises(ExportError, match="no node computes in int8"):
+        export.to_int8(onnx, [network.feed(network.noise(2)).numpy()])
+
+
+def test_the_ranges_come_from_training_pictures_as_validation_sees_them(monkeypatch):
+    recipe = Recipe(crop_scale=[0.2, 0.3], flip=1.0)
+    content = data.open_data(recipe)
+    network = export.Network(nn.Flatten(), export.preprocess(recipe, True))
+    feeds = torch.cat(list(export._calibration(network, recipe, content.train, 50)))
+    assert feeds.shape == (50, 3, 32, 32)
+    see = training.test_transform(recipe)
+    for place in (0, 49):
+        row = round(place * (len(content.train) - 1) / 49)
+        picture = np.asarray(see(images.decode(content.train.path[row])))
+        np.testing.assert_array_equal(feeds[place].permute(1, 2, 0), picture)
+
+
+# ---- parity
+
+
+def made_up(logits: np.ndarray, label: np.ndarray, size: int = 7) -> list[data.Batch]:
+    """Batches of pictures in whose stead a form knows only the place."""
+    found = []
+    for start in range(0, len(label), size):
+        rows = torch.arange(start, min(start + size, len(label)))
+        pictures = torch.zeros(len(rows), 3, 8, 8, dtype=torch.uint8)
+        pictures[:, 0, 0, 0] = rows
+        labels = torch.from_numpy(label[start : start + size])
+        found.append(data.Batch(pictures, labels, rows, rows, 0, True, len(rows), []))
+    return found
+
+
+def looked_up(logits: np.ndarray) -> export.Answer:
+    place = lambda feed: feed[:, 0, 0, 0].numpy().astype(int) % len(logits)  # noise: latency's
+    return lambda feed: logits[place(feed)].astype(np.float32)
+
+
+def test_the_report_counts_flips_ties_and_differences_as_a_plain_loop_does():
+    rng = np.random.default_rng(0)
+    n, classes = 100, 4
+    label = rng.integers(0, classes, n)
+    first = rng.normal(0, 2, (n, classes)).astype(np.float32)
+    first[np.arange(n), label] += 2
+    other = first + rng.normal(0, 0.5, first.shape).astype(np.float32)
+    first[3], other[3] = [1.0, 1.0005, 0, 0], [1.0005, 1.0, 0, 0]  # a tie that falls otherwise
+    network = export.Network(
+        nn.Flatten(), export.preprocess(Recipe(image_size=8, val_resize=8), True)
+    )
+    answers = {"torch": looked_up(first), "onnx": looked_up(first), "int8": looked_up(other)}
+    report, flips = export.parity(answers, network, made_up(first, label), n, seconds=0.001)
+    expected, ties, only_a, only_b, total = [], 0, 0, 0, 0.0
+    for i in range(n):
+        ours, theirs = max(range(4), key=first[i].item), 0
+        ours = max(range(classes), key=lambda k, i=i: first[i][k])
+        theirs = max(range(classes), key=lambda k, i=i: other[i][k])
+        if ours != theirs:
+            expected.append((i, int(label[i]), "int8", ours, theirs))
+            ties += first[i][ours] - first[i][theirs] < 1e-3
+        only_a += ours == label[i] != theirs
+        only_b += theirs == label[i] != ours
+        total += sum(abs(float(other[i][k]) - float(first[i][k])) for k in range(classes))
+    rows = flips[["row", "label", "form", "before", "after"]].itertuples(index=False, name=None)
+    assert sorted(rows) == expected and len(expected) > 5 and ties >= 1
+    assert report["forms"]["onnx"]["flips"] == 0 and report["forms"]["onnx"]["largest"] == 0
+    its = report["forms"]["int8"]
+    assert (its["flips"], its["ties"]) == (len(expected), ties)
+    assert its["largest"] == pytest.approx(np.abs(other - first).max())
+    assert its["mean"] == pytest.approx(total / first.size, rel=1e-5)
+    assert its["difference"]["points"] == pytest.approx(100 * (only_b - only_a) / n)
+    assert its["p"] == pytest.approx(stats.binomtest(only_a, only_a + only_b).pvalue)
+    assert its["difference"]["low"] <= its["difference"]["points"] <= its["difference"]["high"]
+
+
+def test_the_whole_validation_list_is_compared_and_told_beside_the_run(files, trained):
+    report = json.loads(files["parity.json"])
+    own = trained.predictions("ema")
+    assert report["pictures"] == len(own) == 500
+    assert report["run"]["top1"] == report["forms"]["torch"]["top1"]
+    assert report["forms"]["torch"]["top1"] == pytest.approx(100 * (own.class1 == own.label).mean())
+    assert report["data"] == trained.environment()["val_data"]
+    assert list(report["forms"]) == ["torch", "onnx", "int8", "program"]
+    for name in ("onnx", "program"):
+        assert report["forms"][name]["flips"] == report["forms"][name]["ties"] == 0
+        assert report["forms"][name]["largest"] < 1e-4
+    table = export.table(report)
+    assert table.loc["int8", "MB"] < table.loc["onnx", "MB"]
+    flips = pd.read_csv(io.BytesIO(files["flips.csv"]))
+    assert len(flips) == sum(its["flips"] for its in report["forms"].values())
+
+
+@pytest.mark.parametrize(
+    ("form", "flips", "ties", "top1", "wrong"),
+    [
+        ("onnx", 0, 0, 90.0, ""),
+        ("onnx", 3, 3, 90.0, ""),
+        ("onnx", 3, 2, 90.0, "onnx answers 1 pictures otherwise"),
+        ("program", 1, 0, 90.0, "program answers 1 pictures otherwise"),
+        ("int8", 9, 0, 89.5, ""),
+        ("int8", 9, 0, 89.4, "int8 loses 0.60 points"),
+        ("int8", 9, 0, 95.0, ""),
+    ],
+)
+def test_the_budget_is_for_answers_beyond_ties_and_for_points_of_int8(
+    form, flips, ties, top1, wrong
+):
+    forms = {"torch": {"top1": 90.0, "flips": 0, "ties": 0}}
+    forms[form] = {"top1": top1, "flips": flips, "ties": ties}
+    problems = export.over_budget({"forms": forms}, 0, 0.5)
+    assert [wrong] == [p[: len(wrong)] for p in problems] if wrong else problems == []
+
+
+def test_over_the_budget_there_is_a_report_and_no_package(trained, tmp_path, monkeypatch):
+    spoilt = lambda its: lambda feed: -its.run(["logits"], {"data": feed.numpy()})[0]
+    monkeypatch.setattr(export, "_runner", spoilt)
+    with pytest.raises(ExportError, match="onnx answers .* otherwise .*the report is"):
+        export.package(trained.path, tmp_path, seconds=0.01)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "small_1.0.0.flips.csv", "small_1.0.0.parity.json"]  # fmt: skip
+    report = export.read_report(tmp_path / "small_1.0.0.parity.json")
+    assert report["problems"] and report["forms"]["onnx"]["flips"] > 100
+    assert len(pd.read_csv(tmp_path / "small_1.0.0.flips.csv")) == report["forms"]["onnx"]["flips"]
+
+
+# ---- what a package says
+
+
+def test_the_files_have_the_fields_that_to_kestrel_wrote(files, trained):
+    recipe = Recipe(**trained.recipe())
+    told = json.loads(files["parameters.json"])
+    net = told["model_files"]["net"]
+    assert set(net) == {"net", "backend", "max_batch_size", "input", "output"}
+    assert net["net"] == "model.onnx" and net["output"] == {"score": "score"}
+    assert (told["input_h"], told["input_w"]) == (32, 32)
+    assert told["pixel_means"] == pytest.approx([255 * x for x in recipe.mean])
+    assert told["pixel_stds"] == pytest.approx([255 * x for x in recipe.std])
+    assert told["is_rgb"] is told["save_all_label"] is True
+    categories = json.loads(files["category_param.json"])
+    assert list(categories.values()) == [
+        {"calculator": "bypass", "feature_start": 0, "feature_end": 9,
+         "labels": [str(i) for i in range(10)]}
+    ]  # fmt: skip
+    meta = json.loads(files["meta.json"])
+    assert (meta["model_name"], meta["version"]) == ("small", "1.0.0")
+    assert (meta["toks_type"], meta["plugin"], meta["weights"]) == ("cls", "classifier", "ema")
+    assert meta["preprocess"]["resize"] == 32 and meta["made"]["recipe"] == recipe.fingerprint
+
+
+def test_a_to_kestrel_block_decides_names_types_and_categories(trained, tmp_path):
+    block = {
+        "toks_type": "cls", "plugin": "classifier", "model_name": "numbers", "version": "2.1",
+        "type": "DIGITS", "save_all_label": False,
+        "class_label": {"low": {"labels": list("0123")}, "high": {"labels": list("456789"),
+                                                                 "calculator": "max"}},
+    }  # fmt: skip
+    path = export.package(
+        trained.path, tmp_path, kestrel=block, version="2.1", pixels=True, seconds=0.01
+    )
+    assert path.name == "numbers_2.1.tar"
+    its = export.check(path)
+    parameters = json.loads(its["parameters.json"])
+    assert parameters["type"] == "DIGITS" and parameters["save_all_label"] is False
+    assert parameters["pixel_means"] == [0, 0, 0] and parameters["pixel_stds"] == [1, 1, 1]
+    low, high = json.loads(its["category_param.json"]).values()
+    assert (low["feature_start"], low["feature_end"]) == (0, 3)
+    assert (high["feature_start"], high["feature_end"], high["calculator"]) == (4, 9, "max")
+    block["class_label"]["high"]["labels"].pop()
+    with pytest.raises(ExportError, match="class_label names 9 labels, the network has 10 scores"):
+        export.package(trained.path, tmp_path, kestrel=block)
+
+
+def test_sha256sum_agrees(built, tmp_path):
+    with tarfile.open(built) as tar:
+        tar.extractall(tmp_path, filter="data")
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stdout
+    assert len(done.stdout.split(b"\n")) == len(list(tmp_path.iterdir()))
+
+
+def test_the_recipe_in_it_is_the_runs_without_the_places_of_this_machine(files, trained, tmp_path):
+    text = files["recipe.yaml"].decode()
+    assert "runs_dir:" not in text and "data_dir:" not in text
+    (tmp_path / "recipe.yaml").write_text(text)
+    again = Recipe.read(tmp_path / "recipe.yaml")
+    assert again.fingerprint == Recipe(**trained.recipe()).fingerprint
+
+
+def test_the_card_says_what_was_measured(files, trained):
+    text = files["README.md"].decode()
+    head, body = text.removeprefix("---\n").split("---\n", 1)
+    import yaml
+
+    told = yaml.safe_load(head)
+    report = json.loads(files["parity.json"])
+    top1 = report["forms"]["torch"]["top1"]
+    [result] = told["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": round(top1, 2)}]
+    assert told["pipeline_tag"] == "image-classification"
+    low, high = stats.binomtest(round(5 * top1), 500).proportion_ci(method="wilson")
+    assert f"{top1:.2f} %** (95 % interval {100 * low:.2f} to {100 * high:.2f}, n=500" in body
+    assert trained.environment()["val_data"] in body and "| int8 |" in body
+
+
+def test_the_schema_describes_every_field(files):
+    told = export.schema()
+    for name in ("meta.json", "parameters.json"):
+        assert set(json.loads(files[name])) == set(told[name]["properties"])
+
+
+def test_two_exports_leave_one_package_and_no_half_one(built):
+    assert [p.name for p in built.parent.iterdir()] == [built.name]
+
+
+# ---- what is refused
+
+
+def changed(files, name, change):
+    """The files with one JSON file changed, under fresh sums: only its content can give it away."""
+    its = json.loads(files[name])
+    change(its)
+    rest = {k: v for k, v in files.items() if k != "SHA256SUMS"}
+    return {**rest, name: json.dumps(its).encode()}
+
+
+def set_at(*path, value):
+    def change(its):
+        for key in path[:-1]:
+            its = its[key]
+        its[path[-1]] = value
+
+    return change
+
+
+LIES = {
+    "another label": (
+        "category_param.json",
+        set_at("classes", "labels", value=["a"] * 9),
+        "labels",
+    ),
+    "a label less": ("meta.json", lambda m: m["classes"].pop(), "categories cover 10 scores"),
+    "a range beside": (
+        "category_param.json",
+        set_at("classes", "feature_start", value=1),
+        "scores",
+    ),
+    "a huge range": (
+        "category_param.json",
+        set_at("classes", "feature_end", value=10**12),
+        "scores",
+    ),
+    "another mean": (
+        "parameters.json",
+        set_at("pixel_means", value=[1.0, 2.0, 3.0]),
+        "pixel_means",
+    ),
+    "normalised twice": (
+        "meta.json",
+        set_at("preprocess", "normalised_inside", value=True),
+        "pixel",
+    ),
+    "another size": ("meta.json", set_at("preprocess", "size", value=24), "input_h"),
+    "a size of text": ("meta.json", set_at("preprocess", "size", value="32"), "preprocess.size"),
+    "a negative size": ("meta.json", set_at("preprocess", "size", value=-1), "preprocess.size"),
+    "resize below crop": ("meta.json", set_at("preprocess", "resize", value=8), "smaller than"),
+    "a kind of resize": ("meta.json", set_at("preprocess", "interpolation", value="x"), "interpol"),
+    "a later format": ("meta.json", set_at("format", value=99), "format"),
+    "a strange name": ("meta.json", set_at("model_name", value="../x"), "model_name"),
+    "an unknown field": ("meta.json", set_at("run_me", value="rm"), "run_me"),
+    "a missing field": ("meta.json", lambda m: m.pop("opset"), "opset"),
+    "other answers": ("meta.json", lambda m: m["probe"][0].reverse(), "away from what was packed"),
+    "answers of nan": ("meta.json", set_at("probe", value=[[float("nan")] * 10] * 2), "probe"),
+    "no answers": ("meta.json", set_at("probe", value=[]), "probe"),
+    "blue first": ("parameters.json", set_at("is_rgb", value=False), "is_rgb"),
+    "another network": ("parameters.json", set_at("model_files", "net", "net", value="/x"), "net"),
+    "a list for an object": ("category_param.json", set_at("classes", value=[1]), "category_param"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_package_that_disagrees_with_itself_is_refused(lie, files, tmp_path):
+    name, change, word = LIES[lie]
+    path = packed(tmp_path / "lie.tar", changed(files, name, change))
+    with pytest.raises(PackageError, match=word):
+        export.check(path)
+
+
+def raw_tar(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for member, its in members:
+            tar.addfile(member, io.BytesIO(its))
+    return path
+
+
+def named(name: str, size: int = 0, **fields) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    for key, value in fields.items():
+        setattr(member, key, value)
+    return member
+
+
+def deep_json() -> bytes:
+    return b"[" * 100_000 + b"]" * 100_000
+
+
+def external(onnx: bytes) -> bytes:
+    """The network with a tensor that says it lies in a file elsewhere."""
+    import onnx as reader
+
+    model = reader.load_from_string(onnx)
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = reader.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "../../etc/passwd"
+    return model.SerializeToString()
+
+
+def smaller(onnx: bytes) -> bytes:
+    network, _ = exported("test_resnet", 24)
+    return export.to_onnx(network)
+
+
+BROKEN = {
+    "no file": (lambda f, p: p / "missing.tar", "cannot be read"),
+    "a folder": (lambda f, p: p, "cannot be read"),
+    "an empty file": (lambda f, p: _bytes(p, b""), "missing|cannot be read"),
+    "a text": (lambda f, p: _bytes(p, b"hello " * 999), "cannot be read"),
+    "a zip": (lambda f, p: _zip(p), "cannot be read"),
+    "a gzip bomb": (lambda f, p: _gzip(p), "cannot be read"),
+    "cut in the middle": (lambda f, p: _cut(f, p, 0.5), "cut off|cannot be read|missing"),
+    "cut near the end": (lambda f, p: _cut(f, p, 0.95), "cut off|cannot be read|missing"),
+    "one bit turned": (lambda f, p: _turned(f, p), "SHA256SUMS says"),
+    "a file missing": (lambda f, p: _without(f, p, "category_param.json"), "is missing"),
+    "no sums": (lambda f, p: _without(f, p, "SHA256SUMS"), "SHA256SUMS is missing"),
+    "sums of others": (
+        lambda f, p: packed(p / "x.tar", {**f, "SHA256SUMS": b"00  model.onnx\n"}), "SHA256SUMS"),
+    "path traversal": (lambda f, p: raw_tar(p / "x.tar", (named("../x.py", 4), b"evil")), "is no"),
+    "an absolute path": (lambda f, p: raw_tar(p / "x.tar", (named("/etc/x", 4), b"evil")), "is no"),
+    "a stranger": (lambda f, p: packed(p / "x.tar", {**f, "setup.py": b""}), "is no file of"),
+    "a symlink": (
+        lambda f, p: raw_tar(p / "x.tar", (
+            named("model.onnx", type=tarfile.SYMTYPE, linkname="/etc/passwd"), b"")), "no plain"),
+    "a hard link": (
+        lambda f, p: raw_tar(p / "x.tar", (
+            named("model.onnx", type=tarfile.LNKTYPE, linkname="meta.json"), b"")), "no plain"),
+    "a device": (
+        lambda f, p: raw_tar(p / "x.tar", (named("model.onnx", type=tarfile.CHRTYPE), b"")),
+        "no plain"),
+    "a folder inside": (
+        lambda f, p: raw_tar(p / "x.tar", (named("model.onnx", type=tarfile.DIRTYPE), b"")),
+        "no plain"),
+    "a sparse bomb": (lambda f, p: _sparse(p), "no plain|cannot be read|cut off"),
+    "a file twice": (
+        lambda f, p: raw_tar(p / "x.tar", (named("a" and "meta.json", 2), b"{}"),
+                             (named("meta.json", 2), b"{}")), "is there twice"),
+    "no JSON": (lambda f, p: _with(f, p, "meta.json", b"{"), "meta.json"),
+    "deep JSON": (lambda f, p: _with(f, p, "category_param.json", deep_json()), "category_param"),
+    "JSON of bytes": (lambda f, p: _with(f, p, "meta.json", b"\xff\xfe\x00"), "meta.json"),
+    "a network of text": (lambda f, p: _with(f, p, "model.onnx", b"hello"), "cannot run"),
+    "an empty network": (lambda f, p: _with(f, p, "model.onnx", b""), "cannot run"),
+    "weights in a file elsewhere": (
+        lambda f, p: _with(f, p, "model.onnx", external(f["model.onnx"])), "cannot run"),
+    "a network of another size": (
+        lambda f, p: _with(f, p, "model.onnx", smaller(f["model.onnx"])), "wanted data"),
+    "a broken int8 network": (
+        lambda f, p: _with(f, p, "model_int8.onnx", f["model_int8.onnx"][:5000]), "cannot run"),
+}  # fmt: skip
+
+
+def _bytes(folder: Path, content: bytes) -> Path:
+    (folder / "x.tar").write_bytes(content)
+    return folder / "x.tar"
+
+
+def _zip(folder: Path) -> Path:
+    import zipfile
+
+    with zipfile.ZipFile(folder / "x.tar", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("meta.json", b"0" * 10**8)
+    return folder / "x.tar"
+
+
+def _gzip(folder: Path) -> Path:
+    with tarfile.open(folder / "x.tar", "w:gz") as tar:
+        tar.addfile(named("model.onnx", 10**8), io.BytesIO(bytes(10**8)))
+    return folder / "x.tar"
+
+
+def _cut(files, folder: Path, share: float) -> Path:
+    whole = packed(folder / "whole.tar", files).read_bytes()
+    return _bytes(folder, whole[: int(share * len(whole))])
+
+
+def _turned(files, folder: Path) -> Path:
+    content = bytearray(files["model.onnx"])
+    content[len(content) // 2] ^= 1
+    return packed(folder / "x.tar", {**files, "model.onnx": bytes(content)})
+
+
+def _without(files, folder: Path, name: str) -> Path:
+    path = folder / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for file, its in files.items():
+            if file != name:
+                tar.addfile(named(file, len(its)), io.BytesIO(its))
+    return path
+
+
+def _with(files, folder: Path, name: str, content: bytes) -> Path:
+    rest = {k: v for k, v in files.items() if k != "SHA256SUMS"}
+    return packed(folder / "x.tar", {**rest, name: content})
+
+
+def _sparse(folder: Path) -> Path:
+    """A header of GNU's sparse kind that promises a terabyte in one block."""
+    member = named("model.onnx", type=tarfile.GNUTYPE_SPARSE)
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"17777777777\0"  # real size
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return _bytes(folder, bytes(header) + bytes(1024))
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_no_sound_package_is_one_error_and_nothing_is_written(kind, files, tmp_path):
+    make, word = BROKEN[kind]
+    path = make(files, tmp_path)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(PackageError, match=word):
+        export.check(path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_the_command_checks_a_package_and_says_one_sentence(built, tmp_path):
+    command = [sys.executable, "-m", "workbench", "export", "--check"]
+    done = subprocess.run([*command, str(built)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "sound; small 1.0.0, test_resnet, 10 classes" in done.stdout
+    broken = _bytes(tmp_path, b"no tar")
+    done = subprocess.run([*command, str(broken)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "is no sound package" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda run: shutil.rmtree(run), "is no run folder"),
+        (lambda run: (run / "last.pt").unlink(), "has lost last.pt"),
+        (lambda run: os.truncate(run / "last.pt", 1000), "cannot be read"),
+        (lambda run: (run / "recipe.yaml").write_text("lr: much"), "lr"),
+        (lambda run: (run / "environment.json").unlink(), "names no classes"),
+    ],
+)
+def test_a_run_that_cannot_be_packed_is_one_error(spoil, word, trained, tmp_path):
+    shutil.copytree(trained.path, tmp_path / "run")
+    spoil(tmp_path / "run")
+    with pytest.raises(ExportError, match=word):
+        export.package(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_were_not_kept_and_other_classes_are_refused(trained, tmp_path):
+    shutil.copytree(trained.path, tmp_path / "run")
+    with pytest.raises(ExportError, match="has 26 classes, .* was trained for 10"):
+        export.package(trained.path, tmp_path, dataset="letters")
+    with pytest.raises(ExportError, match="no fast weights; it has raw and ema"):
+        export.package(trained.path, tmp_path, weights="fast")
+
+
+# ---- for prediction
+
+
+def test_a_loaded_package_gives_the_logits_of_the_run(built, trained):
+    package = export.load(built)
+    recipe, classes, model, _ = export.trained_model(trained)
+    assert package.classes == classes
+    see = training.test_transform(recipe)
+    assert package.transform == see == augmentation.TestTransform(32, 32, "bilinear")
+    val = data.open_data(recipe).val.head(20)
+    [batch] = data.eval_batches(val, see, batch_size=20)
+    with torch.no_grad():
+        wanted = model(training.Normalize(recipe, torch.device("cpu"))(batch.images)).numpy()
+    np.testing.assert_allclose(package(batch.images), wanted, atol=1e-4)
+    int8 = export.load(built, "int8")
+    assert int8.fingerprint != package.fingerprint
+    assert 0 < np.abs(int8(batch.images) - wanted).max() < 2

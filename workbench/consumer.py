@@ -1,0 +1,57 @@
+"""Answers for picture files: python predict.py PICTURE ... Needs onnxruntime and Pillow alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+HERE = Path(__file__).parent
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB, white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def prepare(image: Image.Image, seen: dict) -> np.ndarray:
+    """The network's input (1, 3, size, size): short side to `resize`, the centre, normalised."""
+    width, height = image.size
+    short, size = seen["resize"], seen["size"]
+    if width <= height:
+        shape = (short, int(short * height / width))
+    else:
+        shape = (int(short * width / height), short)
+    if shape != image.size:
+        image = image.resize(shape, Image.Resampling[seen["interpolation"].upper()])
+    left, top = (round((side - size) / 2) for side in shape)
+    image = image.crop((left, top, left + size, top + size))
+    pixels = np.asarray(image).transpose(2, 0, 1)[None]
+    if seen["normalised_inside"]:
+        return pixels
+    mean, std = (255 * np.array(seen[k], np.float32).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    return (pixels - mean) / std
+
+
+def main(paths: list[str], network: str = "model.onnx") -> None:
+    """Prints file, best class and its probability, a line each."""
+    meta = json.loads((HERE / "meta.json").read_text(encoding="utf-8"))
+    session = onnxruntime.InferenceSession(HERE / network, providers=["CPUExecutionProvider"])
+    for path in paths:
+        with Image.open(path) as image:
+            data = prepare(rgb(image), meta["preprocess"])
+        [score] = session.run(["score"], {"data": data})[0]
+        print(path, meta["classes"][score.argmax()], f"{score.max():.6f}", sep="\t")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

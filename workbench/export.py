@@ -1,0 +1,888 @@
+"""The deployment package of a run: ONNX, optionally int8, and the report that it answers alike.
+
+    path = package("runs/mine-seed0", "packages", int8=True)     # mine_1.0.0.tar
+    check(path)                                                  # one that came from elsewhere
+
+A package is a plain tar. The names and fields of parameters.json, category_param.json and meta.json
+are those of United Perception's `to_kestrel` for classifiers, with what it left out: how a picture
+is resized and cropped, hashes, the recipe, and the accuracy measured on the whole validation list.
+The binary form of the closed toolkit that read those packages is out of reach.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from workbench import augmentation, comparison, consumer, data, models, runs, training
+from workbench.progress import bar
+from workbench.recipe import PLACE, Recipe, RecipeError
+
+FORMAT = 1  # of the package; a reader refuses a higher one
+OPSET = 20
+TIE = 1e-3  # logits: an answer ahead of the next by less is no answer to defend
+LARGEST = 4 * 2**30  # bytes of a whole package
+PROBES = 2  # pictures of noise whose logits go with the package
+
+
+class ExportError(RuntimeError):
+    """A run cannot be packed, or its package answers otherwise; the text says what to do."""
+
+
+class PackageError(ValueError):
+    """A package is not what it says; all that is wrong with it, a line each."""
+
+    def __init__(self, path: str | Path, problems: list[str]):
+        self.problems = problems
+        super().__init__(f"{path} is no sound package\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+# ---- what the files of a package say
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Three = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class Preprocess(_Part):
+    """From a picture file to the network's input, in this order."""
+
+    resize: int = Field(ge=8, le=8192, description="pixels, short side")
+    size: int = Field(ge=8, le=4096, description="pixels, side of the square centre crop")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+    mean: Three = Field(description="RGB, 0 to 1, subtracted")
+    std: Three = Field(description="RGB, 0 to 1, divided by")
+    normalised_inside: bool = Field(description="the network takes uint8 and normalises itself")
+
+
+def preprocess(recipe: Recipe, pixels: bool = False) -> Preprocess:
+    """What a recipe's validation does to a picture; with `pixels` the network normalises."""
+    seen = training.test_transform(recipe)
+    return Preprocess(
+        resize=seen.resize,
+        size=seen.size,
+        interpolation=seen.interpolation,
+        mean=list(recipe.mean),
+        std=list(recipe.std),
+        normalised_inside=pixels,
+    )
+
+
+class Meta(_Part):
+    """meta.json."""
+
+    format: int = Field(ge=1, le=FORMAT)
+    model_name: str = Field(pattern=r"^[\w.-]+$", max_length=200)
+    version: str = Field(pattern=r"^[\w.-]+$", max_length=50)
+    toks_type: Literal["cls"]
+    plugin: str = Field(pattern=r"^[\w-]+$")
+    model: str = Field(description="timm's name")
+    weights: Literal["raw", "ema"]
+    classes: list[str] = Field(min_length=2)
+    preprocess: Preprocess
+    opset: int
+    probe: list[list[float]] = Field(description="logits of PROBES pictures of noise, see probes")
+    made: dict[str, Any] = Field(description="run, fingerprints of recipe and data, versions")
+
+
+class Net(_Part):
+    """The network of parameters.json."""
+
+    net: str
+    backend: str
+    max_batch_size: int = Field(ge=1)
+    input: dict[str, str]
+    output: dict[str, str]
+
+
+class Parameters(_Part):
+    """parameters.json, as to_kestrel writes it; means and stds on the scale of 0 to 255."""
+
+    model_files: dict[Literal["net"], Net]
+    input_h: int
+    input_w: int
+    pixel_means: Three
+    pixel_stds: Three
+    is_rgb: Literal[True]
+    type: str
+    save_all_label: bool
+    support_labels: Any = None
+
+
+class Category(_Part):
+    """One entry of category_param.json: a stretch of the scores, both ends included."""
+
+    calculator: str
+    feature_start: int = Field(ge=0)
+    feature_end: int = Field(ge=0)
+    labels: list[str]
+
+
+FILES = {  # every file a package may hold, and whether it must
+    "model.onnx": True,
+    "meta.json": True,
+    "parameters.json": True,
+    "category_param.json": True,
+    "parity.json": True,
+    "SHA256SUMS": True,
+    "predict.py": True,
+    "recipe.yaml": True,
+    "README.md": True,
+    "flips.csv": True,
+    "model_int8.onnx": False,
+    "model.pt2": False,
+}
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schemas of meta.json, parameters.json and an entry of category_param.json."""
+    parts = {"meta.json": Meta, "parameters.json": Parameters, "category_param.json": Category}
+    return {name: part.model_json_schema() for name, part in parts.items()}
+
+
+# ---- the network of a run
+
+
+def trained_model(
+    run: runs.Run, weights: str = ""
+) -> tuple[Recipe, list[str], nn.Module, Literal["raw", "ema"]]:
+    """A run's recipe, class names, model in evaluation mode, and which weights it has.
+
+    As training.trained takes them. Raises ExportError.
+    """
+    if not run.file("recipe.yaml").exists():
+        raise ExportError(f"{run.path} is no run folder; workbench runs lists those there are")
+    classes = models.run_classes(run.path)
+    if not classes:
+        raise ExportError(f"{run.path} names no classes (environment.json); train it first")
+    try:
+        recipe = Recipe(**run.recipe())
+        model, weights, file = training.trained(recipe, run, len(classes), weights)
+    except (runs.RunError, RecipeError, models.ModelError) as error:
+        raise ExportError(f"{run.path}: {error}") from None
+    if file != "last.pt":
+        raise ExportError(f"{run.path} has lost last.pt: its last epoch cannot be packed")
+    return recipe, classes, model, weights
+
+
+class Network(nn.Module):
+    """A model with what belongs to its package: (score, logits), from pixels where asked.
+
+    score is the softmax of the logits, applied here once; both are float32 (n, classes).
+    """
+
+    def __init__(self, model: nn.Module, seen: Preprocess):
+        super().__init__()
+        self.model, self.pixels, self.size = model, seen.normalised_inside, seen.size
+        for name in ("mean", "std"):
+            value = torch.tensor(getattr(seen, name)).mul(255).reshape(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.pixels:
+            data = (data.float() - self.mean) / self.std
+        logits = self.model(data)
+        return logits.softmax(1), logits
+
+    def noise(self, count: int) -> torch.Tensor:
+        """uint8 pictures of noise, always the same."""
+        rng = np.random.default_rng(0)
+        shape = (count, 3, self.size, self.size)
+        return torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+
+    def feed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, 3, size, size) as the input of this network."""
+        return pixels if self.pixels else (pixels.float() - self.mean) / self.std
+
+
+def to_onnx(network: Network) -> bytes:
+    """The network as one ONNX file: input `data`, outputs `score` and `logits`, any batch size.
+
+    By torch's dynamo exporter, weights inside. Raises ExportError.
+    """
+    pixels = network.noise(2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter about its own parts
+            program = torch.onnx.export(
+                network,
+                (network.feed(pixels),),
+                dynamo=True,
+                input_names=["data"],
+                output_names=["score", "logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                verbose=False,
+            )
+            content = program.model_proto.SerializeToString()
+    except Exception as error:
+        first = str(error).strip().split("\n")[0][:300]
+        raise ExportError(f"torch cannot export this model to ONNX: {first}") from None
+    if len(content) >= 2**31:
+        raise ExportError(f"{len(content):,} bytes: ONNX files end at 2 GiB with weights inside")
+    return content
+
+
+def to_program(network: Network) -> bytes:
+    """The network as a file that torch.export.load reads, any batch size."""
+    pixels = network.noise(2)
+    batch = ({0: torch.export.Dim("batch")},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(network, (network.feed(pixels),), dynamic_shapes=batch)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+QUANTISED = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger")
+
+
+def to_int8(onnx: bytes, feeds: list[np.ndarray]) -> tuple[bytes, dict[str, int]]:
+    """An ONNX file in int8, and how many nodes of a kind really compute in it.
+
+    onnxruntime's static quantisation: ranges from `feeds` (inputs as the network takes them),
+    weights per channel. Raises ExportError where nothing was quantised: some models come through
+    whole, and as slow as before.
+    """
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        left = iter(feeds)
+
+        def get_next(self):
+            return next(({"data": feed} for feed in self.left), None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, ready, small = (Path(folder) / f"{name}.onnx" for name in ("a", "b", "c"))
+        plain.write_bytes(onnx)
+        quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
+        quantization.quantize_static(
+            str(ready),
+            str(small),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "MaxPool", "Relu", "Clip"],
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        content = small.read_bytes()
+        nodes = _executed(content, Path(folder) / "d.onnx")
+    found = {name: nodes[name] for name in QUANTISED if nodes[name]}
+    if not found:
+        raise ExportError(f"no node computes in int8 after quantisation: {dict(nodes)}")
+    return content, found
+
+
+def _executed(content: bytes, path: Path) -> Counter:
+    """Nodes by kind after onnxruntime's own optimisation: what is really computed."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+
+
+def session(content: bytes, threads: int = 0) -> Any:
+    """An onnxruntime session on the CPU; `threads` 0 is as many as torch uses.
+
+    Bytes, not a path: a model that names files beside itself is refused.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+Answer = Callable[[torch.Tensor], np.ndarray]  # an input of the network -> logits (n, classes)
+
+
+def _answers(network: Network, files: Mapping[str, bytes]) -> dict[str, Answer]:
+    """Every form of the network there is, by name, torch's eager one first."""
+
+    def eager(feed: torch.Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return network(feed)[1].numpy()
+
+    answers: dict[str, Answer] = {"torch": eager}
+    for name, file in (("onnx", "model.onnx"), ("int8", "model_int8.onnx")):
+        if file in files:
+            answers[name] = _runner(session(files[file]))
+    if "model.pt2" in files:
+        program = torch.export.load(io.BytesIO(files["model.pt2"])).module()
+        answers["program"] = lambda feed: program(feed)[1].detach().numpy()
+    return answers
+
+
+def _runner(its: Any) -> Answer:
+    return lambda feed: its.run(["logits"], {"data": feed.numpy()})[0]
+
+
+# ---- parity
+
+
+def parity(
+    answers: Mapping[str, Answer],
+    network: Network,
+    batches: Any,
+    total: int,
+    seconds: float = 1.0,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """How each form answers the whole validation list beside the first, and every flip.
+
+    The report has by form: top1 in percent, flips (other answers), ties (flips where the first was
+    within TIE logits of the other answer), largest and mean difference of the logits, and the
+    paired difference of top-1 in points with its 95 % interval and McNemar's p. A row of the
+    frame: row, label, form, before, after, margin in logits.
+    """
+    first, *others = answers
+    labels, classes, flips, rows = [], {name: [] for name in answers}, [], []
+    largest, summed, count = Counter(), Counter(), 0
+    with bar(total, "parity", "img") as progress:
+        for batch in batches:
+            progress.update(len(batch.images) + len(batch.failures))
+            if not len(batch.images):
+                continue
+            feed = network.feed(batch.images)
+            logits = {name: answer(feed) for name, answer in answers.items()}
+            reference = logits[first]
+            labels.append(batch.labels.numpy())
+            rows.append(batch.indices.numpy())
+            count += reference.size
+            for name, its in logits.items():
+                classes[name].append(its.argmax(1))
+                gap = np.abs(its - reference)
+                largest[name] = max(largest[name], float(gap.max()))
+                summed[name] += float(gap.sum(dtype=np.float64))
+                if not np.isfinite(its).all():
+                    raise ExportError(f"{name} answers nan or infinity; the package is of no use")
+            ours = reference.argmax(1)
+            for name in others:
+                theirs = logits[name].argmax(1)
+                for i in np.flatnonzero(theirs != ours).tolist():
+                    margin = float(reference[i, ours[i]] - reference[i, theirs[i]])
+                    place = (int(rows[-1][i]), int(labels[-1][i]))
+                    flips.append((*place, name, int(ours[i]), int(theirs[i]), margin))
+    if not labels:
+        raise ExportError("no validation picture could be read: there is nothing to compare on")
+    label = np.concatenate(labels)
+    right = {name: (np.concatenate(its) == label)[None] for name, its in classes.items()}
+    columns = ["row", "label", "form", "before", "after", "margin"]
+    flips = pd.DataFrame(flips, columns=columns)
+    report = {"pictures": len(label), "forms": {}}
+    for name in answers:
+        its = flips[flips.form == name]
+        found = comparison.difference(right[first], right[name])
+        report["forms"][name] = {
+            "top1": 100 * float(right[name].mean()),
+            "flips": len(its),
+            "ties": int((its.margin < TIE).sum()),
+            "largest": largest[name],
+            "mean": summed[name] / count,
+            "difference": {"points": found.points, "low": found.low, "high": found.high},
+            "p": found.p,
+            "latency": latency(answers[name], network, seconds),
+        }
+    return report, flips
+
+
+def latency(answer: Answer, network: Network, seconds: float = 1.0) -> dict[str, Any]:
+    """Milliseconds a call takes by batch size, 1 and 32: median, p95, over about `seconds` each."""
+    found = {}
+    for batch in (1, 32):
+        feed = network.feed(network.noise(batch))
+        answer(feed)
+        times: list[float] = []
+        while len(times) < 5 or (sum(times) < seconds and len(times) < 200):
+            start = time.perf_counter()
+            answer(feed)
+            times.append(time.perf_counter() - start)
+        median, p95 = np.quantile(times, [0.5, 0.95]) * 1000
+        found[str(batch)] = {"median": float(median), "p95": float(p95), "calls": len(times)}
+    return found
+
+
+def over_budget(report: Mapping[str, Any], flips: int, int8_points: float) -> list[str]:
+    """What a parity report says against shipping, a sentence each."""
+    problems = []
+    for name, its in report["forms"].items():
+        lost = report["forms"]["torch"]["top1"] - its["top1"]
+        if name == "int8":
+            if lost > int8_points:
+                problems.append(f"int8 loses {lost:.2f} points, the budget is {int8_points}")
+        elif its["flips"] - its["ties"] > flips:
+            problems.append(
+                f"{name} answers {its['flips'] - its['ties']} pictures otherwise (beyond ties), "
+                f"the budget is {flips}"
+            )
+    return problems
+
+
+# ---- the package
+
+
+def package(
+    run: str | Path,
+    out: str | Path = "packages",
+    *,
+    name: str = "",
+    version: str = "1.0.0",
+    weights: str = "",
+    pixels: bool = False,
+    int8: bool = False,
+    program: bool = False,
+    kestrel: Mapping[str, Any] | None = None,
+    flips: int = 0,
+    int8_points: float = 0.5,
+    calibration: int = 512,
+    seconds: float = 1.0,
+    **overrides: Any,
+) -> Path:
+    """Packs a run as `<name>_<version>.tar` in the folder `out`, and returns where it is.
+
+    With `pixels` the network takes uint8 and normalises itself. `int8` adds a network quantised on
+    `calibration` training pictures, `program` one for torch.export.load. `kestrel` is a
+    `to_kestrel` block. Every form answers the whole validation list; where it differs by more than
+    `flips` pictures beyond ties, or int8 loses more than `int8_points`, no package is written,
+    ExportError is raised, and the report stays beside its place. `overrides` are knobs of the
+    recipe, such as data_dir.
+    """
+    run = runs.Run(run)
+    recipe, classes, model, weights = trained_model(run, weights)
+    try:
+        recipe = recipe.replace(**overrides)
+    except RecipeError as error:
+        raise ExportError(str(error)) from None
+    kestrel = dict(kestrel or {})
+    name, version = name or kestrel.get("model_name") or recipe.name, str(version)
+    meta = {
+        "format": FORMAT, "model_name": name, "version": version, "toks_type": "cls",
+        "plugin": kestrel.get("plugin", "classifier"), "model": recipe.model, "weights": weights,
+        "classes": classes, "opset": OPSET, "preprocess": preprocess(recipe, pixels).model_dump(),
+    }  # fmt: skip
+    categories = _categories(kestrel, classes)
+    content = data.open_data(recipe)
+    if content.classes != classes:
+        raise ExportError(
+            f"the data has {len(content.classes)} classes, {run.path} was trained for "
+            f"{len(classes)}, or others in another order"
+        )
+    seen = preprocess(recipe, pixels)
+    network = Network(model, seen).eval()
+    files = {"model.onnx": to_onnx(network)}
+    quantised = {}
+    if int8:
+        feeds = [f.numpy() for f in _calibration(network, recipe, content.train, calibration)]
+        files["model_int8.onnx"], quantised = to_int8(files["model.onnx"], feeds)
+    if program:
+        files["model.pt2"] = to_program(network)
+    val = content.val
+    if recipe.verify_data:
+        val, _ = data.sound(data.examine(val), "val")
+    answers = _answers(network, files)
+    batches = data.eval_batches(val, training.test_transform(recipe), batch_size=64)
+    report, flipped = parity(answers, network, batches, len(val), seconds)
+    flipped = val[["file", "list"]].iloc[flipped.row].reset_index(drop=True).join(flipped)
+    known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
+    report |= {
+        "weights": weights, "data": known, "quantised": quantised,
+        "bytes": {file: len(its) for file, its in files.items()},
+        "threads": torch.get_num_threads(), "device": training.processor(),
+        "budget": {"flips": flips, "int8_points": int8_points},
+    }  # fmt: skip
+    report["run"] = _beside_the_run(run, weights, report)
+    report["problems"] = over_budget(report, flips, int8_points)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}_{version}"
+    if report["problems"]:
+        beside = out / f"{stem}.parity.json"
+        beside.write_text(json.dumps(report, indent=2) + "\n")
+        flipped.to_csv(out / f"{stem}.flips.csv", index=False)
+        raise ExportError(f"{'; '.join(report['problems'])}. No package; the report is {beside}")
+    with torch.no_grad():
+        meta["probe"] = network(network.feed(network.noise(PROBES)))[1].tolist()
+    environment = run.environment()
+    meta["made"] = {
+        "run": run.path.name, "state": run.status()["state"], "recipe": recipe.fingerprint,
+        "data": report["data"], "torch": torch.__version__, "workbench": environment.get("commit"),
+    }  # fmt: skip
+    texts = {
+        "meta.json": _json(Meta, meta),
+        "parameters.json": _json(Parameters, _parameters(meta, kestrel)),
+        "category_param.json": json.dumps(categories, indent=2, ensure_ascii=False) + "\n",
+        "parity.json": json.dumps(report, indent=2) + "\n",
+        "recipe.yaml": recipe.yaml(k for k in recipe.changed() if k == "name" or k not in PLACE),
+        "predict.py": Path(consumer.__file__).read_text(encoding="utf-8"),
+        "flips.csv": flipped.to_csv(index=False),
+        "README.md": card(Meta(**meta), report, recipe, len(content.train)),
+    }
+    files |= {file: text.encode() for file, text in texts.items()}
+    return _packed(out / f"{stem}.tar", files)
+
+
+def _parameters(meta: Mapping[str, Any], kestrel: Mapping[str, Any]) -> dict[str, Any]:
+    """Means and stds from the recipe, 0 and 1 where the network normalises itself."""
+    seen = meta["preprocess"]
+    inside = seen["normalised_inside"]
+    net = {
+        "net": "model.onnx", "backend": "kestrel_nart", "max_batch_size": 8,
+        "input": {"data": "data"}, "output": {"score": "score"},
+    }  # fmt: skip
+    found = {
+        "model_files": {"net": net}, "input_h": seen["size"], "input_w": seen["size"],
+        "pixel_means": [0.0] * 3 if inside else [round(255 * x, 6) for x in seen["mean"]],
+        "pixel_stds": [1.0] * 3 if inside else [round(255 * x, 6) for x in seen["std"]],
+        "is_rgb": True, "type": kestrel.get("type", "UNKNOWN"),
+        "save_all_label": kestrel.get("save_all_label", True),
+        "support_labels": kestrel.get("support_labels"),
+    }  # fmt: skip
+    return found
+
+
+def _categories(kestrel: Mapping[str, Any], classes: list[str]) -> dict[str, Any]:
+    """category_param.json: one category of all classes, or those of the block, one after another.
+
+    Raises ExportError where the block's labels are not as many as the scores.
+    """
+    wanted = kestrel.get("class_label") or {"classes": {"labels": classes}}
+    found, start = {}, 0
+    for name, its in wanted.items():
+        labels = [str(label) for label in its["labels"]]
+        end = start + len(labels) - 1
+        entry = Category(
+            calculator=its.get("calculator", "bypass"),
+            feature_start=start, feature_end=end, labels=labels,
+        )  # fmt: skip
+        found[name], start = entry.model_dump(), end + 1
+    if start != len(classes):
+        raise ExportError(
+            f"class_label names {start} labels, the network has {len(classes)} scores"
+        )
+    return found
+
+
+def _calibration(
+    network: Network, recipe: Recipe, train: pd.DataFrame, count: int
+) -> Iterator[torch.Tensor]:
+    """Inputs from training pictures as validation sees them, evenly over the list."""
+    rows = np.unique(np.linspace(0, len(train) - 1, min(count, len(train))).astype(int))
+    frame = train.iloc[rows].reset_index(drop=True)
+    for batch in data.eval_batches(frame, training.test_transform(recipe), batch_size=32):
+        if len(batch.images):
+            yield network.feed(batch.images)
+
+
+def _beside_the_run(run: runs.Run, weights: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's own top-1 beside that of these weights on this machine now."""
+    try:
+        own = run.predictions(weights)
+    except runs.RunError:
+        return {"top1": None, "pictures": 0}
+    top1 = 100 * float((own.class1 == own.label).mean()) if len(own) else None
+    return {"top1": top1, "pictures": len(own)}
+
+
+def _json(part: type[_Part], values: Mapping[str, Any]) -> str:
+    """As a reader will check it, so that no package is refused by its own check."""
+    try:
+        return part(**values).model_dump_json(indent=2) + "\n"
+    except ValidationError as error:
+        raise ExportError("; ".join(_sentences(error))) from None
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    return [f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
+
+
+def _packed(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Writes the tar with SHA256SUMS, as `sha256sum -c` reads it; no half file is ever there."""
+    sums = "".join(f"{hashlib.sha256(its).hexdigest()}  {file}\n" for file, its in files.items())
+    try:
+        with runs.replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
+            for file, its in {**files, "SHA256SUMS": sums.encode()}.items():
+                member = tarfile.TarInfo(file)
+                member.size, member.mtime = len(its), int(time.time())
+                tar.addfile(member, io.BytesIO(its))
+    except OSError as error:
+        raise ExportError(f"{path} was not written: {error.strerror}") from None
+    return path
+
+
+def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int) -> str:
+    """The model card, README.md of the package, in the form the Hugging Face hub reads."""
+    forms, n = report["forms"], report["pictures"]
+    low, high = _wilson(forms["torch"]["top1"], n)
+    head = {
+        "library_name": "onnx", "pipeline_tag": "image-classification",
+        "tags": ["image-classification", meta.model],
+    }  # fmt: skip
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items())]
+    result = f"{{type: accuracy, value: {forms['torch']['top1']:.2f}}}"
+    lines += [
+        "model-index:", f"- name: {meta.model_name}", "  results:",
+        "  - task: {type: image-classification}",
+        f"    dataset: {{name: validation list {report['data']}, type: {recipe.dataset}}}",
+        f"    metrics: [{result}]", "---", "",
+        f"# {meta.model_name} {meta.version}", "",
+        f"A {meta.model} that tells {len(meta.classes)} classes apart: "
+        f"{', '.join(meta.classes[:12])}{' and so on' if len(meta.classes) > 12 else ''}.", "",
+        f"Trained by the recipe in `recipe.yaml` ({recipe.epochs} epochs, {trained_on:,} pictures, "
+        f"fingerprint {recipe.fingerprint}); {meta.weights} weights of the last epoch"
+        + ("." if meta.made["state"] == "finished" else f"; the run is {meta.made['state']}."), "",
+        f"**Top-1 {forms['torch']['top1']:.2f} %** (95 % interval {low:.2f} to {high:.2f}, "
+        f"n={n:,}, validation list {report['data']}).", "",
+        "| form | top-1 | other answers | largest difference of a logit | ms at batch 1, 32 |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, its in forms.items():
+        ms = ", ".join(f"{its['latency'][b]['median']:.2f}" for b in ("1", "32"))
+        ties = f" ({its['ties']} ties)" if its["ties"] else ""
+        lines.append(
+            f"| {name} | {its['top1']:.2f} | {its['flips']}{ties} | {its['largest']:.2g} | {ms} |"
+        )
+    seen = meta.preprocess
+    given = "uint8 pixels" if seen.normalised_inside else "less `mean`, over `std` of meta.json"
+    lines += [
+        "", f"Measured on {report['device']}, {report['threads']} threads.", "",
+        "## Use", "",
+        f"`python predict.py PICTURE ...` needs onnxruntime and Pillow. Short side to "
+        f"{seen.resize} pixels ({seen.interpolation}), the centre {seen.size} x {seen.size}, RGB, "
+        f"{given}; input `data`, outputs `score` (a softmax) and `logits`.", "",
+        "## Limits", "", "It answers one of its classes for any picture, also for one that shows "
+        "none of them. Its accuracy is that on pictures like those of the validation list; on "
+        "others it was not measured.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _wilson(top1: float, n: int) -> tuple[float, float]:
+    from scipy import stats
+
+    found = stats.binomtest(round(top1 * n / 100), n).proportion_ci(method="wilson")
+    return 100 * found.low, 100 * found.high
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """parity.json of a package, or of the file that a failed export left. Raises PackageError."""
+    path = Path(path)
+    content = path.read_bytes() if path.suffix == ".json" else _read(path).get("parity.json", b"")
+    try:
+        return dict(json.loads(content))
+    except ValueError as error:
+        raise PackageError(path, [f"parity.json: {error}"]) from None
+
+
+def table(report: Mapping[str, Any]) -> pd.DataFrame:
+    """A parity report as a table, a row per form: points are its top-1 less torch's."""
+    rows = {}
+    for name, its in report["forms"].items():
+        ms = {f"ms, batch {b}": its["latency"][b]["median"] for b in ("1", "32")}
+        kept = {key: its[key] for key in ("top1", "flips", "ties", "largest", "mean")}
+        apart = {"points": its["difference"]["points"], "p": its["p"]}
+        size = report["bytes"].get(_FILE.get(name), float("nan")) / 1e6
+        rows[name] = {**kept, **apart, **ms, "MB": size}
+    return pd.DataFrame.from_dict(rows, "index")
+
+
+_FILE = {"onnx": "model.onnx", "int8": "model_int8.onnx", "program": "model.pt2"}
+
+
+# ---- a package from elsewhere
+
+
+class Package:
+    """A package that was read and found sound: what `workbench predict` asks for answers.
+
+    Called with uint8 images (n, 3, size, size) it returns float32 logits (n, classes).
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, bytes], form: str = "onnx"):
+        self.meta = Meta(**json.loads(files["meta.json"]))
+        self.classes, seen = self.meta.classes, self.meta.preprocess
+        self.transform = augmentation.TestTransform(seen.size, seen.resize, seen.interpolation)
+        network = files["model_int8.onnx" if form == "int8" else "model.onnx"]
+        self.fingerprint = hashlib.sha256(network).hexdigest()[:12]
+        self._answer = _runner(session(network))
+        self._network = Network(nn.Identity(), seen)
+
+    def __call__(self, pixels: torch.Tensor) -> np.ndarray:
+        return self._answer(self._network.feed(pixels))
+
+
+def load(path: str | Path, form: str = "onnx") -> Package:
+    """A package for prediction, checked first; `form` onnx or int8. Raises PackageError."""
+    path = Path(path)
+    files = check(path)
+    if form == "int8" and "model_int8.onnx" not in files:
+        raise PackageError(path, ["it holds no int8 network; export with --int8"])
+    return Package(path, files, form)
+
+
+def check(path: str | Path) -> dict[str, bytes]:
+    """The files of a package, after everything in it was found to agree. Raises PackageError.
+
+    Only a plain tar of the known names is read, into memory; nothing is unpacked, and nothing in
+    it is run but the network, by onnxruntime: hashes, fields, labels against scores, means against
+    the recipe's, the network's input and outputs, and its answers to pictures of noise.
+    """
+    path = Path(path)
+    files = _read(path)
+    problems = [f"{file} is missing" for file, must in FILES.items() if must and file not in files]
+    if problems:
+        raise PackageError(path, problems)
+    problems += _hashes(files)
+    meta = _parsed(Meta, files["meta.json"], "meta.json", problems)
+    parameters = _parsed(Parameters, files["parameters.json"], "parameters.json", problems)
+    categories = _read_categories(files["category_param.json"], problems)
+    if problems:
+        raise PackageError(path, problems)
+    problems += _disagreements(meta, parameters, categories)
+    for file in ("model.onnx", "model_int8.onnx"):
+        if file in files and not problems:
+            problems += _network_problems(file, files[file], meta)
+    if problems:
+        raise PackageError(path, problems)
+    return files
+
+
+def _read(path: Path) -> dict[str, bytes]:
+    """Members of a plain tar that carry known names, each once; nothing else is accepted."""
+    files: dict[str, bytes] = {}
+    try:
+        if path.stat().st_size > LARGEST:
+            raise PackageError(path, [f"over {LARGEST:,} bytes"])
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = member.name
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise PackageError(path, [f"{name[:100]!r} is no plain file"])
+                if name not in FILES or name in files:
+                    twice = "is there twice" if name in files else "is no file of a package"
+                    raise PackageError(path, [f"{name[:100]!r} {twice}"])
+                files[name] = tar.extractfile(member).read()
+                if len(files[name]) != member.size:
+                    raise PackageError(path, [f"{name} is cut off: the tar ends in it"])
+    except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        if isinstance(error, PackageError):
+            raise
+        raise PackageError(path, [f"it cannot be read as a tar: {error}"]) from None
+    return files
+
+
+def _hashes(files: Mapping[str, bytes]) -> list[str]:
+    told = {}
+    for line in files["SHA256SUMS"].decode(errors="replace").splitlines():
+        digest, _, file = line.partition("  ")
+        told[file] = digest
+    problems = []
+    for file, its in files.items():
+        if file != "SHA256SUMS" and told.get(file) != hashlib.sha256(its).hexdigest():
+            problems.append(f"{file} is not what SHA256SUMS says: it was changed or damaged")
+    problems += [f"{file[:100]!r} of SHA256SUMS is missing" for file in told if file not in files]
+    return problems
+
+
+def _parsed(part: type[_Part], content: bytes, file: str, problems: list[str]) -> Any:
+    try:
+        return part.model_validate_json(content)
+    except ValidationError as error:
+        problems += [f"{file}: {text}" for text in _sentences(error)[:10]]
+        return None
+
+
+def _read_categories(content: bytes, problems: list[str]) -> dict[str, Category]:
+    try:
+        found = json.loads(content)
+        return {str(name): Category(**its) for name, its in found.items()}
+    except ValidationError as error:
+        problems += [f"category_param.json: {text}" for text in _sentences(error)[:10]]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        problems.append(f"category_param.json: {type(error).__name__}: {error}")
+    return {}
+
+
+def _disagreements(
+    meta: Meta, parameters: Parameters, categories: Mapping[str, Category]
+) -> list[str]:
+    """Where the files of a package tell different stories."""
+    problems, seen, start = [], meta.preprocess, 0
+    for name, its in categories.items():
+        count = its.feature_end - its.feature_start + 1
+        if its.feature_start != start or count != len(its.labels):
+            problems.append(
+                f"category {name}: scores {its.feature_start} to {its.feature_end} for "
+                f"{len(its.labels)} labels, the next free score is {start}"
+            )
+        start = its.feature_end + 1
+    if start != len(meta.classes):
+        problems.append(f"categories cover {start} scores, meta.json names {len(meta.classes)}")
+    if seen.resize < seen.size:
+        problems.append(f"resize {seen.resize} is smaller than the crop of {seen.size}")
+    inside = seen.normalised_inside
+    for field, ours, plain in (("pixel_means", seen.mean, 0.0), ("pixel_stds", seen.std, 1.0)):
+        wanted = [plain] * 3 if inside else [255 * x for x in ours]
+        came = getattr(parameters, field)
+        if not np.allclose(came, wanted, atol=1e-3):
+            problems.append(f"{field} {came} do not fit meta.json, which makes them {wanted}")
+    if (parameters.input_h, parameters.input_w) != (seen.size, seen.size):
+        problems.append(f"input_h and input_w are not the crop of {seen.size}")
+    if parameters.model_files["net"].net != "model.onnx":
+        problems.append(f"net is {parameters.model_files['net'].net!r}, not model.onnx")
+    if len(meta.probe) != PROBES or any(len(row) != len(meta.classes) for row in meta.probe):
+        problems.append(f"probe is not {PROBES} rows of {len(meta.classes)} logits")
+    return problems
+
+
+def _network_problems(file: str, content: bytes, meta: Meta) -> list[str]:
+    """What is wrong with a network: that it cannot be run, its shapes, its answers to noise."""
+    size = meta.preprocess.size
+    kind = "tensor(uint8)" if meta.preprocess.normalised_inside else "tensor(float)"
+    try:
+        its = session(content)
+        inputs, outputs = its.get_inputs(), [output.name for output in its.get_outputs()]
+        told = [(i.name, i.type, list(i.shape[1:])) for i in inputs]
+        if told != [("data", kind, [3, size, size])] or outputs != ["score", "logits"]:
+            return [
+                f"{file} takes {told} and gives {outputs}; wanted data, {kind}, 3 x {size} x "
+                f"{size}, and score, logits"
+            ]
+        network = Network(nn.Identity(), meta.preprocess)
+        score, logits = its.run(None, {"data": network.feed(network.noise(PROBES)).numpy()})
+    except Exception as error:  # onnxruntime has many
+        first = str(error).strip().split("\n")[0][:200]
+        return [f"onnxruntime cannot run {file}: {first}"]
+    wanted = np.array(meta.probe, np.float32)
+    if logits.shape != wanted.shape or not np.isfinite(logits).all():
+        return [f"{file} answers {logits.shape} logits, or nan; wanted {wanted.shape}"]
+    if not np.allclose(score.sum(1), 1, atol=1e-3) or (score < 0).any():
+        return [f"the score of {file} is no softmax"]
+    apart = float(np.abs(logits - wanted).max())
+    allowed = 1e-3 * max(1.0, float(np.abs(wanted).max()))
+    if file == "model.onnx" and apart > allowed:
+        return [f"{file} answers noise {apart:.2g} away from what was packed, over {allowed:.2g}"]
+    return []
