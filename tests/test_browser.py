@@ -234,7 +234,7 @@ def test_a_knob_of_the_augmentations_draws_another_picture_and_its_value_is_copi
     all_done(page)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     before = picture(page, "try")
-    knobs = cell(page, "knobs")
+    knobs = cell(page, "try")
     slider = lambda name: knobs.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
     slider("brightness").focus()
     page.keyboard.press("End")
@@ -256,7 +256,7 @@ def test_a_knob_of_the_augmentations_draws_another_picture_and_its_value_is_copi
     page.keyboard.press("End")
     _until(lambda: magnitude.get_attribute("disabled") is None, 30)
     before = picture(page, "try")
-    cell(page, "try").get_by_text("what the model eats", exact=True).click()
+    knobs.get_by_text("what the model eats", exact=True).click()
     redrawn(page, "try", before)
 
 
@@ -321,3 +321,7 @@ def test_voila_serves_the_comparison_as_a_page(page, root):
         shown.select_option(label=labels)
         _until(lambda: "one run each on 400 pictures" in text(), 30)
         _until(lambda: pictures.first.get_attribute("src") != before, 30)
+        page.get_by_label("folder").fill(str(root / "written"))
+        page.keyboard.press("Enter")
+        _until(lambda: "or this is a page" in text(), 30)
+        assert not (root / "written").exists(), "who looks at a page does not write"

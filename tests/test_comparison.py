@@ -263,7 +263,7 @@ def test_a_verdict_is_one_sentence_either_way(six, tmp_path):
     [none] = compare(alike).verdicts
     assert not none.real
     assert str(none).startswith("no difference between alike and plain that these runs can show: ")
-    assert f"they would show {none.found.detectable:.2f} or more" in str(none)
+    assert f"a difference of {none.found.detectable:.2f} would have shown" in str(none)
     assert "0.5 points" in str(none)
 
 
@@ -475,3 +475,43 @@ def test_a_comparison_needs_nothing_but_the_folders(six, tmp_path, monkeypatch):
     there = [shutil.move(path, moved / path.name) for path in six]
     monkeypatch.chdir(tmp_path)
     assert compare(there).verdicts[0].real
+
+
+# ---- what a verdict must not hide
+
+
+def test_a_run_still_to_go_on_is_said_first_and_in_the_table(tmp_path):
+    a, b = run_folder(tmp_path, "a", top1=0.7), run_folder(tmp_path, "b", top1=0.9, lr=0.2)
+    assert not str(compare([a, b]).verdicts[0]).startswith("so far")
+    (b / "status.json").write_text(json.dumps({"state": "stopped"}))
+    found = compare([a, b])
+    assert str(found.verdicts[0]).startswith("so far, before the end of every run: b is better")
+    assert found.table.epochs.tolist() == [8, "2 of 8"]
+
+
+def test_where_bootstrap_and_test_part_it_is_called_borderline():
+    right = np.zeros((1, 500), bool)
+    other = right.copy()
+    other[0, :9], right[0, 100:102] = True, True  # 9 against 2: p 0.065
+    found = comparison.difference(right, other)
+    assert found.low > 0 and 0.05 < found.p < 0.07
+    assert "borderline" in str(comparison.Verdict("b", "a", found, found.p, 1))
+    clear = comparison.difference(right, right)
+    assert "borderline" not in str(comparison.Verdict("b", "a", clear, clear.p, 1))
+
+
+def test_the_same_run_again_with_other_answers_is_said(tmp_path):
+    first = run_folder(tmp_path / "x", "a")
+    again = run_folder(tmp_path / "y", "a")
+    [flag] = [f for f in compare([first, again]).flags if "left out" in f]
+    assert flag.endswith("again, with the same seed")
+    frame = pd.read_parquet(again / "predictions.parquet")
+    frame.loc[0, "class1"] = 3
+    frame.to_parquet(again / "predictions.parquet", index=False)
+    [flag] = [f for f in compare([first, again]).sentences() if "left out" in f]
+    assert "other answers" in flag and not flag.startswith("not like with like")
+
+
+def test_an_average_that_nobody_kept_is_said(tmp_path):
+    found = compare([run_folder(tmp_path, "a")], weights="ema")
+    assert "raw weights are compared: no run kept an average (EMA)" in found.flags

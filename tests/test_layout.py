@@ -15,18 +15,20 @@ from workbench import ROOT
 PACKAGE = ROOT / "workbench"
 
 # module -> the modules of ours it may import (design, section 2); a level never imports upwards
-LEVEL_0 = "recipe runs lamb schedule losses mimic augmentation images progress".split()
+LEVEL_0 = "recipe runs lamb schedule losses mimic augmentation images progress consumer".split()
 LEVEL_1 = {
     "data": {"augmentation", "images", "progress"},
     "models": {"recipe"},
     "distillation": {"mimic", "models", "recipe", "runs"},
     "evaluation": {"data", "models"},
+    "explain": {"models"},
 }
 BELOW_TRAINING = {*LEVEL_0, *LEVEL_1}
 LEVEL_2 = {
-    "training": BELOW_TRAINING,
-    "export": {"models", "data", "evaluation", "runs"},
+    "training": BELOW_TRAINING - {"explain", "consumer"},
+    "prediction": {"data", "export", "images", "models", "progress", "recipe", "runs", "training"},
     "comparison": {"recipe", "runs"},
+    "export": {*BELOW_TRAINING, "training", "comparison"},
     "united_perception": {"recipe"},
     "doctor": {"data", "distillation", "models", "progress", "recipe", "training"},
 }

@@ -5,10 +5,11 @@ import sys
 
 import pandas as pd
 import pytest
+from conftest import run_folder
 from typer.testing import CliRunner
 
+from workbench import ROOT, comparison, runs, training
 from workbench import __main__ as command
-from workbench import runs, training
 
 
 def invoke(*words):
@@ -144,3 +145,18 @@ def test_runs_lists_the_runs_or_says_that_there_are_none(params, tmp_path):
     invoke("train", params)
     listed = invoke("runs", tmp_path / "runs")
     assert "small-seed0" in listed.output and "finished" in listed.output
+
+
+def test_compare_leaves_out_what_was_not_evaluated_and_asks_for_the_folder_first(tmp_path):
+    kept, early = run_folder(tmp_path, "kept"), run_folder(tmp_path, "early", lr=0.3)
+    (early / "predictions.parquet").unlink()
+    done = invoke("compare", kept, early)
+    assert done.exit_code == 0 and f"{early} is left out: it was not evaluated yet" in done.output
+    assert "one recipe, kept: nothing to compare it with" in done.output
+    with pytest.raises(comparison.ComparisonError, match="there is no folder .*; make it first"):
+        raise invoke("compare", kept, "--csv", tmp_path / "no" / "table.csv").exception
+
+
+def test_a_notebook_that_takes_no_recipe_is_refused(params):
+    done = invoke("notebook", ROOT / "notebooks" / "05_compare.ipynb", params)
+    assert isinstance(done.exception, runs.RunError) and "takes no recipe" in str(done.exception)

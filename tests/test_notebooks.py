@@ -18,9 +18,10 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+import torch
 from jupyter_client.manager import start_new_kernel
 
-from workbench import ROOT, data, runs, training
+from workbench import ROOT, data, distillation, export, runs, training
 from workbench.recipe import Recipe, read_params
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -77,7 +78,7 @@ def test_a_committed_notebook_is_in_its_canonical_form(path):
                 assert cell.source.count("\n") < 25, f"{cell.id} does not fit on a screen"
 
 
-OF_RECIPES = [path for path in NOTEBOOKS if path.stem != "05_compare"]  # that one reads runs
+OF_RECIPES = [path for path in NOTEBOOKS if path.stem[:2] < "05"]  # the others read runs
 
 
 @pytest.mark.parametrize("path", OF_RECIPES, ids=lambda p: p.stem)
@@ -137,6 +138,12 @@ def test_papermill_killed_in_training_goes_on_and_ends_as_if_undisturbed(tmp_pat
     assert "epoch   2" in text and "finished: top-1" in text
     assert "11 steps an epoch of 324 pictures" in text and "warning: mixing in 2 epochs" in text
     assert "0%|" not in text, "a progress bar froze in the saved notebook"
+    said = {c.id: c.outputs for c in executed.cells if c.cell_type == "code"}
+    [line] = [x for x in said["model"][0].text.splitlines() if x.startswith("test_resnet")]
+    millions = run.environment()["parameters"] / 1e6
+    assert line.startswith(f"test_resnet: {millions:.3f} M parameters, 0.0041 G multiply-adds, ")
+    assert said["why"][0].text.startswith(f"{run.path}/last.pt [ema]")
+    assert [list(o.get("data", {})) for o in said["why"]][1:] == [["image/png", "text/plain"]]
 
 
 def test_the_augmentation_notebook_runs_on_any_recipe(tmp_path):
@@ -154,15 +161,39 @@ def test_the_augmentation_notebook_runs_on_any_recipe(tmp_path):
         for c in executed.cells
         if c.cell_type == "code"
     }
-    assert pictures["grid"] == 3 and pictures["strengths"] == 2
+    assert pictures["grid"] == 3 and pictures["strengths"] == pictures["distances"] == 2
     assert all(pictures[cell] == 1 for cell in ("randaugment", "eats", "mixed", "lr"))
-    assert pictures["picker"] == pictures["magnitude"] == 1, "the widgets' static twins"
+    assert pictures["try"] == 1, "the widget's static twin"
+    [lines] = [o.data["text/html"] for c in executed.cells if c.id == "try"
+               for o in c.outputs if "text/html" in o.get("data", {})]  # fmt: skip
+    assert "randaug_n: 2  #" in lines and "<pre>" in lines
     [table] = [o.data["text/html"] for c in executed.cells if c.id == "randaugment"
                for o in c.outputs if "text/html" in o.get("data", {})]  # fmt: skip
     assert "solarize_add_all" in table and "of the side" in table
     assert not [
         o for c in executed.cells for o in c.get("outputs", []) if o.get("name") == "stderr"
     ]
+
+
+def test_the_deployment_notebook_packs_a_run_reports_and_answers(tmp_path):
+    recipe = Recipe(**SMALL, runs_dir=str(tmp_path / "runs"))
+    list(training.fit(recipe, runs.Run(recipe.folder)))
+    words = ["-p", "run", str(recipe.folder), "-p", "out", str(tmp_path / "out")]
+    words += ["-p", "int8_points", "100"]
+    done = subprocess.run(
+        papermill("06_deploy.ipynb", tmp_path / "out.ipynb", *words), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    [package] = (tmp_path / "out").iterdir()
+    report = export.read_report(package)
+    assert report["pictures"] == 500 and list(report["forms"]) == ["torch", "onnx", "int8"]
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    shown = {c.id: [o for o in c.outputs if "data" in o] for c in executed.cells if "outputs" in c}
+    assert "int8" in shown["report"][0].data["text/html"]
+    assert f"**Top-1 {report['forms']['torch']['top1']:.2f} %**" in (
+        shown["card"][0].data["text/markdown"])  # fmt: skip
+    assert "image/png" in shown["try"][0].data
+    assert "image/png" in shown["flips"][0].data or report["forms"]["int8"]["flips"] == 0
 
 
 class Executed:
@@ -229,7 +260,7 @@ def test_the_distillation_notebook_judges_teaches_and_compares(tmp_path):
     own = teacher.metrics().iloc[-1].top1
     assert f"teacher, epoch 2 of 2: top-1 {own:.2f} %" in first.said("checks")
 
-    one_each = ["lesson", "curves", "both-curves", "gains", "copied"]
+    one_each = ["lesson", "curves", "both-curves", "gains", "copied", "why"]
     assert first.figures() == dict.fromkeys(one_each, 1)
     report = first.table("report")
     assert float(report["val_top1"][source]) == pytest.approx(own, abs=1)  # in bf16, maybe
@@ -275,6 +306,30 @@ def test_the_distillation_notebook_judges_teaches_and_compares(tmp_path):
     )
     assert [contents(run) for run in (student, alone, teacher)] == before
     assert again.figures() == first.figures()
+
+
+def last_value(source: str, names: dict[str, object]) -> object:
+    """What a cell shows: the value of its last expression."""
+    body = ast.parse(source).body
+    exec(compile(ast.Module(body[:-1], []), "cell", "exec"), names)
+    return eval(compile(ast.Expression(body[-1].value), "cell", "eval"), names)
+
+
+def test_without_a_mistake_the_notebooks_say_so_where_the_maps_would_be(tmp_path):
+    recipe = Recipe(**SMALL, runs_dir=str(tmp_path))
+    run, content = runs.Run(recipe.folder), data.open_data(recipe)
+    list(training.fit(recipe, run))
+    none = run.predictions("raw").head(0).merge(content.val[["file", "path"]], on="file")
+    names: dict[str, object] = {"recipe": recipe, "run": run, "content": content, "worst": none}
+    names |= {"copied": none, "device": torch.device("cpu")}
+    names["teachers"] = distillation.open_teachers(
+        recipe.replace(name="student", teacher=[str(run.path)], epochs=2), content.classes
+    )
+    for notebook, count in (("02_baseline", "the 0 mistakes"), ("03_distillation", "on 0 of the")):
+        source = {c.id: c.source for c in cells(ROOT / "notebooks" / f"{notebook}.ipynb")}
+        exec(source["imports"], names)
+        [words] = [text.get_text() for text in last_value(source["why"], names).axes[0].texts]
+        assert count in words
 
 
 def test_the_distillation_notebook_without_a_teacher_says_what_it_wants():

@@ -693,9 +693,7 @@ def test_every_line_of_the_parameters_cell_is_one_papermill_can_read():
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if p.stem != "05_compare"], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] < "05"], ids=lambda p: p.stem)
 def test_papermill_sees_every_knob_of_a_notebook(path):
     seen = papermill.inspect_notebook(str(path))
     assert set(FIELDS) <= set(seen)

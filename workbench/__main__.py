@@ -32,8 +32,7 @@ def main() -> None:
     except RecipeError as error:
         sys.exit(str(error))
     except (ValueError, RuntimeError, OSError) as error:
-        kinds = "Comparison Data Distillation Model Run Training UnitedPerception".split()
-        if type(error).__name__ not in {f"{kind}Error" for kind in kinds}:
+        if not type(error).__module__.startswith("workbench."):
             raise
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -101,6 +100,8 @@ def notebook(
     recipe = _recipe(params, p)
     from workbench import runs
 
+    if notebook.is_file() and '"lr = ' not in notebook.read_text(encoding="utf-8"):
+        raise runs.RunError(f"{notebook} takes no recipe; run it with papermill, as it says itself")
     folder = recipe.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,16 +197,108 @@ def compare(
 
     workbench compare runs/cifar10_*
     """
-    from workbench import comparison
+    from workbench import comparison, runs
 
-    found = comparison.compare(folders, weights=weights, against=against)
+    for path in filter(None, (csv, markdown)):
+        if not path.parent.is_dir():
+            raise comparison.ComparisonError(f"there is no folder {path.parent}; make it first")
+    early = [f for f in folders if runs.Run(f).unevaluated()]
+    for folder in early:
+        print(f"{folder} is left out: it was not evaluated yet")
+    found = comparison.compare(
+        [f for f in folders if f not in early], weights=weights, against=against
+    )
     if csv:
         found.table.to_csv(csv, index=False)
     if markdown:
         lines = [comparison.markdown(found.table), "", *(f"- {line}" for line in found.sentences())]
         markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(found.table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    print(f"\n{comparison.LEGEND}")
     print("", *found.sentences(), sep="\n")
+
+
+@app.command()
+def export(
+    run: Annotated[Path | None, typer.Argument(help="a run folder")] = None,
+    out: Annotated[Path, typer.Option(help="folder the package is written into")] = ROOT
+    / "packages",
+    name: Annotated[str, typer.Option(help="of the package; the run's if not given")] = "",
+    version: Annotated[str, typer.Option(help="in meta.json and the file's name")] = "1.0.0",
+    weights: Annotated[str, typer.Option(help="raw or ema; ema where the run keeps it")] = "",
+    pixels: Annotated[bool, typer.Option(help="the network takes uint8 and normalises")] = False,
+    int8: Annotated[bool, typer.Option(help="add a quantised network")] = False,
+    program: Annotated[bool, typer.Option(help="add a file for torch.export.load")] = False,
+    kestrel: Annotated[
+        Path | None, typer.Option(help="take the to_kestrel block of this UP configuration")
+    ] = None,
+    int8_points: Annotated[float, typer.Option(help="top-1 that int8 may lose")] = 0.5,
+    p: Overrides = [],  # noqa: B006
+    check: Annotated[Path | None, typer.Option(help="verify this package instead")] = None,
+) -> None:
+    """Pack a run for deployment once its answers were compared, or verify a package.
+
+    workbench export runs/mine-seed0 --int8    workbench export --check mine_1.0.0.tar
+    """
+    if (run is None) == (check is None):
+        raise typer.BadParameter("name a run folder, or --check a package")
+    from workbench import export as exporting
+
+    if check:
+        meta = exporting.load(check).meta
+        print(f"{check}: sound; {meta.model_name} {meta.version}, {meta.model}, ", end="")
+        print(f"{len(meta.classes)} classes, {meta.weights} weights of {meta.made['run']}")
+        return
+    block = None
+    if kestrel:
+        from workbench import united_perception
+
+        block = united_perception.load(kestrel).deployment
+        if block is None:
+            raise exporting.ExportError(f"{kestrel} has no to_kestrel block")
+    overrides = dict(text.split("=", 1) for text in p)
+    path = exporting.package(
+        run, out, name=name, version=version, weights=weights, pixels=pixels, int8=int8,
+        program=program, kestrel=block, int8_points=int8_points, **overrides,
+    )  # fmt: skip
+    print(exporting.table(exporting.read_report(path)).to_string(float_format="{:.4g}".format))
+    print(path)
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Argument(help="a run folder, or a deployment package (.tar)")],
+    inputs: Annotated[list[Path], typer.Argument(help="pictures, folders, lists (.txt, .jsonl)")],
+    out: Annotated[Path, typer.Option(help="the table: .csv, .jsonl or .parquet; a new file")],
+    top: Annotated[int, typer.Option(help="classes per picture")] = 5,
+    batch_size: Annotated[int, typer.Option(help="pictures at once")] = 64,
+    workers: Annotated[int | None, typer.Option(help="processes that read pictures")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="folder for annotated pictures")] = None,
+    weights: Annotated[str, typer.Option(help="raw or ema; ema where the run kept it")] = "",
+) -> None:
+    """Name the best classes of pictures in a table. Exit code 1 if none could be read.
+
+    The same command goes on where it was interrupted. List files name a picture a line.
+    """
+    from workbench import prediction
+
+    opened = prediction.open_source(source, weights)
+    print(f"answers by {opened}", flush=True)
+    counts = prediction.write(
+        opened,
+        inputs,
+        out,
+        top=top,
+        batch_size=batch_size,
+        workers=workers,
+        pictures=pictures,
+    )
+    print(f"{sum(counts.values()):,} pictures: {counts.get('', 0):,} answered in {out}")
+    for reason, count in counts.items():
+        if reason:
+            print(f"{count:,} {reason}: see the column error")
+    if not counts.get(""):
+        raise typer.Exit(1)
 
 
 @app.command("import-up")

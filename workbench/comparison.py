@@ -30,6 +30,14 @@ BINS = 15  # of the reliability diagram
 SEEN = ("image_size", "val_image_size", "val_resize", "interpolation")  # how a picture is judged
 
 
+LEFT_OUT = "is left out"
+LEGEND = (
+    "top1 and top5 in percent; low to high is the 95 % interval of top1, over seeds or pictures; "
+    "ece the calibration error, 0 to 1; differs: a knob's value (that of the first recipe; idle: "
+    "unused)"
+)
+
+
 class ComparisonError(RuntimeError):
     """These runs cannot be compared; the text says which, why and what to do."""
 
@@ -252,6 +260,7 @@ class Verdict:
     found: Difference
     p: float
     asked: int  # comparisons made at once
+    unfinished: bool = False  # a run of either is still to go on
 
     @property
     def real(self) -> bool:
@@ -259,6 +268,10 @@ class Verdict:
         return self.p < 1 - LEVEL
 
     def __str__(self) -> str:
+        text = self._sentence()
+        return f"so far, before the end of every run: {text}" if self.unfinished else text
+
+    def _sentence(self) -> str:
         d, (ours, theirs) = self.found, self.found.seeds
         worse = self.real and d.points < 0  # then the sentence turns all signs round
         low, high = (-d.high, -d.low) if worse else (d.low, d.high)
@@ -276,7 +289,11 @@ class Verdict:
                 text += "; that is about these two runs: another seed of each shows the recipes"
             return text
         text = f"no difference between {self.name} and {self.against} that these runs can show: "
-        text += f"{d.points:+.2f} points ({on}); they would show {d.detectable:.2f} or more"
+        text += (
+            f"{d.points:+.2f} points ({on}); a difference of {d.detectable:.2f} would have shown"
+        )
+        if not low <= 0 <= high:
+            text += "; a borderline case: the bootstrap's interval leaves out 0, the test does not"
         if ours == theirs == 1:
             return f"{text}, and nothing about other seeds"
         if d.detectable <= TARGET:
@@ -308,7 +325,8 @@ class Comparison:
         """Verdicts and flags as text, in this order; what to do where there is one recipe."""
         if not self.verdicts:
             return [f"one recipe, {self.groups[0].name}: nothing to compare it with", *self.flags]
-        return [*map(str, self.verdicts), *(f"not like with like: {flag}" for flag in self.flags)]
+        unlike = lambda flag: flag if LEFT_OUT in flag else f"not like with like: {flag}"
+        return [*map(str, self.verdicts), *map(unlike, self.flags)]
 
     @functools.cached_property
     def table(self) -> pd.DataFrame:
@@ -418,9 +436,10 @@ def compare(
     flags += _unlike(opened, groups, weights)
     found = [difference(groups[0].right, g.right) for g in groups[1:]]
     adjusted = holm([d.p for d in found])
+    going = [any(run.status()["state"] != "finished" for run in g.runs) for g in groups]
     verdicts = [
-        Verdict(g.name, groups[0].name, d, p, len(found))
-        for g, d, p in zip(groups[1:], found, adjusted, strict=True)
+        Verdict(g.name, groups[0].name, d, p, len(found), going[0] or on)
+        for g, d, p, on in zip(groups[1:], found, adjusted, going[1:], strict=True)
     ]
     return Comparison(groups, verdicts, flags, pictures, opened[0].classes)
 
@@ -513,9 +532,12 @@ def _groups(opened: list[_Opened], flags: list[str]) -> list[Group]:
         for one in alike:
             seed = one.recipe["seed"]
             if seed in kept:
+                same = one.predictions.class1.equals(kept[seed].predictions.class1)
                 flags.append(
-                    f"{one.name} is left out: it is {kept[seed].name} again, with the same seed"
-                )
+                    f"{one.name} {LEFT_OUT}: it is {kept[seed].name} again, with the same seed"
+                    + ("" if same else ", and other answers, as another machine or number of "
+                       "threads gives them")
+                )  # fmt: skip
             else:
                 kept[seed] = one
         ones = [kept[seed] for seed in sorted(kept, key=str)]
@@ -534,6 +556,8 @@ def _unlike(opened: list[_Opened], groups: list[Group], weights: str) -> list[st
     kinds = {one.weights for one in opened}
     if weights == "ema":
         raw = [one.name for one in opened if one.weights == "raw"]
+        if kinds == {"raw"}:
+            flags.append("raw weights are compared: no run kept an average (EMA)")
         if len(kinds) > 1:
             flags.append(f"averaged weights (EMA) against raw ones: {_few(raw)} kept no average")
     for one in opened:
@@ -597,12 +621,20 @@ def _row(group: Group, first: Group) -> dict[str, Any]:
         "pictures": n,
         "top5": float(np.mean(top5)),
         "ece": float(np.mean([calibration_error(f) for f in group.predictions])),
-        "epochs": group.recipe["epochs"],
+        "epochs": _epochs(group),
         "minutes": float(np.mean(minutes)),
         "img/s": float(np.mean(speeds)),
         "device": " / ".join(sorted(devices)),
         "differs": ", ".join(recipe_difference(first.recipe, group.recipe).values()),
     }
+
+
+def _epochs(group: Group) -> int | str:
+    """Those of the recipe; "6 of 20" where a run has only come so far."""
+    whole = group.recipe["epochs"]
+    done = min(int(m.epoch.iloc[-1]) if len(m) else 0 for _, m in group.tables)
+    going = any(run.status()["state"] != "finished" for run in group.runs)
+    return f"{done} of {whole}" if going else whole
 
 
 def _top5(frame: pd.DataFrame) -> float:
@@ -615,22 +647,28 @@ def _median(frame: pd.DataFrame, column: str) -> float:
 
 
 def recipe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What differs between two recipes, by knob: "lr 0.2 (0.1)", the former in brackets.
+    """What differs between two recipes, by knob: "lr 0.2 (0.1)", the former in brackets."""
+    told = _differing([before, now])
+    return {key: f"{key} {ours} ({theirs})" for key, (theirs, ours) in told.items()}
 
-    A knob that changes nothing beside the others of its recipe is "idle"; of two such none differs.
+
+def _differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Knobs that differ between recipes, as text; one that changes nothing beside others is "idle".
+
+    A knob that stands at its default wherever it is not idle is left out: what makes it idle in
+    the one and not in the other is another knob, which is told.
     """
-    ours, theirs = _values(now), _values(before)
-    return {
-        key: f"{key} {ours[key]} ({theirs[key]})"
-        for key in ours
-        if key not in PLACE and key != "seed" and ours[key] != theirs.get(key)
-    }
-
-
-def _values(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Every knob as text, `idle` where the others leave it without an effect."""
-    idle = without_effect(recipe)
-    return {key: "idle" if key in idle else _value(value) for key, value in recipe.items()}
+    idle = [without_effect(recipe) for recipe in recipes]
+    found = {}
+    for key in recipes[-1]:
+        values = [recipe.get(key) for recipe in recipes]
+        shown = ["idle" if key in its else _value(v) for v, its in zip(values, idle, strict=True)]
+        used = [v for v, its in zip(values, idle, strict=True) if key not in its]
+        field = Recipe.model_fields.get(key)
+        plain = len(used) < len(values) and field and all(v == field.default for v in used)
+        if key not in PLACE and key != "seed" and len(set(shown)) > 1 and not plain:
+            found[key] = shown
+    return found
 
 
 def _value(value: Any) -> str:
@@ -639,14 +677,9 @@ def _value(value: Any) -> str:
 
 def knobs(groups: Sequence[Group]) -> pd.DataFrame:
     """The knobs that differ between recipes, a row each, as text; empty for one recipe."""
-    values = [_values(group.recipe) for group in groups]
-    rows = {
-        key: [its[key] for its in values]
-        for key in groups[0].recipe
-        if key not in PLACE and key != "seed"
-    }
+    rows = _differing([group.recipe for group in groups])
     table = pd.DataFrame.from_dict(rows, "index", columns=[group.name for group in groups])
-    return table[table.nunique(axis=1) > 1].rename_axis("knob")
+    return table.rename_axis("knob")
 
 
 MEASURES = {  # of curves: (table, column, unit)

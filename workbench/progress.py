@@ -1,5 +1,6 @@
 """Progress for whoever looks: a bar where someone watches, a line a minute where nobody does."""
 
+import os
 import sys
 import time
 
@@ -16,6 +17,11 @@ def watched() -> str:
         words = ("papermill", "nbconvert", "workbench notebook")
         return "nobody" if any(w in s for s in starters for w in words) else "jupyter"
     return "terminal" if sys.stderr.isatty() else "nobody"
+
+
+def served() -> bool:
+    """Whether Voila shows this notebook as a page: whoever looks may not be who started it."""
+    return os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
 
 
 class Lines:
