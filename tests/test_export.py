@@ -388,9 +388,7 @@ def test_a_to_kestrel_block_decides_names_types_and_categories(trained, tmp_path
         "class_label": {"low": {"labels": list("0123")}, "high": {"labels": list("456789"),
                                                                  "calculator": "max"}},
     }  # fmt: skip
-    path = export.package(
-        trained.path, tmp_path, kestrel=block, version="2.1", pixels=True, seconds=0.01
-    )
+    path = export.package(trained.path, tmp_path, kestrel=block, pixels=True, seconds=0.01)
     assert path.name == "numbers_2.1.tar"
     its = export.check(path)
     parameters = json.loads(its["parameters.json"])
@@ -402,6 +400,25 @@ def test_a_to_kestrel_block_decides_names_types_and_categories(trained, tmp_path
     block["class_label"]["high"]["labels"].pop()
     with pytest.raises(ExportError, match="class_label names 9 labels, the network has 10 scores"):
         export.package(trained.path, tmp_path, kestrel=block)
+    with pytest.raises(ExportError, match=r"resize_hw is \[224, 256\], the run sees 32 x 32"):
+        export.package(trained.path, tmp_path, kestrel={"resize_hw": [224, 256]})
+
+
+def test_the_command_takes_the_block_of_a_united_perception_file(trained, tmp_path):
+    labels = [f"digit {i}" for i in range(10)]
+    (tmp_path / "up.yaml").write_text(
+        "to_kestrel:\n  toks_type: cls\n  plugin: classifier\n  model_name: shipped\n"
+        f"  version: 3.0.0\n  class_label: {{numbers: {{calculator: bypass, labels: {labels}}}}}\n"
+    )
+    words = [str(trained.path), "--out", str(tmp_path), "--kestrel", str(tmp_path / "up.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "workbench", "export", *words],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "shipped_3.0.0.tar")
+    its = export.check(tmp_path / "shipped_3.0.0.tar")
+    assert json.loads(its["category_param.json"])["numbers"]["labels"] == labels
 
 
 def test_sha256sum_agrees(built, tmp_path):

@@ -224,7 +224,7 @@ def export(
     out: Annotated[Path, typer.Option(help="folder the package is written into")] = ROOT
     / "packages",
     name: Annotated[str, typer.Option(help="of the package; the run's if not given")] = "",
-    version: Annotated[str, typer.Option(help="in meta.json and the file's name")] = "1.0.0",
+    version: Annotated[str, typer.Option(help="in the file's name; 1.0.0 if not given")] = "",
     weights: Annotated[str, typer.Option(help="raw or ema; ema where the run keeps it")] = "",
     pixels: Annotated[bool, typer.Option(help="the network takes uint8 and normalises")] = False,
     int8: Annotated[bool, typer.Option(help="add a quantised network")] = False,

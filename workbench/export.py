@@ -450,7 +450,7 @@ def package(
     out: str | Path = "packages",
     *,
     name: str = "",
-    version: str = "1.0.0",
+    version: str = "",
     weights: str = "",
     pixels: bool = False,
     int8: bool = False,
@@ -464,8 +464,9 @@ def package(
 ) -> Path:
     """Packs a run as `<name>_<version>.tar` in the folder `out`, and returns where it is.
 
-    With `pixels` the network takes uint8 and normalises itself. `int8` adds a network quantised on
-    `calibration` training pictures, `program` one for torch.export.load. `kestrel` is a
+    Without them name and version are the block's, else the run's and 1.0.0. With `pixels` the
+    network takes uint8 and normalises itself. `int8` adds a network quantised on `calibration`
+    training pictures, `program` one for torch.export.load. `kestrel` is the
     `to_kestrel` block. Every form answers the whole validation list; where it differs by more than
     `flips` pictures beyond ties, or int8 loses more than `int8_points`, no package is written,
     ExportError is raised, and the report stays beside its place. `overrides` are knobs of the
@@ -478,11 +479,18 @@ def package(
     except RecipeError as error:
         raise ExportError(str(error)) from None
     kestrel = dict(kestrel or {})
-    name, version = name or kestrel.get("model_name") or recipe.name, str(version)
+    name = name or kestrel.get("model_name") or recipe.name
+    version = version or str(kestrel.get("version", "1.0.0"))
+    seen = preprocess(recipe, pixels)
+    if kestrel.get("resize_hw", [seen.size, seen.size]) != [seen.size, seen.size]:
+        raise ExportError(
+            f"resize_hw is {kestrel['resize_hw']}, the run sees {seen.size} x {seen.size} pixels; "
+            "leave it out, or train at that size"
+        )
     meta = {
         "format": FORMAT, "model_name": name, "version": version, "toks_type": "cls",
         "plugin": kestrel.get("plugin", "classifier"), "model": recipe.model, "weights": weights,
-        "classes": classes, "opset": OPSET, "preprocess": preprocess(recipe, pixels).model_dump(),
+        "classes": classes, "opset": OPSET, "preprocess": seen.model_dump(),
     }  # fmt: skip
     categories = _categories(kestrel, classes)
     content = data.open_data(recipe)
@@ -491,7 +499,6 @@ def package(
             f"the data has {len(content.classes)} classes, {run.path} was trained for "
             f"{len(classes)}, or others in another order"
         )
-    seen = preprocess(recipe, pixels)
     network = Network(model, seen).eval()
     files = {"model.onnx": to_onnx(network)}
     quantised = {}
