@@ -200,6 +200,25 @@ def test_one_picture_from_a_file_or_from_memory_is_its_row_in_the_table(photos):
         prediction.one(Colours(), Image.new("RGB", (4, 1)))
 
 
+def test_a_picture_in_memory_is_turned_as_its_file_would_be(tmp_path):
+    picture = Image.new("RGB", (16, 16), "red")
+    picture.paste("blue", (0, 0, 16, 8))
+
+    class Above(Colours):
+        def __call__(self, pixels):
+            return super().__call__(pixels[:, :, :1].expand(-1, -1, 8, -1))
+
+    source = Above()
+    source.transform = TestTransform(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as opened:
+        for found in (opened, tmp_path / "turned.png"):
+            assert prediction.one(source, found)["class"][0] == "ant"  # red is above
+    assert prediction.one(source, picture)["class"][0] == NAMES[2]
+
+
 def test_a_package_is_opened_by_export_and_has_one_kind_of_weights(photos, tmp_path, monkeypatch):
     opened = []
     export = types.SimpleNamespace(load=lambda path: opened.append(path) or Colours())
@@ -720,6 +739,21 @@ def test_a_second_writer_is_refused_and_harms_nothing(photos, tmp_path):
         process.join()
     write(Colours(), [photos], out, batch_size=1)
     assert pd.read_csv(out).file.tolist() == IN_PHOTOS
+
+
+def test_a_table_that_was_finished_while_this_call_began_is_left_with_nothing_beside_it(
+    photos, tmp_path, monkeypatch
+):
+    out, locking = tmp_path / "out.csv", runs.locking
+
+    def late(path):
+        out.write_text("theirs")
+        return locking(path)
+
+    monkeypatch.setattr(runs, "locking", late)
+    with pytest.raises(PredictionError, match="exists and is not replaced"):
+        write(Colours(), [photos], out)
+    assert out.read_text() == "theirs" and _left(tmp_path) == []
 
 
 class _Stop(Exception):
