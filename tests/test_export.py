@@ -22,7 +22,7 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
-from workbench import ROOT, augmentation, consumer, data, export, images, runs, training
+from workbench import ROOT, augmentation, consumer, data, export, images, prediction, runs, training
 from workbench.export import ExportError, PackageError
 from workbench.recipe import Recipe
 
@@ -737,3 +737,15 @@ def test_a_loaded_package_gives_the_logits_of_the_run(built, trained):
     int8 = export.load(built, "int8")
     assert int8.fingerprint != package.fingerprint
     assert 0 < np.abs(int8(batch.images) - wanted).max() < 2
+
+
+def test_prediction_by_a_package_is_that_of_its_run(built, trained, tmp_path):
+    val = data.open_data(Recipe(**trained.recipe())).val
+    lines = [f"{path}\n" for path in val.path]
+    (tmp_path / "all.txt").write_text("".join(lines))
+    told = prediction.predict(built, [tmp_path / "all.txt"])
+    own = trained.predictions("ema")
+    classes = trained.environment()["classes"]
+    assert told.class1.tolist() == [classes[k] for k in own.class1]
+    assert told.p1.to_numpy() == pytest.approx(own.p1, abs=1e-4)
+    assert str(prediction.open_source(built)) == "small 1.0.0, test_resnet, ema weights"

@@ -737,6 +737,10 @@ class Package:
         self._answer = _runner(session(network))
         self._network = Network(nn.Identity(), seen)
 
+    def __str__(self) -> str:
+        its = self.meta
+        return f"{its.model_name} {its.version}, {its.model}, {its.weights} weights"
+
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
         return self._answer(self._network.feed(pixels))
 
