@@ -40,7 +40,8 @@ def trained(tmp_path_factory) -> runs.Run:
 @pytest.fixture(scope="module")
 def built(trained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packages")
-    return export.package(trained.path, out, int8=True, program=True, seconds=0.02, int8_points=5.0)
+    forms = {"int8": True, "whole": True, "program": True}
+    return export.package(trained.path, out, **forms, seconds=0.02, int8_points=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,40 @@ def test_with_pixels_the_network_takes_bytes_and_normalises_itself():
     np.testing.assert_allclose(answer(network.feed(noise)), plain, atol=1e-4)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_whole_network_sees_of_any_picture_what_pillow_shows_but_for_a_grey_level(interpolation):
+    recipe = Recipe(image_size=24, val_resize=27, interpolation=interpolation)
+    seen = export.preprocess(recipe, pixels=True)
+
+    class Seen(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)
+
+    network = export.Network(Seen(), seen).eval()
+    answer = export._runner(export.session(export.to_whole(network, seen)))
+    see = training.test_transform(recipe)
+    mean, std = (np.array(v).reshape(3, 1, 1) for v in (recipe.mean, recipe.std))
+    rng = np.random.default_rng(0)
+    for width, height in [(90, 60), (60, 90), (27, 27), (28, 27), (29, 31), (400, 33), (9, 8)]:
+        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        wanted = np.asarray(see(Image.fromarray(picture)), float).transpose(2, 0, 1)
+        logits = answer(torch.from_numpy(picture).permute(2, 0, 1)[None])
+        came = (logits.reshape(3, 24, 24) * std + mean) * 255
+        apart = np.abs(came - wanted)
+        assert apart.max() < 1.01 and apart.mean() < 0.4, (width, height)
+
+
+def test_a_whole_network_is_refused_for_an_interpolation_that_onnx_has_not():
+    seen = export.preprocess(Recipe(interpolation="lanczos"))
+    with pytest.raises(ExportError, match="lanczos has no form inside ONNX"):
+        export.to_whole(export.Network(nn.Flatten(), seen), seen)
+
+
+def test_the_middle_is_where_torchvision_crops():
+    for left_over in range(40):
+        assert export._middle(left_over) == int(round(left_over / 2.0))
+
+
 def test_the_score_is_one_softmax_of_the_logits():
     network = export.Network(nn.Flatten(), export.preprocess(Recipe()))
     x = torch.randn(4, 3, 2, 2)
@@ -314,7 +349,7 @@ def test_the_whole_validation_list_is_compared_and_told_beside_the_run(files, tr
     assert report["run"]["top1"] == report["forms"]["torch"]["top1"]
     assert report["forms"]["torch"]["top1"] == pytest.approx(100 * (own.class1 == own.label).mean())
     assert report["data"] == trained.environment()["val_data"]
-    assert list(report["forms"]) == ["torch", "onnx", "int8", "program"]
+    assert list(report["forms"]) == ["torch", "onnx", "int8", "program", "whole"]
     for name in ("onnx", "program"):
         assert report["forms"][name]["flips"] == report["forms"][name]["ties"] == 0
         assert report["forms"][name]["largest"] < 1e-4
@@ -334,6 +369,8 @@ def test_the_whole_validation_list_is_compared_and_told_beside_the_run(files, tr
         ("int8", 9, 0, 89.5, ""),
         ("int8", 9, 0, 89.4, "int8 loses 0.60 points"),
         ("int8", 9, 0, 95.0, ""),
+        ("whole", 9, 0, 89.5, ""),
+        ("whole", 9, 0, 89.4, "whole loses 0.60 points"),
     ],
 )
 def test_the_budget_is_for_answers_beyond_ties_and_for_points_of_int8(

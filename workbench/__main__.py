@@ -228,11 +228,12 @@ def export(
     weights: Annotated[str, typer.Option(help="raw or ema; ema where the run keeps it")] = "",
     pixels: Annotated[bool, typer.Option(help="the network takes uint8 and normalises")] = False,
     int8: Annotated[bool, typer.Option(help="add a quantised network")] = False,
+    whole: Annotated[bool, typer.Option(help="add a network that resizes and crops too")] = False,
     program: Annotated[bool, typer.Option(help="add a file for torch.export.load")] = False,
     kestrel: Annotated[
         Path | None, typer.Option(help="take the to_kestrel block of this UP configuration")
     ] = None,
-    int8_points: Annotated[float, typer.Option(help="top-1 that int8 may lose")] = 0.5,
+    int8_points: Annotated[float, typer.Option(help="top-1 that int8 or whole may lose")] = 0.5,
     p: Overrides = [],  # noqa: B006
     check: Annotated[Path | None, typer.Option(help="verify this package instead")] = None,
 ) -> None:
@@ -259,7 +260,7 @@ def export(
     overrides = dict(text.split("=", 1) for text in p)
     path = exporting.package(
         run, out, name=name, version=version, weights=weights, pixels=pixels, int8=int8,
-        program=program, kestrel=block, int8_points=int8_points, **overrides,
+        whole=whole, program=program, kestrel=block, int8_points=int8_points, **overrides,
     )  # fmt: skip
     print(exporting.table(exporting.read_report(path)).to_string(float_format="{:.4g}".format))
     print(path)

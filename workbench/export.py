@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from workbench import augmentation, comparison, consumer, data, models, runs, training
+from workbench import augmentation, comparison, consumer, data, images, models, runs, training
 from workbench.progress import bar
 from workbench.recipe import PLACE, Recipe, RecipeError
 
@@ -146,6 +146,7 @@ FILES = {  # every file a package may hold, and whether it must
     "README.md": True,
     "flips.csv": True,
     "model_int8.onnx": False,
+    "model_whole.onnx": False,
     "model.pt2": False,
 }
 
@@ -211,22 +212,67 @@ class Network(nn.Module):
         return pixels if self.pixels else (pixels.float() - self.mean) / self.std
 
 
+class Whole(nn.Module):
+    """A network from decoded pictures, uint8 (n, 3, height, width) of any one size.
+
+    Short side to `resize` and the centre inside, as Pillow does it but for rounding: a pixel may
+    be one grey level apart. Bilinear and bicubic alone.
+    """
+
+    def __init__(self, network: Network, seen: Preprocess):
+        super().__init__()
+        self.network, self.seen = network, seen
+
+    def forward(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = self.seen
+        height, width = data.shape[-2:]
+        short = torch.sym_min(height, width)
+        shape = (seen.resize * height // short, seen.resize * width // short)
+        how = {"mode": seen.interpolation, "antialias": True, "align_corners": False}
+        pixels = data.float()
+        for size in ((height, shape[1]), shape):  # rows first, in whole grey levels, as Pillow
+            pixels = nn.functional.interpolate(pixels, size=size, **how).round().clamp(0, 255)
+        for axis, side in zip((-2, -1), shape, strict=True):
+            pixels = pixels.narrow(axis, _middle(side - seen.size), seen.size)
+        pixels = pixels.reshape(-1, 3, seen.size, seen.size)  # tells the exporter what is known
+        return self.network(pixels if self.network.pixels else self.network.feed(pixels))
+
+
+def _middle(left_over: int) -> int:
+    """Half of it as Python rounds, to even, in whole numbers: so torchvision crops the centre."""
+    half = left_over // 2
+    return half + (left_over % 2) * (half % 2)
+
+
 def to_onnx(network: Network) -> bytes:
     """The network as one ONNX file: input `data`, outputs `score` and `logits`, any batch size.
 
     By torch's dynamo exporter, weights inside. Raises ExportError.
     """
-    pixels = network.noise(2)
+    return _onnx(network, network.feed(network.noise(2)), {0: "batch"})
+
+
+def to_whole(network: Network, seen: Preprocess) -> bytes:
+    """As to_onnx, of Whole: any batch size, height and width. Raises ExportError."""
+    if seen.interpolation not in ("bilinear", "bicubic"):
+        raise ExportError(f"{seen.interpolation} has no form inside ONNX; train with bilinear")
+    pictures = torch.zeros(2, 3, seen.resize + 8, seen.resize + 24, dtype=torch.uint8)
+    return _onnx(Whole(network, seen).eval(), pictures, {0: "batch", 2: "height", 3: "width"})
+
+
+def _onnx(network: nn.Module, feed: torch.Tensor, dynamic: Mapping[int, str]) -> bytes:
+    limits = {"batch": {}, "height": {"min": 4, "max": 2**15}, "width": {"min": 4, "max": 2**15}}
+    shapes = {axis: torch.export.Dim(name, **limits[name]) for axis, name in dynamic.items()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter about its own parts
+            traced = torch.export.export(network, (feed,), dynamic_shapes=(shapes,), strict=False)
             program = torch.onnx.export(
-                network,
-                (network.feed(pixels),),
+                traced,
                 dynamo=True,
                 input_names=["data"],
                 output_names=["score", "logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=(dict(dynamic),),  # gives the axes their names
                 opset_version=OPSET,
                 verbose=False,
             )
@@ -351,16 +397,19 @@ def parity(
     batches: Any,
     total: int,
     seconds: float = 1.0,
+    whole: Callable[[int], np.ndarray] | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """How each form answers the whole validation list beside the first, and every flip.
+
+    `whole` gives the logits of the form that takes the picture of a row as it was decoded.
 
     The report has by form: top1 in percent, flips (other answers), ties (flips where the first was
     within TIE logits of the other answer), largest and mean difference of the logits, and the
     paired difference of top-1 in points with its 95 % interval and McNemar's p. A row of the
     frame: row, label, form, before, after, margin in logits.
     """
-    first, *others = answers
-    labels, classes, flips, rows = [], {name: [] for name in answers}, [], []
+    first, *others = [*answers, *(["whole"] if whole else [])]
+    labels, classes, flips, rows = [], {name: [] for name in (first, *others)}, [], []
     largest, summed, count = Counter(), Counter(), 0
     with bar(total, "parity", "img") as progress:
         for batch in batches:
@@ -369,6 +418,8 @@ def parity(
                 continue
             feed = network.feed(batch.images)
             logits = {name: answer(feed) for name, answer in answers.items()}
+            if whole:
+                logits["whole"] = np.concatenate([whole(row) for row in batch.indices.tolist()])
             reference = logits[first]
             labels.append(batch.labels.numpy())
             rows.append(batch.indices.numpy())
@@ -394,7 +445,7 @@ def parity(
     columns = ["row", "label", "form", "before", "after", "margin"]
     flips = pd.DataFrame(flips, columns=columns)
     report = {"pictures": len(label), "forms": {}}
-    for name in answers:
+    for name in (first, *others):
         its = flips[flips.form == name]
         found = comparison.difference(right[first], right[name])
         report["forms"][name] = {
@@ -405,7 +456,7 @@ def parity(
             "mean": summed[name] / count,
             "difference": {"points": found.points, "low": found.low, "high": found.high},
             "p": found.p,
-            "latency": latency(answers[name], network, seconds),
+            "latency": latency(answers[name], network, seconds) if name in answers else {},
         }
     return report, flips
 
@@ -431,9 +482,9 @@ def over_budget(report: Mapping[str, Any], flips: int, int8_points: float) -> li
     problems = []
     for name, its in report["forms"].items():
         lost = report["forms"]["torch"]["top1"] - its["top1"]
-        if name == "int8":
+        if name in ("int8", "whole"):  # these round otherwise than torch
             if lost > int8_points:
-                problems.append(f"int8 loses {lost:.2f} points, the budget is {int8_points}")
+                problems.append(f"{name} loses {lost:.2f} points, the budget is {int8_points}")
         elif its["flips"] - its["ties"] > flips:
             problems.append(
                 f"{name} answers {its['flips'] - its['ties']} pictures otherwise (beyond ties), "
@@ -454,6 +505,7 @@ def package(
     weights: str = "",
     pixels: bool = False,
     int8: bool = False,
+    whole: bool = False,
     program: bool = False,
     kestrel: Mapping[str, Any] | None = None,
     flips: int = 0,
@@ -466,11 +518,11 @@ def package(
 
     Without them name and version are the block's, else the run's and 1.0.0. With `pixels` the
     network takes uint8 and normalises itself. `int8` adds a network quantised on `calibration`
-    training pictures, `program` one for torch.export.load. `kestrel` is the
-    `to_kestrel` block. Every form answers the whole validation list; where it differs by more than
-    `flips` pictures beyond ties, or int8 loses more than `int8_points`, no package is written,
-    ExportError is raised, and the report stays beside its place. `overrides` are knobs of the
-    recipe, such as data_dir.
+    training pictures, `whole` one that resizes and crops too, `program` one for
+    torch.export.load. `kestrel` is a `to_kestrel` block. Every form answers the whole validation
+    list; where it differs by more than `flips` pictures beyond ties, or int8 or whole lose more
+    than `int8_points`, no package is written, ExportError is raised, and the report stays beside
+    its place. `overrides` are knobs of the recipe, such as data_dir.
     """
     run = runs.Run(run)
     recipe, classes, model, weights = trained_model(run, weights)
@@ -507,12 +559,15 @@ def package(
         files["model_int8.onnx"], quantised = to_int8(files["model.onnx"], feeds)
     if program:
         files["model.pt2"] = to_program(network)
+    if whole:
+        files["model_whole.onnx"] = to_whole(network, seen)
     val = content.val
     if recipe.verify_data:
         val, _ = data.sound(data.examine(val), "val")
     answers = _answers(network, files)
     batches = data.eval_batches(val, training.test_transform(recipe), batch_size=64)
-    report, flipped = parity(answers, network, batches, len(val), seconds)
+    entire = _entire(files["model_whole.onnx"], val) if whole else None
+    report, flipped = parity(answers, network, batches, len(val), seconds, entire)
     flipped = val[["file", "list"]].iloc[flipped.row].reset_index(drop=True).join(flipped)
     known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
     report |= {
@@ -593,6 +648,17 @@ def _categories(kestrel: Mapping[str, Any], classes: list[str]) -> dict[str, Any
     return found
 
 
+def _entire(onnx: bytes, val: pd.DataFrame) -> Callable[[int], np.ndarray]:
+    """The logits of a row's picture as it was decoded, by a network that takes it whole."""
+    answer = _runner(session(onnx))
+
+    def logits(row: int) -> np.ndarray:
+        picture = np.array(images.decode(val.path.iloc[row]))
+        return answer(torch.from_numpy(picture).permute(2, 0, 1)[None])
+
+    return logits
+
+
 def _calibration(
     network: Network, recipe: Recipe, train: pd.DataFrame, count: int
 ) -> Iterator[torch.Tensor]:
@@ -667,7 +733,7 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
         "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, its in forms.items():
-        ms = ", ".join(f"{its['latency'][b]['median']:.2f}" for b in ("1", "32"))
+        ms = ", ".join(f"{ms['median']:.2f}" for ms in its["latency"].values())
         ties = f" ({its['ties']} ties)" if its["ties"] else ""
         lines.append(
             f"| {name} | {its['top1']:.2f} | {its['flips']}{ties} | {its['largest']:.2g} | {ms} |"
@@ -708,7 +774,7 @@ def table(report: Mapping[str, Any]) -> pd.DataFrame:
     """A parity report as a table, a row per form: points are its top-1 less torch's."""
     rows = {}
     for name, its in report["forms"].items():
-        ms = {f"ms, batch {b}": its["latency"][b]["median"] for b in ("1", "32")}
+        ms = {f"ms, batch {b}": its["latency"][b]["median"] for b in its["latency"]}
         kept = {key: its[key] for key in ("top1", "flips", "ties", "largest", "mean")}
         apart = {"points": its["difference"]["points"], "p": its["p"]}
         size = report["bytes"].get(_FILE.get(name), float("nan")) / 1e6
@@ -716,7 +782,12 @@ def table(report: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, "index")
 
 
-_FILE = {"onnx": "model.onnx", "int8": "model_int8.onnx", "program": "model.pt2"}
+_FILE = {
+    "onnx": "model.onnx",
+    "int8": "model_int8.onnx",
+    "whole": "model_whole.onnx",
+    "program": "model.pt2",
+}
 
 
 # ---- a package from elsewhere
@@ -773,7 +844,7 @@ def check(path: str | Path) -> dict[str, bytes]:
     if problems:
         raise PackageError(path, problems)
     problems += _disagreements(meta, parameters, categories)
-    for file in ("model.onnx", "model_int8.onnx"):
+    for file in ("model.onnx", "model_int8.onnx", "model_whole.onnx"):
         if file in files and not problems:
             problems += _network_problems(file, files[file], meta)
     if problems:
@@ -872,18 +943,21 @@ def _disagreements(
 def _network_problems(file: str, content: bytes, meta: Meta) -> list[str]:
     """What is wrong with a network: that it cannot be run, its shapes, its answers to noise."""
     size = meta.preprocess.size
-    kind = "tensor(uint8)" if meta.preprocess.normalised_inside else "tensor(float)"
+    whole = file == "model_whole.onnx"
+    kind = "tensor(uint8)" if meta.preprocess.normalised_inside or whole else "tensor(float)"
+    shape = [3, "height", "width"] if whole else [3, size, size]
     try:
         its = session(content)
         inputs, outputs = its.get_inputs(), [output.name for output in its.get_outputs()]
         told = [(i.name, i.type, list(i.shape[1:])) for i in inputs]
-        if told != [("data", kind, [3, size, size])] or outputs != ["score", "logits"]:
+        if told != [("data", kind, shape)] or outputs != ["score", "logits"]:
             return [
-                f"{file} takes {told} and gives {outputs}; wanted data, {kind}, 3 x {size} x "
-                f"{size}, and score, logits"
+                f"{file} takes {told} and gives {outputs}; wanted data, {kind}, {shape}, and "
+                "score, logits"
             ]
         network = Network(nn.Identity(), meta.preprocess)
-        score, logits = its.run(None, {"data": network.feed(network.noise(PROBES)).numpy()})
+        noise = network.noise(PROBES)
+        score, logits = its.run(None, {"data": (noise if whole else network.feed(noise)).numpy()})
     except Exception as error:  # onnxruntime has many
         first = str(error).strip().split("\n")[0][:200]
         return [f"onnxruntime cannot run {file}: {first}"]
