@@ -751,8 +751,13 @@ def test_a_run_that_cannot_be_packed_is_one_error(spoil, word, trained, tmp_path
 
 def test_weights_that_were_not_kept_and_other_classes_are_refused(trained, tmp_path):
     shutil.copytree(trained.path, tmp_path / "run")
-    with pytest.raises(ExportError, match="has 26 classes, .* was trained for 10"):
-        export.package(trained.path, tmp_path, dataset="letters")
+    with pytest.raises(ExportError, match="lr would change what the run was; allowed are data_dir"):
+        export.package(trained.path, tmp_path, lr="3")
+    told = json.loads((tmp_path / "run" / "environment.json").read_text())
+    told["classes"][3] = "three"
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(told))
+    with pytest.raises(ExportError, match="10 classes, .* for 10, or others in another order"):
+        export.package(tmp_path / "run", tmp_path)
     with pytest.raises(ExportError, match="no fast weights; it has raw and ema"):
         export.package(trained.path, tmp_path, weights="fast")
 

@@ -33,6 +33,7 @@ from workbench.recipe import PLACE, Recipe, RecipeError
 
 FORMAT = 1  # of the package; a reader refuses a higher one
 OPSET = 20
+PLACES = "data_dir train_list train_root val_list val_root class_names verify_data".split()
 TIE = 1e-3  # logits: an answer ahead of the next by less is no answer to defend
 LARGEST = 4 * 2**30  # bytes of a whole package
 PROBES = 2  # pictures of noise whose logits go with the package
@@ -522,12 +523,16 @@ def package(
     torch.export.load. `kestrel` is a `to_kestrel` block. Every form answers the whole validation
     list; where it differs by more than `flips` pictures beyond ties, or int8 or whole lose more
     than `int8_points`, no package is written, ExportError is raised, and the report stays beside
-    its place. `overrides` are knobs of the recipe, such as data_dir.
+    its place. `overrides` are knobs of PLACES, where the pictures lie now.
     """
     run = runs.Run(run)
     recipe, classes, model, weights = trained_model(run, weights)
+    if strange := sorted(set(overrides) - set(PLACES)):
+        raise ExportError(
+            f"{', '.join(strange)} would change what the run was; allowed are {', '.join(PLACES)}"
+        )
     try:
-        recipe = recipe.replace(**overrides)
+        places = recipe.replace(**overrides)
     except RecipeError as error:
         raise ExportError(str(error)) from None
     kestrel = dict(kestrel or {})
@@ -545,7 +550,7 @@ def package(
         "classes": classes, "opset": OPSET, "preprocess": seen.model_dump(),
     }  # fmt: skip
     categories = _categories(kestrel, classes)
-    content = data.open_data(recipe)
+    content = data.open_data(places)
     if content.classes != classes:
         raise ExportError(
             f"the data has {len(content.classes)} classes, {run.path} was trained for "
@@ -562,7 +567,7 @@ def package(
     if whole:
         files["model_whole.onnx"] = to_whole(network, seen)
     val = content.val
-    if recipe.verify_data:
+    if places.verify_data:
         val, _ = data.sound(data.examine(val), "val")
     answers = _answers(network, files)
     batches = data.eval_batches(val, training.test_transform(recipe), batch_size=64)
