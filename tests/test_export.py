@@ -390,8 +390,11 @@ def test_over_the_budget_there_is_a_report_and_no_package(trained, tmp_path, mon
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "small_1.0.0.flips.csv", "small_1.0.0.parity.json"]  # fmt: skip
     report = export.read_report(tmp_path / "small_1.0.0.parity.json")
+    monkeypatch.undo()
     assert report["problems"] and report["forms"]["onnx"]["flips"] > 100
     assert len(pd.read_csv(tmp_path / "small_1.0.0.flips.csv")) == report["forms"]["onnx"]["flips"]
+    path = export.package(trained.path, tmp_path, seconds=0.01)
+    assert list(tmp_path.glob("small*")) == [path], "the report of the try that failed is gone"
 
 
 # ---- what a package says
@@ -488,6 +491,9 @@ def test_the_card_says_what_was_measured(files, trained):
     low, high = stats.binomtest(round(5 * top1), 500).proportion_ci(method="wilson")
     assert f"{top1:.2f} %** (95 % interval {100 * low:.2f} to {100 * high:.2f}, n=500" in body
     assert trained.environment()["val_data"] in body and "| int8 |" in body
+    assert "0 to 255 less `pixel_means`, over `pixel_stds` of parameters.json" in body
+    assert "1,297 pictures" in body and "python predict.py model_int8.onnx" in body
+    assert "model_whole.onnx" in body and "model.pt2" in body
 
 
 def test_the_schema_describes_every_field(files):
@@ -496,8 +502,82 @@ def test_the_schema_describes_every_field(files):
         assert set(json.loads(files[name])) == set(told[name]["properties"])
 
 
-def test_two_exports_leave_one_package_and_no_half_one(built):
+def test_no_half_package_is_left_and_none_is_replaced(built, trained):
+    before = built.read_bytes()
+    with pytest.raises(ExportError, match="exists and is not replaced; give this one another ver"):
+        export.package(trained.path, built.parent)
     assert [p.name for p in built.parent.iterdir()] == [built.name]
+    assert built.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_work(trained, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(export, "to_onnx", None)  # would fail otherwise
+    with pytest.raises(ExportError, match="cannot write .*; choose another out"):
+        export.package(trained.path, tmp_path / "file" / "x")
+    for words in ({"name": "../evil"}, {"version": "1/2"}):
+        with pytest.raises(ExportError, match="letters, digits, dots, dashes and _ alone"):
+            export.package(trained.path, tmp_path, **words)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_unfinished_run_is_not_packed(trained, tmp_path):
+    shutil.copytree(trained.path, tmp_path / "run")
+    run = runs.Run(tmp_path / "run")
+    with run.writing():
+        run.set_status("stopped")
+    with pytest.raises(ExportError, match="is stopped; train it to its end"):
+        export.package(run.path, tmp_path)
+
+
+def test_other_validation_pictures_than_the_runs_are_refused(pictures):
+    recipe = Recipe(dataset="files", data_dir=str(pictures), runs_dir=str(pictures / "runs"),
+                    epochs=1, batch_size=6, workers=0)  # fmt: skip
+    run = runs.Run(recipe.folder)
+    list(training.fit(recipe, run))
+    [first, *_] = sorted((pictures / "val" / "a").iterdir())
+    saved = first.read_bytes()
+    for spoil in (first.unlink, lambda: first.write_bytes(b"garbage"),
+                  lambda: shutil.copy(pictures / "val" / "b" / "0.png", first)):  # fmt: skip
+        spoil()
+        with pytest.raises(ExportError, match="validation pictures have changed since"):
+            export.package(run.path, pictures / "out")
+    first.write_bytes(saved)
+    moved = pictures.rename(pictures.with_name("moved"))
+    path = export.package(moved / "runs" / run.path.name, moved / "out", seconds=0.001,
+                          data_dir=str(moved))  # fmt: skip
+    report = export.read_report(path)
+    assert report["pictures"] == 6 and report["data"] == run_environment(moved, run)["val_data"]
+
+
+def run_environment(root: Path, run: runs.Run) -> dict:
+    return json.loads((root / "runs" / run.path.name / "environment.json").read_text())
+
+
+def test_the_consumer_goes_on_after_a_bad_file_and_answers_in_int8_too(built, elsewhere, tmp_path):
+    with tarfile.open(built) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (tmp_path / "text.jpg").write_text("no picture")
+    good = save_noise(tmp_path / "good.png", 1)
+    start = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        "import sys; sys.path[:0] = sys.argv[1:3]; import predict; predict.main(sys.argv[3:])",
+        str(elsewhere),
+        str(tmp_path),
+    ]
+    call = lambda *words: subprocess.run([*start, *map(str, words)], capture_output=True, text=True)
+    done = call(tmp_path / "missing.png", tmp_path / "text.jpg", tmp_path, good)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [line[2][:6] == "error:" for line in lines] == [True, True, True, False]
+    small = call("model_int8.onnx", good).stdout.split("\t")
+    assert small[1] in "0123456789" and small[2] != lines[3][2]
+    for words in ((), ("--help",)):
+        usage = call(*words)
+        assert usage.returncode == 1 and "PICTURE ..." in usage.stderr
 
 
 # ---- what is refused

@@ -1,4 +1,7 @@
-"""Answers for picture files: python predict.py PICTURE ... Needs onnxruntime and Pillow alone."""
+"""Answers for picture files, with onnxruntime and Pillow alone.
+
+python predict.py [model_int8.onnx] PICTURE ...     prints file, best class, probability
+"""
 
 import json
 import sys
@@ -42,13 +45,20 @@ def prepare(image: Image.Image, seen: dict) -> np.ndarray:
     return (pixels - mean) / std
 
 
-def main(paths: list[str], network: str = "model.onnx") -> None:
-    """Prints file, best class and its probability, a line each."""
+def main(words: list[str]) -> None:
+    """Prints file, best class and its probability, a line each; of a bad file what is wrong."""
+    if not words or words[0].startswith("-"):
+        sys.exit(__doc__)
+    network = words.pop(0) if words[0].endswith(".onnx") else "model.onnx"
     meta = json.loads((HERE / "meta.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(HERE / network, providers=["CPUExecutionProvider"])
-    for path in paths:
-        with Image.open(path) as image:
-            data = prepare(rgb(image), meta["preprocess"])
+    for path in words:
+        try:
+            with Image.open(path) as image:
+                data = prepare(rgb(image), meta["preprocess"])
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            print(path, "", f"error: {error}", sep="\t")
+            continue
         [score] = session.run(["score"], {"data": data})[0]
         print(path, meta["classes"][score.argmax()], f"{score.max():.6f}", sep="\t")
 

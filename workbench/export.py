@@ -12,6 +12,7 @@ The binary form of the closed toolkit that read those packages is out of reach.
 import hashlib
 import io
 import json
+import re
 import tarfile
 import tempfile
 import time
@@ -538,6 +539,9 @@ def package(
     kestrel = dict(kestrel or {})
     name = name or kestrel.get("model_name") or recipe.name
     version = version or str(kestrel.get("version", "1.0.0"))
+    for what, text in (("name", name), ("version", version)):
+        if not re.fullmatch(r"[\w.-]+", text):
+            raise ExportError(f"{what} {text!r}: letters, digits, dots, dashes and _ alone")
     seen = preprocess(recipe, pixels)
     if kestrel.get("resize_hw", [seen.size, seen.size]) != [seen.size, seen.size]:
         raise ExportError(
@@ -550,12 +554,16 @@ def package(
         "classes": classes, "opset": OPSET, "preprocess": seen.model_dump(),
     }  # fmt: skip
     categories = _categories(kestrel, classes)
+    if (state := run.status()["state"]) != "finished":
+        raise ExportError(f"{run.path} is {state}; train it to its end, then pack it")
     content = data.open_data(places)
     if content.classes != classes:
         raise ExportError(
             f"the data has {len(content.classes)} classes, {run.path} was trained for "
             f"{len(classes)}, or others in another order"
         )
+    out, stem = Path(out), f"{name}_{version}"
+    _place(out, stem)
     network = Network(model, seen).eval()
     files = {"model.onnx": to_onnx(network)}
     quantised = {}
@@ -569,12 +577,17 @@ def package(
     val = content.val
     if places.verify_data:
         val, _ = data.sound(data.examine(val), "val")
+    known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
+    if known != (then := run.environment().get("val_data", known)):
+        raise ExportError(
+            f"the validation pictures have changed since {run.path} was trained (fingerprint "
+            f"{then}, now {known}): the accuracy would be another list's; put them back"
+        )
     answers = _answers(network, files)
     batches = data.eval_batches(val, training.test_transform(recipe), batch_size=64)
     entire = _entire(files["model_whole.onnx"], val) if whole else None
     report, flipped = parity(answers, network, batches, len(val), seconds, entire)
     flipped = val[["file", "list"]].iloc[flipped.row].reset_index(drop=True).join(flipped)
-    known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
     report |= {
         "weights": weights, "data": known, "quantised": quantised,
         "bytes": {file: len(its) for file, its in files.items()},
@@ -583,9 +596,6 @@ def package(
     }  # fmt: skip
     report["run"] = _beside_the_run(run, weights, report)
     report["problems"] = over_budget(report, flips, int8_points)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}_{version}"
     if report["problems"]:
         beside = out / f"{stem}.parity.json"
         beside.write_text(json.dumps(report, indent=2) + "\n")
@@ -606,10 +616,24 @@ def package(
         "recipe.yaml": recipe.yaml(k for k in recipe.changed() if k == "name" or k not in PLACE),
         "predict.py": Path(consumer.__file__).read_text(encoding="utf-8"),
         "flips.csv": flipped.to_csv(index=False),
-        "README.md": card(Meta(**meta), report, recipe, len(content.train)),
+        "README.md": card(Meta(**meta), report, recipe, environment["train_images"]),
     }
     files |= {file: text.encode() for file, text in texts.items()}
     return _packed(out / f"{stem}.tar", files)
+
+
+def _place(out: Path, stem: str) -> None:
+    """Makes the folder; raises ExportError, before any work, where no package can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in ("parity.json", "flips.csv"):  # of an earlier try that failed
+            (out / f"{stem}.{leftover}").unlink(missing_ok=True)
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {error.strerror}; choose another out") from None
+    if (out / f"{stem}.tar").exists():
+        raise ExportError(
+            f"{out / stem}.tar exists and is not replaced; give this one another version or name"
+        )
 
 
 def _parameters(meta: Mapping[str, Any], kestrel: Mapping[str, Any]) -> dict[str, Any]:
@@ -730,8 +754,8 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
         f"A {meta.model} that tells {len(meta.classes)} classes apart: "
         f"{', '.join(meta.classes[:12])}{' and so on' if len(meta.classes) > 12 else ''}.", "",
         f"Trained by the recipe in `recipe.yaml` ({recipe.epochs} epochs, {trained_on:,} pictures, "
-        f"fingerprint {recipe.fingerprint}); {meta.weights} weights of the last epoch"
-        + ("." if meta.made["state"] == "finished" else f"; the run is {meta.made['state']}."), "",
+        f"fingerprint {recipe.fingerprint}); {meta.weights} weights of the last epoch.",
+        "",
         f"**Top-1 {forms['torch']['top1']:.2f} %** (95 % interval {low:.2f} to {high:.2f}, "
         f"n={n:,}, validation list {report['data']}).", "",
         "| form | top-1 | other answers | largest difference of a logit | ms at batch 1, 32 |",
@@ -744,13 +768,22 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
             f"| {name} | {its['top1']:.2f} | {its['flips']}{ties} | {its['largest']:.2g} | {ms} |"
         )
     seen = meta.preprocess
-    given = "uint8 pixels" if seen.normalised_inside else "less `mean`, over `std` of meta.json"
+    given = "uint8, 0 to 255" if seen.normalised_inside else (
+        "0 to 255 less `pixel_means`, over `pixel_stds` of parameters.json, float32")  # fmt: skip
+    others = {
+        "int8": "`model_int8.onnx` takes and gives the same in int8: `python predict.py "
+        "model_int8.onnx PICTURE ...`.",
+        "whole": "`model_whole.onnx` takes decoded RGB pictures of any one size, uint8 "
+        "(n, 3, height, width), and resizes and crops itself.",
+        "program": "`model.pt2` is for `torch.export.load`.",
+    }
     lines += [
         "", f"Measured on {report['device']}, {report['threads']} threads.", "",
         "## Use", "",
         f"`python predict.py PICTURE ...` needs onnxruntime and Pillow. Short side to "
         f"{seen.resize} pixels ({seen.interpolation}), the centre {seen.size} x {seen.size}, RGB, "
-        f"{given}; input `data`, outputs `score` (a softmax) and `logits`.", "",
+        f"{given}: input `data` (n, 3, {seen.size}, {seen.size}), outputs `score` (a softmax) and "
+        "`logits`.", "", *(text for form, text in others.items() if form in forms), "",
         "## Limits", "", "It answers one of its classes for any picture, also for one that shows "
         "none of them. Its accuracy is that on pictures like those of the validation list; on "
         "others it was not measured.", "",
