@@ -80,6 +80,7 @@ def _forms(name: str, threads: int) -> dict[str, Callable[[], object]]:
 
 
 def _median(call: Callable[[], object], calls: int) -> float:
+    time.sleep(0.5)  # the threads of the form before spin for a while, on the same cores
     call()
     seconds = []
     for _ in range(calls):
