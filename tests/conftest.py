@@ -16,11 +16,21 @@ atexit.register(shutil.rmtree, os.environ["WORKBENCH_CACHE"], ignore_errors=True
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from workbench.recipe import Recipe  # noqa: E402
 
 CLASSES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The same sums here and in the children, and no fight for the cores over tiny pictures."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -32,13 +32,7 @@ TRAIN = [f"{name}/{i}.png" for name in CLASSES for i in range(6)]
 VAL = [f"{name}/{i}.png" for name in CLASSES for i in range(2)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny pictures gain nothing from threads, and lose much beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -46,13 +46,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["workbench.training", "workbench.recipe"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny pictures gain nothing from threads; and the number of threads is part of the bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -440,6 +440,9 @@ def test_a_to_kestrel_block_decides_names_types_and_categories(trained, tmp_path
     block["class_label"]["high"]["labels"].pop()
     with pytest.raises(ExportError, match="class_label names 9 labels, the network has 10 scores"):
         export.package(trained.path, tmp_path, kestrel=block)
+    block["class_label"]["high"]["proposal_threshold"] = 0.5
+    with pytest.raises(ExportError, match="class_label.high: proposal_threshold cannot be packed"):
+        export.package(trained.path, tmp_path, kestrel=block)
     with pytest.raises(ExportError, match=r"resize_hw is \[224, 256\], the run sees 32 x 32"):
         export.package(trained.path, tmp_path, kestrel={"resize_hw": [224, 256]})
 

@@ -28,13 +28,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["workbench.training", "workbench.recipe"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The same sums here and in the children, and no fight for the cores over tiny pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextlib.contextmanager

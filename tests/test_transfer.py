@@ -25,14 +25,7 @@ from timm.optim import param_groups_layer_decay
 from workbench import data, models, runs, training
 from workbench.recipe import Recipe
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The same sums here and in the children, and no fight for the cores over tiny pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

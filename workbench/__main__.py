@@ -38,12 +38,18 @@ def main() -> None:
 
 
 def _recipe(params: Path, overrides: list[str]):
-    from workbench.recipe import Recipe, RecipeError
+    from workbench.recipe import Recipe
+
+    return Recipe.read(params, **_knobs(overrides))
+
+
+def _knobs(overrides: list[str]) -> dict[str, str]:
+    from workbench.recipe import RecipeError
 
     bad = [text for text in overrides if "=" not in text]
     if bad:
         raise RecipeError([f"-p {text}: wanted KNOB=VALUE" for text in bad], "command line")
-    return Recipe.read(params, **dict(text.split("=", 1) for text in overrides))
+    return dict(text.split("=", 1) for text in overrides)
 
 
 @app.command()
@@ -257,10 +263,9 @@ def export(
         block = united_perception.load(kestrel).deployment
         if block is None:
             raise exporting.ExportError(f"{kestrel} has no to_kestrel block")
-    overrides = dict(text.split("=", 1) for text in p)
     path = exporting.package(
         run, out, name=name, version=version, weights=weights, pixels=pixels, int8=int8,
-        whole=whole, program=program, kestrel=block, int8_points=int8_points, **overrides,
+        whole=whole, program=program, kestrel=block, int8_points=int8_points, **_knobs(p),
     )  # fmt: skip
     print(exporting.table(exporting.read_report(path)).to_string(float_format="{:.4g}".format))
     print(path)

@@ -244,6 +244,11 @@ class Group:
         """(steps, metrics) of every run, read once."""
         return [(run.steps(), run.metrics()) for run in self.runs]
 
+    @functools.cached_property
+    def unfinished(self) -> bool:
+        """Whether a run is still to go on."""
+        return any(run.status()["state"] != "finished" for run in self.runs)
+
     @property
     def answers(self) -> np.ndarray:
         """The class most of its runs give to each picture, of equally many the lowest: (n,)."""
@@ -436,10 +441,9 @@ def compare(
     flags += _unlike(opened, groups, weights)
     found = [difference(groups[0].right, g.right) for g in groups[1:]]
     adjusted = holm([d.p for d in found])
-    going = [any(run.status()["state"] != "finished" for run in g.runs) for g in groups]
     verdicts = [
-        Verdict(g.name, groups[0].name, d, p, len(found), going[0] or on)
-        for g, d, p, on in zip(groups[1:], found, adjusted, going[1:], strict=True)
+        Verdict(g.name, groups[0].name, d, p, len(found), groups[0].unfinished or g.unfinished)
+        for g, d, p in zip(groups[1:], found, adjusted, strict=True)
     ]
     return Comparison(groups, verdicts, flags, pictures, opened[0].classes)
 
@@ -633,8 +637,7 @@ def _epochs(group: Group) -> int | str:
     """Those of the recipe; "6 of 20" where a run has only come so far."""
     whole = group.recipe["epochs"]
     done = min(int(m.epoch.iloc[-1]) if len(m) else 0 for _, m in group.tables)
-    going = any(run.status()["state"] != "finished" for run in group.runs)
-    return f"{done} of {whole}" if going else whole
+    return f"{done} of {whole}" if group.unfinished else whole
 
 
 def _top5(frame: pd.DataFrame) -> float:

@@ -99,7 +99,7 @@ class Meta(_Part):
     classes: list[str] = Field(min_length=2)
     preprocess: Preprocess
     opset: int
-    probe: list[list[float]] = Field(description="logits of PROBES pictures of noise, see probes")
+    probe: list[list[float]] = Field(description="logits of PROBES pictures of Network.noise")
     made: dict[str, Any] = Field(description="run, fingerprints of recipe and data, versions")
 
 
@@ -562,6 +562,16 @@ def package(
             f"the data has {len(content.classes)} classes, {run.path} was trained for "
             f"{len(classes)}, or others in another order"
         )
+    environment = run.environment()
+    val = content.val
+    if places.verify_data:
+        val, _ = data.sound(data.examine(val), "val")
+    known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
+    if known != (then := environment.get("val_data", known)):
+        raise ExportError(
+            f"the validation pictures have changed since {run.path} was trained (fingerprint "
+            f"{then}, now {known}): the accuracy would be another list's; put them back"
+        )
     out, stem = Path(out), f"{name}_{version}"
     _place(out, stem)
     network = Network(model, seen).eval()
@@ -574,15 +584,6 @@ def package(
         files["model.pt2"] = to_program(network)
     if whole:
         files["model_whole.onnx"] = to_whole(network, seen)
-    val = content.val
-    if places.verify_data:
-        val, _ = data.sound(data.examine(val), "val")
-    known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
-    if known != (then := run.environment().get("val_data", known)):
-        raise ExportError(
-            f"the validation pictures have changed since {run.path} was trained (fingerprint "
-            f"{then}, now {known}): the accuracy would be another list's; put them back"
-        )
     answers = _answers(network, files)
     batches = data.eval_batches(val, training.test_transform(recipe), batch_size=64)
     entire = _entire(files["model_whole.onnx"], val) if whole else None
@@ -594,7 +595,7 @@ def package(
         "threads": torch.get_num_threads(), "device": training.processor(),
         "budget": {"flips": flips, "int8_points": int8_points},
     }  # fmt: skip
-    report["run"] = _beside_the_run(run, weights, report)
+    report["run"] = _beside_the_run(run, weights)
     report["problems"] = over_budget(report, flips, int8_points)
     if report["problems"]:
         beside = out / f"{stem}.parity.json"
@@ -603,10 +604,9 @@ def package(
         raise ExportError(f"{'; '.join(report['problems'])}. No package; the report is {beside}")
     with torch.no_grad():
         meta["probe"] = network(network.feed(network.noise(PROBES)))[1].tolist()
-    environment = run.environment()
     meta["made"] = {
-        "run": run.path.name, "state": run.status()["state"], "recipe": recipe.fingerprint,
-        "data": report["data"], "torch": torch.__version__, "workbench": environment.get("commit"),
+        "run": run.path.name, "recipe": recipe.fingerprint, "data": known,
+        "torch": torch.__version__, "workbench": environment.get("commit"),
     }  # fmt: skip
     texts = {
         "meta.json": _json(Meta, meta),
@@ -658,11 +658,14 @@ def _parameters(meta: Mapping[str, Any], kestrel: Mapping[str, Any]) -> dict[str
 def _categories(kestrel: Mapping[str, Any], classes: list[str]) -> dict[str, Any]:
     """category_param.json: one category of all classes, or those of the block, one after another.
 
-    Raises ExportError where the block's labels are not as many as the scores.
+    Raises ExportError where the block's labels are not as many as the scores, or it holds more
+    than labels and a calculator.
     """
     wanted = kestrel.get("class_label") or {"classes": {"labels": classes}}
     found, start = {}, 0
     for name, its in wanted.items():
+        if strange := sorted(set(its) - {"labels", "calculator"}):
+            raise ExportError(f"class_label.{name}: {', '.join(strange)} cannot be packed")
         labels = [str(label) for label in its["labels"]]
         end = start + len(labels) - 1
         entry = Category(
@@ -699,7 +702,7 @@ def _calibration(
             yield network.feed(batch.images)
 
 
-def _beside_the_run(run: runs.Run, weights: str, report: Mapping[str, Any]) -> dict[str, Any]:
+def _beside_the_run(run: runs.Run, weights: str) -> dict[str, Any]:
     """The run's own top-1 beside that of these weights on this machine now."""
     try:
         own = run.predictions(weights)
