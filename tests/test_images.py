@@ -1,13 +1,14 @@
 """Any picture file comes out as the RGB a person sees, or as one error that names its fault."""
 
 import errno
+import os
 import pickle
 import warnings
 
 import numpy as np
 import pytest
 from conftest import save_noise
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from workbench import images
 from workbench.images import ImageError, decode
@@ -261,3 +262,255 @@ def test_an_image_error_travels_between_processes():
     error = pickle.loads(pickle.dumps(ImageError("truncated", "12 bytes missing")))
     assert (error.reason, error.detail) == ("truncated", "12 bytes missing")
     assert str(error) == "truncated: 12 bytes missing"
+
+
+# ---- JPEG, of which no more is decoded than is asked for
+
+KINDS = {
+    "4:4:4": dict(subsampling=0),
+    "4:2:2": dict(subsampling=1),
+    "4:2:0": dict(subsampling=2),
+    "coarse": dict(quality=30, subsampling=2),
+    "progressive": dict(progressive=True),
+    "restarts": dict(restart_marker_rows=1, subsampling=2),
+}
+
+
+def scene(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours, edges and some grain, as a camera has them."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    grain = rng.normal(0, 4, (height, width, 1))
+    return Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8))
+
+
+def as_pillow_has_it(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("size", [(64, 48), (61, 47), (4, 5), (16, 400)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_jpeg_comes_out_as_pillow_has_it_to_the_bit(tmp_path, kind, size):
+    scene(*size).save(tmp_path / "x.jpg", **KINDS[kind])
+    assert isinstance(images.open(tmp_path / "x.jpg"), images.Jpeg)
+    np.testing.assert_array_equal(pixels(tmp_path / "x.jpg"), as_pillow_has_it(tmp_path / "x.jpg"))
+
+
+def test_a_grey_jpeg_comes_out_as_pillow_has_it(tmp_path):
+    scene(50, 40).convert("L").save(tmp_path / "x.jpg")
+    assert isinstance(images.open(tmp_path / "x.jpg"), images.Jpeg)
+    np.testing.assert_array_equal(pixels(tmp_path / "x.jpg"), as_pillow_has_it(tmp_path / "x.jpg"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_box_of_a_jpeg_is_that_box_of_the_whole(tmp_path, kind):
+    scene(151, 203).save(tmp_path / "x.jpg", **KINDS[kind])
+    whole, rng = as_pillow_has_it(tmp_path / "x.jpg"), np.random.default_rng(0)
+    picture = images.open(tmp_path / "x.jpg")
+    for bottom in (1, 7, 8, 15, 16, 17, 31, 32, 33, 120, 190, 202, 203):
+        left, top = int(rng.integers(0, 100)), int(rng.integers(0, bottom))
+        box = (left, top, int(rng.integers(left + 1, 152)), bottom)
+        size = (box[2] - left, bottom - top)
+        wanted = whole[top:bottom, left : box[2]]
+        np.testing.assert_array_equal(picture.resized(box, size, "bilinear"), wanted)
+
+
+def decoded_rows(monkeypatch) -> list[int]:
+    """Notes the rows that simplejpeg is asked for from here on."""
+    rows, decode_jpeg = [], images.simplejpeg.decode_jpeg
+    monkeypatch.setattr(images, "_decode", lambda file: pytest.fail("decoded by Pillow too"))
+
+    def noting(raw, **how):
+        rows.append(len(how["buffer"]))
+        return decode_jpeg(raw, **how)
+
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", noting)
+    return rows
+
+
+def test_what_lies_below_a_box_is_not_decoded(tmp_path, monkeypatch):
+    scene(100, 400).save(tmp_path / "x.jpg")
+    rows = decoded_rows(monkeypatch)
+    images.open(tmp_path / "x.jpg").resized((0, 0, 100, 90), (50, 50), "bilinear")
+    assert rows == [96]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_box_of_a_turned_jpeg_counts_from_where_it_is_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    scene(120, 90).save(tmp_path / "x.jpg", exif=exif)
+    with Image.open(tmp_path / "x.jpg") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    picture = images.open(tmp_path / "x.jpg")
+    assert (picture.width, picture.height) == upright.shape[1::-1]
+    box = (10, 20, 50, 70)
+    np.testing.assert_array_equal(picture.resized(box, (40, 50), "bilinear"), upright[20:70, 10:50])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale, side", [(6, 60), (7.7, 40), (12, 40), (25, 24)])
+def test_a_much_larger_picture_is_decoded_at_a_smaller_scale_and_looks_the_same(
+    tmp_path, monkeypatch, kind, scale, side, orientation
+):
+    """On average 0.6 of 255 levels at most from Pillow's resize of all the pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    length = round(scale * side)
+    large = scene(length // 4, length // 4, 3).resize((length + 3, length + 1))
+    large.save(tmp_path / "x.jpg", exif=exif, **KINDS[kind])
+    whole = decode(tmp_path / "x.jpg")
+    rows = decoded_rows(monkeypatch)
+    seen = images.open(tmp_path / "x.jpg").shrunk((side, side), "bilinear").astype(int)
+    wanted = whole.resize((side, side), Image.Resampling.BILINEAR)
+    assert np.abs(seen - np.asarray(wanted)).mean() <= 0.6
+    factor = next(f for f in (8, 4, 2) if 3 * f <= scale)
+    assert rows == [-(-(length + 1) // factor)]
+
+
+@pytest.mark.parametrize(
+    "interpolation", ["nearest", "bilinear", "bicubic", "hamming", "lanczos", "box"]
+)
+def test_every_filter_shrinks_within_1_5_of_255_of_pillow(tmp_path, interpolation):
+    scene(240, 200, 3).resize((981, 801)).save(tmp_path / "x.jpg")
+    seen = images.open(tmp_path / "x.jpg").shrunk((60, 50), interpolation).astype(int)
+    kind = Image.Resampling[interpolation.upper()]
+    wanted = decode(tmp_path / "x.jpg").resize((60, 50), kind)
+    assert np.abs(seen - np.asarray(wanted)).mean() <= 1.5
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_jpeg_that_only_pillow_forgives_shrinks_as_pillow_has_it(
+    tmp_path, monkeypatch, orientation
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    scene(240, 200, 3).resize((1003, 805)).save(tmp_path / "x.jpg", exif=exif)
+    wanted = decode(tmp_path / "x.jpg").resize((33, 33), Image.Resampling.LANCZOS)
+
+    def complaining(raw, **how):
+        raise ValueError("Corrupt JPEG data: 4 extraneous bytes before marker 0xd9")
+
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", complaining)
+    picture = images.open(tmp_path / "x.jpg")
+    np.testing.assert_array_equal(picture.shrunk((33, 33), "lanczos"), wanted)
+
+
+@pytest.mark.parametrize("fill", [1, 2, 5])
+def test_fill_bytes_before_a_marker_hide_nothing(tmp_path, fill):
+    """ITU-T T.81, B.1.1.2: any marker may be preceded by bytes of 0xFF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene(160, 120).save(tmp_path / "x.jpg", exif=exif)
+    raw = (tmp_path / "x.jpg").read_bytes()
+    for marker in (b"\xff\xe1", b"\xff\xdb", b"\xff\xc0", b"\xff\xda"):
+        at = raw.index(marker)
+        (tmp_path / "x.jpg").write_bytes(raw[:at] + fill * b"\xff" + raw[at:])
+        with Image.open(tmp_path / "x.jpg") as image:
+            upright = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(pixels(tmp_path / "x.jpg"), upright)
+
+
+def test_a_jpeg_with_restarts_is_decoded_once(tmp_path, monkeypatch):
+    scene(160, 120).save(tmp_path / "x.jpg", restart_marker_rows=1)
+    rows = decoded_rows(monkeypatch)
+    images.open(tmp_path / "x.jpg").resized((0, 0, 50, 20), (50, 20), "bilinear")
+    assert rows == [120]
+
+
+def test_an_exact_resize_is_pillows_of_the_whole_picture(tmp_path):
+    scene(300, 400).save(tmp_path / "x.jpg")
+    picture, whole = images.open(tmp_path / "x.jpg"), decode(tmp_path / "x.jpg")
+    rng = np.random.default_rng(0)
+    for kind in ("bilinear", "bicubic", "lanczos", "box", "hamming", "nearest"):
+        for size in ((50, 40), (20, 90), (300, 300), (400, 30)):
+            left, top = rng.uniform(0, (250, 300))
+            box = (left, top, left + rng.uniform(20, 50), top + rng.uniform(20, 100))
+            seen = picture.resized(box, size, kind, exact=True)
+            wanted = whole.resize(size, Image.Resampling[kind.upper()], box)
+            np.testing.assert_array_equal(seen, wanted)
+
+
+def test_a_damaged_jpeg_gives_pillows_pixels_or_an_error_also_in_a_box(tmp_path):
+    """Whatever the decoder complains of above the lower edge of the box is heard."""
+    scene(160, 120).save(tmp_path / "x.jpg")
+    whole, rng = (tmp_path / "x.jpg").read_bytes(), np.random.default_rng(0)
+    first = whole.index(b"\xff\xda") + 14
+    path, heard = tmp_path / "y.jpg", 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        at = int(rng.integers(first, len(whole) - 2))
+        damaged[at : at + 2] = rng.integers(0, 256, 2, dtype=np.uint8).tobytes()
+        path.write_bytes(damaged)
+        try:
+            wanted = as_pillow_has_it(path)[:50, :100]
+        except OSError:
+            heard += 1
+            continue
+        seen = images.open(path).resized((0, 0, 100, 50), (100, 50), "bilinear")
+        np.testing.assert_array_equal(seen, wanted)
+    path.write_bytes(whole[: first + 200])
+    with pytest.raises(ImageError, match="truncated"):
+        images.open(path).resized((0, 0, 100, 100), (10, 10), "bilinear")
+    assert heard < 150
+
+
+def test_a_jpeg_that_lost_its_end_is_truncated_in_every_box(tmp_path):
+    scene(160, 120).save(tmp_path / "x.jpg")
+    whole = (tmp_path / "x.jpg").read_bytes()
+    for lost in (1, 2, 30, len(whole) // 2):
+        (tmp_path / "x.jpg").write_bytes(whole[:-lost])
+        if reason_of(tmp_path / "x.jpg") != "truncated":  # Pillow forgives a missing last byte
+            continue
+        with pytest.raises(ImageError, match="truncated"):
+            images.open(tmp_path / "x.jpg").resized((0, 0, 20, 10), (20, 10), "bilinear")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_jpeg_in_other_colours_is_left_to_pillow(tmp_path, mode):
+    keep = {"keep_rgb": True} if mode == "RGB" else {}
+    scene(40, 30).convert(mode).save(tmp_path / "x.jpg", **keep)
+    assert isinstance(images.open(tmp_path / "x.jpg"), images.Pixels)
+    np.testing.assert_array_equal(pixels(tmp_path / "x.jpg"), as_pillow_has_it(tmp_path / "x.jpg"))
+
+
+def test_a_jpeg_is_judged_by_its_header_before_it_is_decoded(tmp_path, monkeypatch):
+    scene(40, 3).save(tmp_path / "flat.jpg")
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda *a, **k: pytest.fail("decoded"))
+    assert reason_of(tmp_path / "flat.jpg") == "too small"
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    scene(40, 30).save(tmp_path / "large.jpg")
+    assert reason_of(tmp_path / "large.jpg") == "too large"
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "box"])
+def test_a_box_is_resized_as_pillow_does_after_cutting_it_out(interpolation):
+    """Mean difference on a photograph far below the 1.5 of 255 that are allowed."""
+    whole = scene(300, 260)
+    for box, size in [
+        ((3, 5, 203, 155), (64, 48)),
+        ((3, 5, 40, 50), (64, 64)),
+        ((0, 0, 300, 260), (224, 224)),
+        ((10, 20, 74, 250), (64, 100)),
+    ]:
+        seen = images.resize(np.asarray(whole), box, size, interpolation)
+        wanted = whole.crop(box).resize(size, Image.Resampling[interpolation.upper()])
+        apart = np.abs(seen.astype(int) - np.asarray(wanted))
+        if interpolation in ("bilinear", "bicubic"):
+            assert apart.max() <= 3 and apart.mean() <= 0.3
+        else:
+            assert apart.max() == 0
+
+
+def test_a_box_of_the_size_asked_for_is_the_very_pixels():
+    whole = np.asarray(scene(40, 30))
+    assert np.shares_memory(images.resize(whole, (5, 5, 25, 25), (20, 20)), whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    assert reason_of(tmp_path / "x.jpg") == "unreadable"

@@ -226,28 +226,6 @@ def test_a_package_is_opened_by_export_and_has_one_kind_of_weights(photos, tmp_p
         predict(package, [photos], weights="raw")
 
 
-def test_of_a_long_strip_the_middle_is_scaled_and_it_is_what_the_whole_would_give():
-    rng = np.random.default_rng(0)
-    strip = Image.fromarray(rng.integers(0, 256, (8, 1200, 3), np.uint8))
-    for picture in (strip, strip.transpose(Image.Transpose.ROTATE_90)):
-        whole, middle = TestTransform(12, 16), prediction._Middle(TestTransform(12, 16))
-        np.testing.assert_array_equal(np.asarray(middle(picture)), np.asarray(whole(picture)))
-
-
-def test_no_strip_reaches_the_transform_whole():
-    sizes = []
-
-    class Noting:
-        size = 12
-
-        def __call__(self, image, rng):
-            sizes.append(image.size)
-
-    for size in ((8, 1201), (1200, 8), (512, 8), (30, 20)):
-        prediction._Middle(Noting())(Image.new("RGB", size))
-    assert sizes == [(8, 513), (512, 8), (512, 8), (30, 20)]
-
-
 def test_a_strip_of_a_million_pixels_costs_no_gigabytes(tmp_path):
     Image.new("RGB", (4, 1_000_000), "red").save(tmp_path / "strip.png")
     source = Colours()

@@ -760,6 +760,8 @@ def other_value(key: str) -> dict:
         "dkd_beta": dict(teacher=["a"], mimic_loss=["dkd"]),
         "image_size": dict(val_resize=64),
         "val_image_size": dict(val_resize=64),
+        "cache_dir": dict(cache=True),
+        "augment_on_device": dict(flip=0.5),
     }.get(key, {})
     special = {
         "name": "other",
@@ -782,6 +784,7 @@ def other_value(key: str) -> dict:
         "device": "cpu",
         "precision": "bf16",
         "val_image_size": 40,
+        "train_resize": 48,
         "num_classes": 9,
         "micro_batch_size": 8,
         "clip_grad_norm": 1.0,

@@ -99,7 +99,7 @@ def assert_same_run(one: runs.Run, other: runs.Run):
     assert moments[0]
     assert_same_tensors(*moments)
     assert one.file("metrics.csv").read_bytes() == other.file("metrics.csv").read_bytes()
-    ignore = ["seconds", "images_per_second", "data_wait"]
+    ignore = ["seconds", "data_wait", *(f"{x}images_per_second" for x in ("", "loader_", "model_"))]
     pd.testing.assert_frame_equal(
         one.steps().drop(columns=ignore), other.steps().drop(columns=ignore), check_exact=True
     )
@@ -121,6 +121,7 @@ def stood_at(run: runs.Run) -> int:
         # checkpoints at the ends of epochs: whole steps are done again
         pytest.param(10.0, "SIGKILL", {}, marks=pytest.mark.slow),
         (0.0, "SIGKILL", STRIKES),
+        (0.0, "SIGKILL", {"augment_on_device": True, "randaug_n": 2}),
         pytest.param(10.0, "SIGTERM", STRIKES, marks=pytest.mark.slow),
         (10.0, "STOP", {}),
     ],
@@ -136,6 +137,7 @@ def test_a_run_stopped_anywhere_ends_bit_for_bit_as_the_undisturbed_one(
             tmp_path / "disturbed",
             checkpoint_minutes=checkpoint_minutes,
             workers=workers[attempt % 3],  # another number after every resume
+            cache=attempt % 2 == 1,  # and with a cache or without
             **knobs,
         )
         run = runs.Run(recipe.folder)
@@ -161,6 +163,26 @@ def test_a_run_stopped_anywhere_ends_bit_for_bit_as_the_undisturbed_one(
     assert stops >= 3
     assert run.status()["state"] == "finished"
     assert_same_run(undisturbed, run)
+
+
+def test_a_cache_changes_no_bit_of_a_run_and_is_used(tmp_path, pictures, monkeypatch):
+    """Pictures of 40 x 32 pixels, shrunk to 24 first."""
+    knobs = {
+        "dataset": "files", "data_dir": str(pictures), "fraction": 1.0, "image_size": 16,
+        "val_resize": 20, "train_resize": 24, "batch_size": 6, "precision": "fp32",
+    }  # fmt: skip
+    plain = train(small(tmp_path / "plain", **knobs))
+    kept = {"cache": True, "cache_dir": str(tmp_path / "kept")}
+    assert_same_run(plain, train(small(tmp_path / "built", **knobs, **kept)))
+    assert len(list((tmp_path / "kept").iterdir())) == 2  # a part each
+
+    read, look = [], training.data.images.open
+    noting = lambda path: (read.append(path), look(path))[1]
+    monkeypatch.setattr(training.data.images, "open", noting)
+    recipe = small(tmp_path / "read", **knobs, **kept)
+    assert_same_run(plain, train(recipe))
+    assert len(read) == 2  # the first picture of each part, to compare
+    assert recipe.fingerprint == recipe.replace(cache=False, cache_dir="").fingerprint
 
 
 def test_leaving_the_loop_keeps_the_step_and_the_next_loop_goes_on(tmp_path):
@@ -408,6 +430,34 @@ def test_erasing_and_mixing_do_not_depend_on_how_a_step_is_shared_out(how):
             assert torch.equal(targets, wanted_targets[batch.places])
             count += len(images)
     assert count == 48
+
+
+ALL_DRAWN = {"flip": 0.5, "randaug_n": 2, "brightness": 0.4, "saturation": 0.4, "hue": 0.1}
+
+
+@pytest.mark.parametrize("form", ["up", "timm"])
+def test_augmenting_on_the_device_is_what_the_loaders_do(form):
+    """The same draws by other code, which rounds otherwise."""
+    there = prepared({**ALL_DRAWN, "randaug_form": form, "augment_on_device": True})
+    here = prepared({**ALL_DRAWN, "randaug_form": form})
+    normalize = training.Normalize(Recipe(), torch.device("cpu"))
+    for (batch, ours, _), (_, theirs, _) in zip(there, here, strict=True):
+        assert len(batch.draws) == 24 and {"flip", "randaug"} <= set(batch.draws[0])
+        apart = (normalize.undo(ours).int() - normalize.undo(theirs).int()).abs().float()
+        assert apart.mean() < 2.5 and apart.mean((1, 2, 3)).median() < 1
+
+
+@pytest.mark.parametrize(
+    "how",
+    [[{"micro_batch_size": 4}], [{"rank": r, "world": 3} for r in range(3)], [{"workers": 1}]],
+    ids=["parts", "processes", "worker"],
+)
+def test_augmenting_on_the_device_does_not_depend_on_how_a_step_is_shared_out(how):
+    knobs = {**ALL_DRAWN, **ERASE_AND_MIX, "augment_on_device": True}
+    whole = {b.step: images for b, images, _ in prepared(knobs)}
+    for options in how:
+        for batch, images, _ in prepared(knobs, **options):
+            assert torch.equal(images, whole[batch.step][batch.places])
 
 
 def test_pictures_are_normalised_then_erased_then_mixed():

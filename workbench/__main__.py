@@ -59,7 +59,7 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
     On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS
     """
     recipe = _recipe(params, p)
-    from workbench import data, runs, training, widgets
+    from workbench import data, meter, runs, training, widgets
 
     run = runs.Run(recipe.folder)
     progress = widgets.Progress(run)
@@ -73,6 +73,7 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
         progress.show(row)
     if training.is_first():
         progress.close()
+        print(meter.seen(run.steps()))
         print(f"run folder: {run.path}")
     if run.status()["state"] == "stopped":
         raise typer.Exit(STOPPED)

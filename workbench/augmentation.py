@@ -11,66 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
+from PIL import Image
+from torchvision.transforms import v2
 
-# ---- operations: (picture, value, interpolation, fill) -> picture
-
-
-def _affine(image: Image.Image, matrix: tuple, interpolation: str, fill: tuple) -> Image.Image:
-    """The picture at x' = matrix . (x, y, 1), its canvas as it was."""
-    kind = Image.Resampling[interpolation.upper()]
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, kind, fillcolor=fill)
-
-
-def _add_below(image: Image.Image, value: float) -> Image.Image:
-    """`value` added to what is darker than 128."""
-    return image.point([min(255, i + value) if i < 128 else i for i in range(256)] * 3)
-
-
-def _add_all(image: Image.Image, value: float) -> Image.Image:
-    """`value` added everywhere, then what is 128 or brighter inverted: United Perception's form."""
-    added = [min(255, i + value) for i in range(256)]
-    return image.point([i if i < 128 else 255 - i for i in added] * 3)
-
-
-def _posterize(image: Image.Image, bits: int) -> Image.Image:
-    """The highest `bits` of 8 kept; none is black, which Pillow itself refuses."""
-    keep = 256 - 2 ** (8 - bits)
-    return image.point([i & keep for i in range(256)] * 3)
-
-
-def _rotate(image: Image.Image, value: float, interpolation: str, fill: tuple) -> Image.Image:
-    return image.rotate(value, Image.Resampling[interpolation.upper()], fillcolor=fill)
-
-
-# Those with a third and fourth argument move pixels; the others take the value alone.
-_MOVES: dict[str, Callable[..., Image.Image]] = {
-    "rotate": _rotate,
-    "shear_x": lambda image, v, *how: _affine(image, (1, v, 0, 0, 1, 0), *how),
-    "shear_y": lambda image, v, *how: _affine(image, (1, 0, 0, v, 1, 0), *how),
-    "translate_x": lambda image, v, *how: _affine(image, (1, 0, v, 0, 1, 0), *how),
-    "translate_y": lambda image, v, *how: _affine(image, (1, 0, 0, 0, 1, v), *how),
-}
-_COLOURS: dict[str, Callable[..., Image.Image]] = {
-    "autocontrast": lambda image, v: ImageOps.autocontrast(image),
-    "equalize": lambda image, v: ImageOps.equalize(image),
-    "invert": lambda image, v: ImageOps.invert(image),
-    "posterize": _posterize,
-    "solarize": lambda image, v: ImageOps.solarize(image, v),
-    "solarize_add": _add_below,
-    "solarize_add_all": _add_all,
-    "color": lambda image, v: ImageEnhance.Color(image).enhance(v),
-    "contrast": lambda image, v: ImageEnhance.Contrast(image).enhance(v),
-    "brightness": lambda image, v: ImageEnhance.Brightness(image).enhance(v),
-    "sharpness": lambda image, v: ImageEnhance.Sharpness(image).enhance(v),
-}
-
+from workbench import images, operations
 
 # ---- RandAugment
+
+_MOVES = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}  # by an interpolation
+_COLOURS = """
+autocontrast equalize invert posterize solarize solarize_add solarize_add_all
+contrast brightness sharpness
+""".split()
+_OPERATIONS = {name: getattr(operations, name) for name in (*_MOVES, *_COLOURS)}
+_OPERATIONS["color"] = operations.saturation  # as RandAugment's papers and libraries call it
 
 
 class Level(NamedTuple):
@@ -168,14 +125,12 @@ class RandAugment:
         interpolation = self.interpolations[int(kind * len(self.interpolations))]
         return name, value, interpolation if name in _MOVES else ""
 
-    def apply(self, image: Image.Image, drawn: list[tuple[str, Any, str]]) -> Image.Image:
-        """The picture after `draw`'s operations, in their order."""
+    def apply(self, pixels: np.ndarray, drawn: list[tuple[str, Any, str]]) -> np.ndarray:
+        """Pixels (h, w, 3) after `draw`'s operations, in their order."""
         for name, value, interpolation in drawn:
-            if name in _MOVES:
-                image = _MOVES[name](image, value, interpolation, self.fill)
-            else:
-                image = _COLOURS[name](image, value)
-        return image
+            how = (interpolation, self.fill) if name in _MOVES else ()
+            pixels = _OPERATIONS[name](pixels, value, *how)
+        return pixels
 
     def table(self) -> list[dict[str, Any]]:
         """A row per operation: its name, its value at magnitude m (positive side), its unit."""
@@ -198,12 +153,12 @@ class RandAugmentIncreasing(RandAugment):
 _AUTOAUGMENT = v2.AutoAugment()
 
 
-def _autoaugment(image: Image.Image, seed: int) -> Image.Image:
+def _autoaugment(pixels: np.ndarray, seed: int) -> np.ndarray:
     """AutoAugment as drawn from a seed; torch's own state is left as it was."""
     state = torch.get_rng_state()
     try:
         torch.default_generator.manual_seed(seed)
-        return _AUTOAUGMENT(image)
+        return np.asarray(_AUTOAUGMENT(Image.fromarray(pixels)))
     finally:
         torch.set_rng_state(state)
 
@@ -215,11 +170,46 @@ _ATTEMPTS = 10  # as torchvision's RandomResizedCrop before it falls back to the
 
 
 @dataclass(frozen=True)
+class Shrink:
+    """Short side to `side` pixels where it is longer; with None a picture stays as it is.
+
+    What of a picture a training needs, and a cache keeps.
+    """
+
+    side: int | None = None
+    interpolation: str = "bilinear"
+
+    def shape(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of what comes out."""
+        short = min(width, height)
+        if self.side is None or short <= self.side:
+            return width, height
+        return round(self.side * width / short), round(self.side * height / short)
+
+    def picture(self, image: Any) -> images.Pixels | images.Jpeg:
+        """An image as TrainTransform takes it, shrunk; where it is small already, unread."""
+        image = images.picture(image)
+        size = (image.width, image.height)
+        if (shape := self.shape(*size)) == size:
+            return image
+        return images.Pixels(image.shrunk(shape, self.interpolation))
+
+    def __call__(self, image: Any) -> np.ndarray:
+        """Its pixels (h, w, 3)."""
+        return self.picture(image).pixels()
+
+
+@dataclass(frozen=True)
 class TrainTransform:
     """Random crop and resize, flip, AutoAugment, RandAugment, colour jitter, in this order.
 
+    `shrink` comes first, and what is drawn is drawn for what it leaves. With `on_device` a loader
+    only crops and resizes, and hands the rest of a draw to batched.apply.
+
     UP's T-std is crop 0.08-1, flip 0.5, jitter 0.2/0.2/0.2/0.1. Szegedy et al., arXiv 1409.4842,
-    section 6, for the crop; crop, flip and jitter are torchvision's operations.
+    section 6, for the crop; crop, flip and jitter are torchvision's operations. An `image` is what
+    images.open gives, one of Pillow's, or pixels (h, w, 3); the result is pixels, not to be
+    written to.
     """
 
     size: int
@@ -233,6 +223,8 @@ class TrainTransform:
     hue: float = 0.0
     autoaugment: bool = False
     randaug: RandAugment | None = None
+    shrink: Shrink = Shrink()
+    on_device: bool = False
 
     def draw(self, rng: np.random.Generator, width: int, height: int) -> dict[str, Any]:
         """Where to crop (left, top, width, height in pixels), whether to flip, what else to do.
@@ -256,30 +248,30 @@ class TrainTransform:
             draw["randaug"] = self.randaug.draw(rng, self.size)
         return draw
 
-    def apply(self, image: Image.Image, draw: dict[str, Any]) -> Image.Image:
-        """The picture after a draw, size x size pixels; jitter in the order of the draw's keys."""
-        image = F.resized_crop(
-            image,
-            draw["top"],
-            draw["left"],
-            draw["height"],
-            draw["width"],
-            [self.size, self.size],
-            InterpolationMode(self.interpolation),
-        )
+    def apply(self, image: Any, draw: dict[str, Any]) -> np.ndarray:
+        """Pixels (size, size, 3) of an image after a draw; jitter in the order of its keys."""
+        pixels = self.crop(image, draw)
         if draw["flip"]:
-            image = F.horizontal_flip(image)
+            pixels = cv2.flip(pixels, 1)
         if "autoaugment" in draw:
-            image = _autoaugment(image, draw["autoaugment"])
+            pixels = _autoaugment(pixels, draw["autoaugment"])
         if "randaug" in draw:
-            image = self.randaug.apply(image, draw["randaug"])
+            pixels = self.randaug.apply(pixels, draw["randaug"])
         for name, value in draw.items():
-            if name in OPERATIONS:
-                image = OPERATIONS[name](image, value)
-        return image
+            if name in JITTER:
+                pixels = getattr(operations, name)(pixels, value)
+        return pixels
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        return self.apply(image, self.draw(rng, *image.size))
+    def crop(self, image: Any, draw: dict[str, Any]) -> np.ndarray:
+        """Pixels (size, size, 3) of a draw's box alone."""
+        left, top = draw["left"], draw["top"]
+        box = (left, top, left + draw["width"], top + draw["height"])
+        return images.picture(image).resized(box, (self.size, self.size), self.interpolation)
+
+    def __call__(self, image: Any, rng: np.random.Generator) -> np.ndarray:
+        """Pixels (size, size, 3) of an image, shrunk, after a draw of `rng`."""
+        image = self.shrink.picture(image)
+        return self.apply(image, self.draw(rng, image.width, image.height))
 
     def strengths(self, count: int = 5) -> dict[str, list[Any]]:
         """For every operation in use, draws from its mildest to its strongest value.
@@ -310,9 +302,10 @@ class TrainTransform:
                 rows[f"randaug\n{name}"] = [{"randaug": [one]} for one in drawn]
         return rows
 
-    def at(self, image: Image.Image, setting: dict[str, Any]) -> Image.Image:
-        """The picture under one entry of `strengths`."""
-        width, height = image.size
+    def at(self, image: Any, setting: dict[str, Any]) -> np.ndarray:
+        """Pixels (size, size, 3) of an image under one entry of `strengths`."""
+        image = self.shrink.picture(image)
+        width, height = image.width, image.height
         setting = dict(setting)
         area, ratio = setting.pop("area", 1.0), setting.pop("ratio", 1.0)
         crop_width = min(width, round(math.sqrt(width * height * area * ratio)))
@@ -351,19 +344,33 @@ class TestTransform:
     size: int
     resize: int
     interpolation: str = "bilinear"
+    on_device = False  # nothing is left to do there
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
-        image = F.resize(image, [self.resize], InterpolationMode(self.interpolation))
-        return F.center_crop(image, [self.size, self.size])
+    def shape(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of what comes out."""
+        return self.size, self.size
 
+    def __call__(self, image: Any, rng: Any = None) -> np.ndarray:
+        """Pixels (size, size, 3) of an image, as TrainTransform takes it.
 
-# Value of a draw -> picture. Factors are 1 for no change, hue is in turns of the colour circle.
-OPERATIONS = {
-    "brightness": F.adjust_brightness,
-    "contrast": F.adjust_contrast,
-    "saturation": F.adjust_saturation,
-    "hue": F.adjust_hue,
-}
+        Computed as torchvision's Resize and CenterCrop on a Pillow image, but for what the crop
+        would throw away; where that is larger than the resized picture it is black.
+        """
+        image = images.picture(image)
+        width, height = image.width, image.height
+        short = min(width, height)
+        wide, high = int(self.resize * width / short), int(self.resize * height / short)
+        left, top = round((wide - self.size) / 2), round((high - self.size) / 2)
+        across, down = min(wide, self.size), min(high, self.size)
+        x, y = max(0, left), max(0, top)
+        by, down_by = width / wide, height / high
+        box = (x * by, y * down_by, (x + across) * by, (y + down) * down_by)
+        pixels = image.resized(box, (across, down), self.interpolation, exact=True)
+        if across == down == self.size:
+            return pixels
+        framed = np.zeros((self.size, self.size, 3), np.uint8)
+        framed[y - top : y - top + down, x - left : x - left + across] = pixels
+        return framed
 
 
 def describe(draw: dict[str, Any]) -> str:
@@ -373,7 +380,7 @@ def describe(draw: dict[str, Any]) -> str:
     words += ["autoaugment"] if "autoaugment" in draw else []
     for name, value, _ in draw.get("randaug", []):
         words.append(name if value is None else f"{name} {value:.3g}{short.get(_UNITS[name], '')}")
-    words += [f"{name} {draw[name]:.2f}" for name in draw if name in OPERATIONS]
+    words += [f"{name} {draw[name]:.2f}" for name in draw if name in JITTER]
     return ", ".join(words)
 
 

@@ -28,16 +28,15 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def prepare(image: Image.Image, seen: dict) -> np.ndarray:
     """The network's input (1, 3, size, size): short side to `resize`, the centre, normalised."""
-    width, height = image.size
-    short, size = seen["resize"], seen["size"]
-    if width <= height:
-        shape = (short, int(short * height / width))
-    else:
-        shape = (int(short * width / height), short)
-    if shape != image.size:
-        image = image.resize(shape, Image.Resampling[seen["interpolation"].upper()])
-    left, top = (round((side - size) / 2) for side in shape)
-    image = image.crop((left, top, left + size, top + size))
+    sides, size = np.array(image.size), seen["size"]
+    resized = (seen["resize"] * sides / sides.min()).astype(int)
+    first = np.round((resized - size) / 2).astype(int)  # below 0 there is a black frame
+    start, length = np.maximum(0, first), np.minimum(size, resized)
+    # Only what the centre shows is resized: its box in pixels of the picture.
+    box = [*(start * (sides / resized)), *((start + length) * (sides / resized))]
+    kind = Image.Resampling[seen["interpolation"].upper()]
+    image = image.resize(length.tolist(), kind, box)
+    image = image.crop([*(first - start), *(first - start + size)])
     pixels = np.asarray(image).transpose(2, 0, 1)[None]
     if seen["normalised_inside"]:
         return pixels

@@ -20,6 +20,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
@@ -317,6 +318,7 @@ def _check_entries(side: str, frame: pd.DataFrame, classes: int, outside_root: b
 # ---- examining pictures
 
 
+STAT = ["size", "time", "changed"]  # of a file; archives restore its time, not its last change
 FACTS = ["bytes", "width", "height", "digest", "problem", "detail"]
 
 
@@ -331,8 +333,8 @@ def examine(frame: pd.DataFrame, *, cache: bool = True, progress: bool = True) -
     known: dict[str, tuple] = {}
     if cache and store.exists():
         try:
-            rows = pd.read_parquet(store, columns=["path", "size", "time", *FACTS])
-            known = {r[0]: (tuple(r[1:3]), r[3:]) for r in rows.itertuples(index=False, name=None)}
+            rows = pd.read_parquet(store, columns=["path", *STAT, *FACTS])
+            known = {r[0]: (tuple(r[1:4]), r[4:]) for r in rows.itertuples(index=False, name=None)}
         except Exception:  # a damaged cache costs time, nothing else
             known = {}
     # Only what was found sound is remembered: a broken file may be whole again at the next look.
@@ -361,26 +363,33 @@ class _Unseen(contextlib.nullcontext):
         pass
 
 
+def file_digest(path: str) -> str:
+    """What identifies a file's bytes, as `digest` of an examined frame. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha1").hexdigest()
+
+
 def _facts(path: str) -> tuple:
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha1").hexdigest()
+        digest = file_digest(path)
         size = os.path.getsize(path)
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         return 0, 0, 0, "", reason, error.strerror or str(error)
     try:
-        return size, *images.decode(path).size, digest, "", ""
+        picture = images.open(path)
+        picture.pixels()
+        return size, picture.width, picture.height, digest, "", ""
     except images.ImageError as error:
         return size, 0, 0, digest, error.reason, error.detail
 
 
-def _stat(path: str) -> tuple[int, int] | None:
+def _stat(path: str) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _remember(store: Path, paths: list[str], stats: list, facts: list) -> None:
@@ -391,7 +400,7 @@ def _remember(store: Path, paths: list[str], stats: list, facts: list) -> None:
     }
     if not rows:
         return
-    table = pd.DataFrame(rows.values(), columns=["path", "size", "time", *FACTS])
+    table = pd.DataFrame(rows.values(), columns=["path", *STAT, *FACTS])
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         temporary = store.with_suffix(f".{os.getpid()}")
@@ -498,6 +507,22 @@ def stream(
     """
     counter = [copy << 48, index, epoch, purpose]
     return np.random.Generator(np.random.Philox(counter=counter, key=seed))
+
+
+class Streams:
+    """`stream` of one seed time and again, for a quarter of the time: each ends the one before."""
+
+    def __init__(self, seed: int):
+        self._bits = np.random.Philox(key=seed)
+        self._state = self._bits.state
+        self._generator = np.random.Generator(self._bits)
+
+    def __call__(
+        self, purpose: int, epoch: int = 0, index: int = 0, copy: int = 0
+    ) -> np.random.Generator:
+        self._state["state"]["counter"][:] = copy << 48, index, epoch, purpose
+        self._bits.state = self._state
+        return self._generator
 
 
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -644,6 +669,8 @@ class Batch(NamedTuple):
     last: bool  # whether the process's part of the step ends here
     total: int  # pictures in the whole step, over all parts and processes
     failures: list[tuple[int, str, str]]  # (row, reason, detail) of pictures that were left out
+    draws: list[dict] | None = None  # of each picture, what the device is to do yet
+    seconds: float = 0.0  # what it took to read and transform them, in the process that did
 
 
 def own_places(total: int, rank: int = 0, world: int = 1) -> np.ndarray:
@@ -670,8 +697,11 @@ def batches(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    cached: Any = None,
 ) -> Iterator[Batch]:
     """Training batches of the steps asked for, in order; which pictures, `Sampler` says.
+
+    `cached` is a cache.Cache of the frame in the form transform.shrink; it changes no byte.
 
     `batch_size` counts over all processes; process `rank` of `world` gets every world-th pair of
     rows of a step, in parts of at most `micro_batch_size`. A process without a row in a small last
@@ -685,7 +715,7 @@ def batches(
         repeated_aug=repeated_aug,
         class_balance=class_balance,
     )
-    dataset = _Steps(frame, transform, sampler, micro_batch_size, rank, world)
+    dataset = _Steps(frame, transform, cached, sampler, micro_batch_size, rank, world)
     return _loader(dataset, dataset.keys(steps), workers, pin_memory)
 
 
@@ -698,23 +728,36 @@ def eval_batches(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    cached: Any = None,
 ) -> Iterator[Batch]:
-    """Every world-th row from `rank` on, in the order of the frame, none doubled or dropped."""
+    """Every world-th row from `rank` on, in the order of the frame, none doubled or dropped.
+
+    `cached` is a cache.Cache of the frame in the form of the transform; it changes no byte.
+    """
     rows = np.arange(len(frame))[rank::world]
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return _loader(_Rows(frame, transform), parts, workers, pin_memory)
+    return _loader(_Rows(frame, transform, cached), parts, workers, pin_memory)
 
 
 class _Rows(Dataset):
     """Reads rows of a frame into a Batch. Held by every worker, so the paths are one array."""
 
-    def __init__(self, frame: pd.DataFrame, transform: Any):
+    def __init__(self, frame: pd.DataFrame, transform: Any, cached: Any = None):
         self.paths = np.array([os.fsencode(path) for path in frame.path])
         self.labels = frame.label.to_numpy(np.int64)
-        self.transform = transform
+        self.transform, self.cached = transform, cached
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
         return self.read(rows, lambda i: None, np.arange(len(rows)), 0, True, len(rows))
+
+    def pixels(self, row: int, rng: np.random.Generator | None) -> tuple[np.ndarray, dict | None]:
+        """Of a row its pixels (size, size, 3), and what the device is to do with them."""
+        if self.cached is not None:
+            return self.cached.picture(row).pixels(), None
+        return self.transform(self.open(row), rng), None
+
+    def open(self, row: int) -> Any:
+        return images.open(os.fsdecode(self.paths[row]))
 
     def read(
         self,
@@ -726,15 +769,17 @@ class _Rows(Dataset):
         total: int,
     ) -> Batch:
         """The rows that can be read; the transform of rows[i] draws from `randomness(i)`."""
-        pictures, kept, failures = [], [], []
+        pictures, draws, kept, failures = [], [], [], []
+        start = time.perf_counter()
         with images.quiet():
             for i, row in enumerate(rows.tolist()):
                 try:
-                    picture = images.decode(os.fsdecode(self.paths[row]))
+                    picture, draw = self.pixels(row, randomness(i))
                 except images.ImageError as error:
                     failures.append((row, error.reason, error.detail))
                     continue
-                pictures.append(np.asarray(self.transform(picture, randomness(i))))
+                pictures.append(picture)
+                draws.append(draw)
                 kept.append(i)
         if pictures:
             block = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -742,13 +787,23 @@ class _Rows(Dataset):
             block = torch.zeros(0, 3, self.transform.size, self.transform.size, dtype=torch.uint8)
         rows, places = rows[kept].astype(np.int64), places[kept].astype(np.int64)
         labels, indices, places = map(torch.from_numpy, (self.labels[rows], rows, places))
-        return Batch(block, labels, indices, places, step, last, total, failures)
+        seconds = time.perf_counter() - start
+        draws = draws if self.transform.on_device else None
+        return Batch(block, labels, indices, places, step, last, total, failures, draws, seconds)
 
 
 class _Steps(_Rows):
-    def __init__(self, frame, transform, sampler, micro, rank, world):
-        super().__init__(frame, transform)
+    def __init__(self, frame, transform, cached, sampler, micro, rank, world):
+        super().__init__(frame, transform, cached)
         self.sampler, self.micro, self.rank, self.world = sampler, micro, rank, world
+
+    def pixels(self, row: int, rng: np.random.Generator | None) -> tuple[np.ndarray, dict | None]:
+        picture = self.open(row) if self.cached is None else self.cached.picture(row)
+        if not self.transform.on_device:
+            return self.transform(picture, rng), None
+        picture = self.transform.shrink.picture(picture)
+        draw = self.transform.draw(rng, picture.width, picture.height)
+        return self.transform.crop(picture, draw), draw
 
     def parts(self, step: int) -> list[np.ndarray]:
         """This process's places of a step, part by part."""
@@ -766,7 +821,8 @@ class _Steps(_Rows):
         seed, epoch = self.sampler.seed, step // self.sampler.steps_per_epoch
         places = parts[part]
         own, own_copies = rows[places], copies[places]
-        randomness = lambda i: stream(seed, DRAW, epoch, int(own[i]), int(own_copies[i]))
+        streams = Streams(seed)
+        randomness = lambda i: streams(DRAW, epoch, int(own[i]), int(own_copies[i]))
         return self.read(own, randomness, places, step, part == len(parts) - 1, len(rows))
 
 

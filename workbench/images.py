@@ -1,14 +1,29 @@
-"""Any picture file as the RGB a person sees, or one error that names what is wrong with it."""
+"""Any picture file as the RGB a person sees, or one error that names what is wrong with it.
+
+picture = images.open(path)                    # width and height, from the header
+pixels = picture.resized(box, (224, 224))      # decodes no more than the box needs
+"""
 
 import contextlib
 import errno
+import io
+import os
+import re
+import stat
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
+import simplejpeg
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.nn import functional as F
+
+cv2.setNumThreads(0)  # a loader has a process per core; OpenCV's threads do not survive its fork
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .avif".split()
@@ -41,9 +56,154 @@ def decode(path: str | Path) -> Image.Image:
     EXIF orientation is applied, transparency shows white, 16-bit greys are scaled (not clipped),
     CMYK and palettes are converted, animations give their first frame. Raises ImageError.
     """
+    return Image.fromarray(open(path).pixels())
+
+
+def open(path: str | Path) -> "Pixels | Jpeg":
+    """The picture as `decode` sees it, of which a JPEG is decoded when pixels are asked for.
+
+    Raises ImageError, as does asking for the pixels.
+    """
+    return _told(path, lambda: _open(path))
+
+
+def picture(image: Any) -> "Pixels | Jpeg":
+    """What `open` gives, from an RGB image of Pillow's or pixels (h, w, 3); from itself, itself."""
+    return image if hasattr(image, "resized") else Pixels(np.asarray(image))
+
+
+class Pixels:
+    """A picture in memory: uint8 (height, width, 3)."""
+
+    def __init__(self, pixels: np.ndarray):
+        self._pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+
+    def pixels(self) -> np.ndarray:
+        """All of it; not to be written to."""
+        return self._pixels
+
+    def resized(self, box: tuple, size: tuple[int, int], interpolation: str, **how) -> np.ndarray:
+        """`resize` of these pixels."""
+        return resize(self._pixels, box, size, interpolation, **how)
+
+    def shrunk(self, size: tuple[int, int], interpolation: str) -> np.ndarray:
+        """All of it at a smaller size (width, height)."""
+        return resize(self._pixels, (0, 0, self.width, self.height), size, interpolation)
+
+
+class Jpeg:
+    """A JPEG file in memory; libjpeg-turbo decodes it as Pillow does, to the bit."""
+
+    def __init__(self, raw: bytes, width: int, height: int, frame: int, orientation: int):
+        self._raw, self._frame, self._orientation = raw, frame, orientation
+        self._stored = height, width
+        self.width, self.height = (height, width) if orientation > 4 else (width, height)
+
+    def pixels(self) -> np.ndarray:
+        """All of it, uint8 (height, width, 3). Raises ImageError."""
+        return self._decoded(self._stored[0])[0]
+
+    def resized(
+        self, box: tuple, size: tuple[int, int], interpolation: str, exact: bool = False
+    ) -> np.ndarray:
+        """`resize` of the pixels, of which those below the box are not decoded. Raises ImageError.
+
+        With `exact` all are: Pillow's order of passes depends on how many there are.
+        """
+        lowest = box[3] if self._orientation == 1 and not exact else self._stored[0]
+        return resize(self._decoded(lowest)[0], box, size, interpolation, exact)
+
+    def shrunk(self, size: tuple[int, int], interpolation: str) -> np.ndarray:
+        """All of it at a smaller size (width, height). Raises ImageError.
+
+        Where that is six times smaller or more, the file is decoded at half the scale (a quarter,
+        an eighth), which costs less and leaves a smooth filter enough to average: within 1.5 of
+        255 of Pillow's resize on a photograph.
+        """
+        least = min(self.width / size[0], self.height / size[1])
+        scale = next((s for s in (8, 4, 2) if least >= 3 * s), 1) if interpolation in SMOOTH else 1
+        pixels, scale = self._decoded(self._stored[0], scale)
+        # The last pixel of a side may stand for less than `scale`; turned, it is the first.
+        x = -self.width % scale if self._orientation in (2, 3, 6, 7) else 0
+        y = -self.height % scale if self._orientation in (3, 4, 7, 8) else 0
+        box = [side / scale for side in (x, y, x + self.width, y + self.height)]
+        return resize(pixels, box, size, interpolation)
+
+    def _decoded(self, bottom: int, scale: int = 1) -> tuple[np.ndarray, int]:
+        """The upright pixels of at least the rows above `bottom`, at 1 / scale, and the scale."""
+        height, width = self._stored
+        # The header may promise fewer rows than there are: the decoder stops where they end. Two
+        # more than wanted, since colours are interpolated from the row below; whole blocks of 16.
+        rows, raw = -(-(bottom + 2) // 16) * 16, self._raw
+        if cut := self._frame and rows < height:
+            raw, height = bytearray(raw), rows
+            raw[self._frame : self._frame + 2] = rows.to_bytes(2)
+        shape = -(-height // scale), -(-width // scale)
+        pixels = np.empty((*shape, 3), np.uint8)
+        how = {"fastdct": False, "fastupsample": False, "buffer": pixels}
+        try:
+            simplejpeg.decode_jpeg(raw, min_height=shape[0], min_width=shape[1], **how)
+        except ValueError as error:
+            # libjpeg names its first complaint: that the rows cut off are left over is none.
+            if not (cut and _LEFT_OVER.search(str(error))):
+                return np.asarray(_told("", lambda: _decode(io.BytesIO(self._raw)))), 1
+        return _UPRIGHT[self._orientation](pixels), scale
+
+
+SMOOTH = ("bilinear", "bicubic", "hamming", "lanczos")  # filters that average what they shrink
+_LEFT_OVER = re.compile(r"\d+ extraneous bytes before marker 0xd9")
+
+# How a sensor held the scene, by EXIF's number (EXIF 2.3, 4.6.4) -> the scene upright
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a[::-1].transpose(1, 0, 2),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a.transpose(1, 0, 2)[::-1],
+}
+
+
+def resize(
+    pixels: np.ndarray,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    interpolation: str = "bilinear",
+    exact: bool = False,
+) -> np.ndarray:
+    """A box (left, top, right, bottom) of pixels (h, w, 3) at a size (width, height), antialiased.
+
+    With `exact` it is Pillow's resize, which looks across the edge of the box for its filter.
+    Without, a box of whole pixels is cut out first, and bilinear and bicubic are computed by
+    faster code for the same filter: a level of 255 apart here and there. The result may be a view
+    of the pixels.
+    """
+    (width, height), (left, top, right, bottom) = size, box
+    if not exact and all(side == int(side) for side in box):
+        part = pixels[int(top) : int(bottom), int(left) : int(right)]
+        if part.shape[:2] == (height, width):
+            return part
+        if interpolation == "bilinear" and part.shape[0] <= height and part.shape[1] <= width:
+            return cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
+        if interpolation in ("bilinear", "bicubic"):
+            part = torch.from_numpy(np.require(part[None], None, "CW")).permute(0, 3, 1, 2)
+            part = F.interpolate(part, (height, width), mode=interpolation, antialias=True)
+            return np.ascontiguousarray(part.permute(0, 2, 3, 1)[0].numpy())
+        pixels, box = part, (0, 0, part.shape[1], part.shape[0])
+    if (*pixels.shape[1::-1],) == size and tuple(box) == (0, 0, *size):
+        return pixels
+    kind = Image.Resampling[interpolation.upper()]
+    return np.asarray(Image.fromarray(pixels).resize(size, kind, box))
+
+
+def _told(path: str | Path, read: Callable[[], Any]) -> Any:
+    """What `read` returns; whatever it raises becomes an ImageError with a reason."""
     for attempt in (1, 2, 3):
         try:
-            return _decode(path)
+            return read()
         except ImageError:
             raise
         except FileNotFoundError:
@@ -66,13 +226,72 @@ def decode(path: str | Path) -> Image.Image:
     raise AssertionError("unreachable")
 
 
-def _decode(path: str | Path) -> Image.Image:
-    with Image.open(path) as image:
-        width, height = image.size
-        if min(width, height) < MIN_SIDE:
-            raise ImageError("too small", f"{width}x{height} pixels, under {MIN_SIDE} on a side")
-        if width * height > MAX_PIXELS:
-            raise ImageError("too large", f"{width}x{height} pixels, over {MAX_PIXELS:,}")
+def _open(path: str | Path) -> Pixels | Jpeg:
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):  # a pipe would be waited for
+            raise ImageError("unreadable", "a folder" if stat.S_ISDIR(mode) else "no regular file")
+        if file.read(3) == b"\xff\xd8\xff":
+            file.seek(0)
+            raw = file.readall()
+            if found := _jpeg(raw):
+                return found
+    with Path(path).open("rb") as file:
+        return Pixels(np.asarray(_decode(file)))
+
+
+def _jpeg(raw: bytes) -> Jpeg | None:
+    """A JPEG in colour or grey, as cameras write it; of any other kind None."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
+    except ValueError:
+        return None
+    if space not in ("YCbCr", "Gray"):
+        return None
+    _check_size(width, height)
+    frame, described = _markers(raw)
+    orientation = 1
+    if described:
+        with Image.open(io.BytesIO(raw)) as image:
+            orientation = image.getexif().get(0x0112, 1)
+    return Jpeg(raw, width, height, frame, orientation if orientation in _UPRIGHT else 1)
+
+
+def _markers(raw: bytes) -> tuple[int, bool]:
+    """Where a JPEG of one scan keeps its height (of another kind 0); whether it may have an APP1.
+
+    ITU-T T.81, B.1: marker segments up to the first scan; SOF0 and SOF1 head a sequential image.
+    """
+    at, frame, described = 2, 0, False
+    while at + 9 < len(raw) and raw[at] == 0xFF:
+        marker = raw[at + 1]
+        if marker == 0xFF:  # any number of these may come before a marker
+            at += 1
+            continue
+        if marker in (0xC0, 0xC1):
+            frame = at + 5
+        elif marker == 0xDD:  # what is left over of a cut then ends before a restart
+            return 0, True
+        elif marker == 0xE1:
+            described = True
+        elif marker == 0xDA:
+            # One scan holds all the components; of several, each would have to be cut.
+            return (frame if frame and raw[at + 4] == raw[frame + 4] else 0), described
+        at += 2 + int.from_bytes(raw[at + 2 : at + 4])
+    return 0, True
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise ImageError("too small", f"{width}x{height} pixels, under {MIN_SIDE} on a side")
+    if width * height > MAX_PIXELS:
+        raise ImageError("too large", f"{width}x{height} pixels, over {MAX_PIXELS:,}")
+
+
+def _decode(file: BinaryIO) -> Image.Image:
+    with Image.open(file) as image:
+        _check_size(*image.size)
         image.load()
         if image.mode == "I" and image.format == "PPM":  # Pillow has stretched it to 16 bits
             image = Image.fromarray(np.asarray(image).astype(np.uint16))

@@ -370,7 +370,7 @@ def one(
     else:
         picture = images.to_rgb(ImageOps.exif_transpose(picture))
     source = _opened(source, "")
-    pixels = torch.from_numpy(np.array(_Middle(source.transform)(picture)))
+    pixels = torch.from_numpy(np.array(source.transform(picture)))
     [(names, values)] = _best(source, pixels.permute(2, 0, 1)[None], top)
     return pd.DataFrame({"class": names, "p": np.array(values, np.float32)})
 
@@ -381,26 +381,6 @@ def _check_numbers(top: int, batch_size: int = 1, workers: int | None = None) ->
             raise PredictionError(f"{name} is {value}; it is {least} or more")
     if workers is not None and workers < 0:
         raise PredictionError(f"workers is {workers}; it is 0 or more, or left out")
-
-
-class _Middle:
-    """A test transform that scales of a long strip only the middle, which is all that it keeps.
-
-    A strip of 4 pixels by a million would be scaled to 256 by 64 million first.
-    """
-
-    LONGEST = 64  # times the short side; a crop is at most a few of them
-
-    def __init__(self, transform: Any):
-        self.transform, self.size = transform, transform.size
-
-    def __call__(self, image: Image.Image, rng: Any = None) -> Image.Image:
-        width, height = image.size
-        longest = self.LONGEST * min(width, height)
-        if max(width, height) > longest:
-            left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-            image = image.crop((left, top, width - left, height - top))
-        return self.transform(image, rng)
 
 
 def _answers(
@@ -421,7 +401,7 @@ def _answers(
     many = workers is not None or len(found) > 2000
     batches = data.eval_batches(
         frame,
-        _Middle(source.transform),
+        source.transform,
         batch_size=batch_size,
         workers=training.pick_workers(workers) if many else 0,
     )

@@ -76,6 +76,13 @@ class Recipe(BaseModel):
     )
     outside_root: bool = knob(False, "list entries may leave their root")
     verify_data: bool = knob(True, "decode every picture once before training, cached")
+    cache: bool = knob(
+        False, "keep pixels on disk for the next epochs and runs; the same bytes", place=True
+    )
+    cache_dir: str = knob("", "folder for them; empty is the workbench's own", place=True)
+    train_resize: int | None = knob(
+        None, "pixels, short side before the training crop where longer; None: as stored", ge=8
+    )
     image_size: int = knob(32, "pixels, side of the square training crop", ge=8, le=4096)
     val_image_size: int | None = knob(
         None, "pixels, side of the centre crop; None is image_size", ge=8, le=4096
@@ -236,6 +243,9 @@ class Recipe(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "auto takes a GPU", place=True)
     precision: Literal["auto", "fp32", "bf16"] = knob("auto", "auto is bf16 where it is native")
     channels_last: bool = knob(True, "memory layout of images and weights")
+    augment_on_device: bool = knob(
+        False, "flip, RandAugment and jitter by the batch; loaders only crop"
+    )
     workers: int | None = knob(
         None, "processes that decode, per device; None is one per core, at most 8", ge=0, place=True
     )
@@ -551,6 +561,14 @@ _UNUSED = [
             and f"since dataset is {r.dataset}, which is embedded; say dataset: files"
         ),
     ),
+    ("cache_dir", lambda r: not r.cache and "without cache: true"),
+    (
+        "augment_on_device",
+        lambda r: (
+            not (r.flip or r.randaug_n or r.brightness or r.contrast or r.saturation or r.hue)
+            and "without flip, randaug_n and jitter"
+        ),
+    ),
     ("deep_stem avg_down", lambda r: r.model not in RESNETS and f"since model is {r.model}"),
     (
         "micro_batch_size",
@@ -790,6 +808,30 @@ _WRONG = [
             and r.task_weight == 0
             and not any(map(on_logits, r.mimic))
             and "0 and no mimic of logits: nothing would train the classifier"
+        ),
+    ),
+    (
+        "augment_on_device",
+        lambda r: (
+            r.augment_on_device
+            and r.autoaugment
+            and "autoaugment is torchvision's and runs in the loaders; leave out one of the two"
+        ),
+    ),
+    (
+        "cache",
+        lambda r: (
+            r.cache
+            and not r.verify_data
+            and "knows pictures by their bytes, which verify_data: false never reads"
+        ),
+    ),
+    (
+        "train_resize",
+        lambda r: (
+            r.train_resize is not None
+            and r.train_resize < r.image_size
+            and f"{r.train_resize} is below image_size {r.image_size}, every crop would be enlarged"
         ),
     ),
     (

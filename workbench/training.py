@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from workbench import (
+    CACHE,
     ROOT,
     augmentation,
+    batched,
+    cache,
     data,
     distillation,
     evaluation,
@@ -72,6 +75,8 @@ def train_transform(recipe: Any) -> augmentation.TrainTransform:
         hue=recipe.hue,
         autoaugment=recipe.autoaugment,
         randaug=_randaug(recipe) if recipe.randaug_n else None,
+        shrink=augmentation.Shrink(recipe.train_resize, recipe.interpolation),
+        on_device=recipe.augment_on_device,
     )
 
 
@@ -90,6 +95,21 @@ def test_transform(recipe: Any) -> augmentation.TestTransform:
 
 
 test_transform.__test__ = False  # pytest: no test
+
+
+def keep(
+    recipe: Any, train: pd.DataFrame, val: pd.DataFrame, progress: bool = True
+) -> tuple[cache.Cache, cache.Cache]:
+    """The caches of examined frames, complete: training pictures as the crop finds them, and
+    validation pictures as the model does. Raises CacheError.
+    """
+    folder = ROOT / Path(recipe.cache_dir).expanduser() if recipe.cache_dir else CACHE / "pictures"
+    caches = (
+        cache.Cache(train, train_transform(recipe).shrink, folder),
+        cache.Cache(val, test_transform(recipe), folder),
+    )
+    cache.build(*caches, progress=progress)
+    return caches
 
 
 def warmup_steps(recipe: Any, steps_per_epoch: int) -> int:
@@ -286,14 +306,17 @@ class Normalize:
 class DeviceTransform:
     """A training batch as the model sees it: normalised, erased, mixed, on the device.
 
-    Erasing and mixing are drawn for the whole step from (seed, step), and each process takes what
-    belongs to its own pictures.
+    With `augment_on_device` first flipped and so on, as drawn for each picture. Erasing and mixing
+    are drawn for the whole step from (seed, step), and each process takes what belongs to its own
+    pictures.
     """
 
     def __init__(self, recipe: Any, classes: int, device: torch.device):
         self.seed, self.size = recipe.seed, recipe.image_size
         self.classes, self.device = classes, device
         self.normalize = Normalize(recipe, device)
+        randaug = train_transform(recipe).randaug
+        self.fill = randaug.fill if randaug else (0, 0, 0)
         self.erase = self.mix = None
         if recipe.erase_prob:
             self.erase = augmentation.Erase(
@@ -306,7 +329,10 @@ class DeviceTransform:
 
     def __call__(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 images (n, 3, h, w) and targets: class numbers (n,), or soft labels (n, C)."""
-        images = self.normalize(batch.images.to(self.device, non_blocking=True))
+        images = batch.images.to(self.device, non_blocking=True)
+        if batch.draws is not None:
+            images = batched.apply(images, batch.draws, self.fill)
+        images = self.normalize(images)
         targets = batch.labels.to(self.device, non_blocking=True)
         places = batch.places.numpy()
         if self.erase:
@@ -386,7 +412,9 @@ def fit(
     """Trains a recipe into a run folder, yielding flat rows; goes on where the folder stopped.
 
     Step rows: kind, step, steps, epoch, lr, loss (mean since the last row), seconds (training time
-    so far), images_per_second, data_wait (share of the time). Epoch rows: kind and the columns of
+    so far), images_per_second, data_wait (share of the time), loader_images_per_second (what the
+    loaders give while they work), model_images_per_second (the rest of a step without the waiting;
+    on a CPU both beside each other). Epoch rows: kind and the columns of
     metrics.csv: epoch, step, lr, train_loss, train_top1, images, val_loss, top1, top5, val_images,
     and ema_val_loss, ema_top1, ema_top5 where EMA is on; validation is None in epochs without. With
     a teacher also task_loss and mimic_loss (train_task_loss, train_mimic_loss), each before its
@@ -659,6 +687,7 @@ def _train(
                 world=team.world,
                 workers=workers if len(val) > 2000 else 0,
                 pin_memory=device.type == "cuda",
+                cached=cached_val,
             )
             own = evaluation.predict(network, batches, normalize, device)
             _quarantine(run, "val", val, own.attrs.pop("failures"), named_val, progress.step)
@@ -681,6 +710,13 @@ def _train(
                 run.save_weights("best.safetensors", chosen.state_dict(), metadata)
         return columns
 
+    cached = cached_val = None
+    if recipe.cache:  # after all that is checked, since it may take hours
+        if not team.first:
+            team.any(False)
+        cached, cached_val = keep(recipe, train, val, progress=team.first)
+        if team.first:
+            team.any(False)
     reader = data.batches(
         train,
         train_transform(recipe),
@@ -695,12 +731,13 @@ def _train(
         world=team.world,
         workers=workers,
         pin_memory=device.type == "cuda",
+        cached=cached,
     )
 
     # Losses stay on the device until a row is due: asking for one earlier would stall a GPU.
     # Per step: loss summed over pictures and correct answers of each part in turn, pictures read.
     pending: list[tuple[list[torch.Tensor], int]] = []
-    seen = waited = 0.0
+    seen = waited = loading = own = 0.0
     known = run.quarantine().reindex(columns=["side", "file"])
     named, named_val = (
         set(np.flatnonzero(f.file.isin(known.file[known.side == side])).tolist())
@@ -763,6 +800,8 @@ def _train(
                 before = time.monotonic()
                 batch = next(reader)
                 waited += time.monotonic() - before
+                loading += batch.seconds
+                own += len(batch.labels)
                 last = batch.last
                 _quarantine(run, "train", train, batch.failures, named, step)
                 count = len(batch.labels)
@@ -820,11 +859,15 @@ def _train(
                     "seconds": round(progress.seconds, 3),
                     "images_per_second": round(seen / max(1e-9, now - mark), 1),
                     "data_wait": round(waited / max(1e-9, now - mark), 3),
+                    "loader_images_per_second": round(
+                        own * team.world * max(1, workers) / max(1e-9, loading), 1
+                    ),
+                    "model_images_per_second": round(seen / max(1e-9, now - mark - waited), 1),
                 }
                 rows.append(("steps.csv", {"kind": "step", "steps": steps, **row}))
                 progress.window_sum, progress.window_steps = 0.0, 0
                 progress.window_task = progress.window_mimic = 0.0
-                seen = waited = 0.0
+                seen = waited = loading = own = 0.0
             if epoch_ends:
                 finite()
                 row = {
@@ -1093,7 +1136,7 @@ def first_loss(recipe: Any, content: data.Data, model: nn.Module, pictures: int 
     batch = next(
         data.batches(
             content.train,
-            train_transform(recipe),
+            replace(train_transform(recipe), on_device=False),
             seed=recipe.seed,
             batch_size=min(pictures, len(content.train)),
             steps=range(1),
@@ -1277,7 +1320,7 @@ def _commit() -> str:
 
 def _code() -> str:
     """Twelve hex digits over our own code that decides what a teacher is shown."""
-    names = "augmentation data distillation images".split()
+    names = "augmentation batched data distillation images operations".split()
     text = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
     return hashlib.sha256(text).hexdigest()[:12]
 

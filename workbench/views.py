@@ -35,8 +35,9 @@ def draws(
     """
     transform = training.train_transform(recipe)
     pictures, titles = [training.test_transform(recipe)(picture)], ["validation"]
+    picture = transform.shrink.picture(picture)
     for epoch in range(first_epoch, first_epoch + count - 1):
-        draw = transform.draw(_rng(recipe, epoch, row), *picture.size)
+        draw = transform.draw(_rng(recipe, epoch, row), picture.width, picture.height)
         pictures.append(transform.apply(picture, draw))
         words = augmentation.describe(draw).replace(", ", "\n")
         titles.append(f"epoch {epoch + 1}\n{words}".strip())
@@ -129,14 +130,14 @@ def distances(
     """
     transform, whole = training.train_transform(recipe), []
     table = content.train.head(pictures)
-    opened = [images.decode(path) for path in table.path]
+    opened = [transform.shrink.picture(images.open(path)) for path in table.path]
     for picture in opened:
         whole.append(_levels(transform.at(picture, {})))
     rows = []
     for row, (file, picture) in enumerate(zip(table.file, opened, strict=True)):
         yardstick = _rms(whole[row], whole[(row + 1) % len(whole)])
         for epoch in range(per_picture):
-            draw = transform.draw(_rng(recipe, epoch, row), *picture.size)
+            draw = transform.draw(_rng(recipe, epoch, row), picture.width, picture.height)
             area = draw["width"] * draw["height"] / (picture.width * picture.height)
             change = _rms(_levels(transform.apply(picture, draw)), whole[row])
             rows.append((file, epoch, area, change, yardstick))

@@ -1,0 +1,123 @@
+"""The meter measures what it says, and its sentence follows from the numbers."""
+
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from workbench import data, images, meter, runs, training
+from workbench.meter import Speed
+from workbench.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = Speed(files=100, cached=900, model=300, device="cpu", cores=2, loaders=2)
+GPU = Speed(files=600, cached=4800, model=3000, device="cuda", cores=4, loaders=4)
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.open_data(Recipe())
+
+
+def test_a_gpu_waits_for_the_slower_side():
+    assert GPU.together(600) == 2400 and GPU.together(4800) == 3000
+
+
+def test_a_cpu_does_both_in_turn():
+    """100 img/s per core on two cores are 5 ms a picture, the model's 300 are 3.33 ms."""
+    assert CPU.together(100) == pytest.approx(1000 / (5 + 1000 / 300))
+    table = CPU.table().images_per_second
+    assert table["together, from files"] == 120.0
+    assert table["loader, 2 of 2 cores, from a cache"] == 1800
+
+
+@pytest.mark.parametrize(
+    "speed, knobs, said",
+    [
+        (CPU, {}, "Loading takes 60% of the time of 2 cores; a cache (cache: true) would give "
+         "about 2.1x."),
+        (CPU, dict(cache=True), "Loading takes 14% of the time of 2 cores; more cores, or fewer"),
+        (GPU, {}, "The loader is the limit: 4 of 4 cores load 2,400 img/s, the model takes 3,000; "
+         "a cache (cache: true) would give about 1.2x."),
+        (GPU, dict(cache=True), "The model is the limit: 4 of 4 cores load 19,200 img/s"),
+        (Speed(600, 620, 9e3, "cuda", 8, 4), {}, "4 of 8 cores load 2,400 img/s, the model takes "
+         "9,000; more workers would help."),
+        (Speed(600, 620, 9e3, "cuda", 4, 4), {}, "augment_on_device: true would leave"),
+        (Speed(600, 620, 10, "cpu", 1, 1), {}, "Loading takes 2% of the time of 1 core; faster "
+         "loading would change little."),
+    ],
+)  # fmt: skip
+def test_the_sentence_says_what_limits_and_what_would_help(speed, knobs, said):
+    assert said in speed.verdict(Recipe(**knobs))
+
+
+def test_the_loader_is_measured_with_the_files_and_without_them(digits, monkeypatch):
+    look = images.open
+    monkeypatch.setattr(images, "open", lambda path: (time.sleep(0.01), look(path))[1])
+    speed = meter.measure(Recipe(flip=0.5), digits, 1.0)
+    assert 40 < speed.files < 100  # 10 ms for the file, and little besides
+    assert speed.cached > 5 * speed.files
+    assert speed.cores == data.cores() and 1 <= speed.loaders <= speed.cores
+
+
+def test_the_model_is_measured_by_its_step(digits, monkeypatch):
+    """A model whose forward takes 20 ms for 32 pictures cannot take more than 1,600 a second."""
+    create = training.create_model
+
+    def slow(*arguments):
+        model = create(*arguments)
+        model.register_forward_hook(lambda *_: time.sleep(0.02))
+        return model
+
+    monkeypatch.setattr(training, "create_model", slow)
+    speed = meter.measure(Recipe(batch_size=32), digits, 1.0)
+    assert 300 < speed.model < 1600
+
+
+def test_measuring_leaves_the_random_numbers_and_the_threads_alone(digits):
+    torch.manual_seed(3)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    meter.measure(Recipe(dropout=0.5), digits, 0.2)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("knobs", [
+    dict(batch_size=1), dict(optimizer="lamb"), dict(loss="bce"), dict(micro_batch_size=4),
+])  # fmt: skip
+def test_any_recipe_can_be_measured(digits, knobs):
+    speed = meter.measure(Recipe(**knobs), digits, 0.1)
+    assert min(speed.files, speed.cached, speed.model) > 0
+
+
+def test_a_training_records_loader_and_model_beside_each_other(digits, tmp_path, monkeypatch):
+    """Every batch takes 0.1 s to read and nearly nothing to learn from, in the same process."""
+    read = data._Rows.read
+
+    def slow(*arguments):
+        start = time.perf_counter()
+        batch = read(*arguments)
+        time.sleep(max(0, 0.1 - (time.perf_counter() - start)))
+        return batch._replace(seconds=time.perf_counter() - start)
+
+    monkeypatch.setattr(data._Rows, "read", slow)
+    recipe = Recipe(
+        fraction=0.1, epochs=1, batch_size=20, workers=0, log_every=3, runs_dir=str(tmp_path)
+    )
+    run = runs.Run(recipe.folder)
+    list(training.fit(recipe, run, prepared=data.open_data(recipe)))
+    steps = run.steps()
+    assert steps.loader_images_per_second[0] == pytest.approx(200, rel=0.05)
+    assert (steps.loader_images_per_second >= steps.images_per_second).all()
+    together = 1 / steps.images_per_second
+    apart = 1 / steps.loader_images_per_second + 1 / steps.model_images_per_second
+    np.testing.assert_allclose(apart, together, rtol=0.1)  # one process does both in turn
+    said = meter.seen(steps)
+    assert "of the time waiting for data" in said and "between two waits the model took" in said
+
+
+def test_rows_without_speed_say_so():
+    assert meter.seen(pd.DataFrame()) == "No rows to read speed and waiting from."
+    assert meter.seen(pd.DataFrame({"images_per_second": [3.0]})).startswith("No rows")

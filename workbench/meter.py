@@ -1,0 +1,201 @@
+"""What limits a training: the loader, the model, and what a cache or more cores would change.
+
+speed = meter.measure(recipe, content)   # before: each alone on this machine, a few seconds
+speed.verdict(recipe)                    # "2 of 2 cores decode ...; a cache would give about 3x"
+meter.seen(run.steps())                  # afterwards: what the run's own rows say
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from workbench import data, images, models, training
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images per second: of one core that reads files, of one that reads a cache, of the model.
+
+    `cached` has the pictures in memory: it is what a cache gives whose disk keeps up. `model` is
+    forward, backward and optimizer step on the recipe's device, on a CPU with all its cores;
+    `teachers`, mixing and EMA are not in it.
+    """
+
+    files: float
+    cached: float
+    model: float
+    device: str
+    cores: int
+    loaders: int  # cores that load: as many as there are processes for it, and cores
+
+    def together(self, one_core: float) -> float:
+        """Images per second of a training whose loader gives `one_core` per core.
+
+        A GPU waits for the slower side. A CPU does both with the same cores, in turn.
+        """
+        if self.device == "cpu":
+            return 1 / (1 / (one_core * self.cores) + 1 / self.model)
+        return min(one_core * self.loaders, self.model)
+
+    def table(self) -> pd.DataFrame:
+        """A row for the loader, the model, and what both together would give: images per second."""
+        loader = f"loader, {self.loaders} of {self.cores} cores"
+        rows = {
+            f"{loader}, from files": self.files * self.loaders,
+            f"{loader}, from a cache": self.cached * self.loaders,
+            f"model, on the {self.device.replace('cuda', 'gpu')}": self.model,
+            "together, from files": self.together(self.files),
+            "together, from a cache": self.together(self.cached),
+        }
+        return pd.DataFrame({"images_per_second": rows}).round(1)
+
+    def verdict(self, recipe: Any) -> str:
+        """One sentence: what limits this recipe here, and what would help."""
+        one_core = self.cached if recipe.cache else self.files
+        now, gain = self.together(one_core), self.together(self.cached) / self.together(one_core)
+        if self.device == "cpu":
+            share = now / (one_core * self.cores)
+            text = f"Loading takes {share:.0%} of the time of {_cores(self.cores)}"
+            limited = share > 0.1
+        else:
+            given = f"{_cores(self.loaders, self.cores)} load {one_core * self.loaders:,.0f} img/s"
+            limited = one_core * self.loaders < self.model
+            side = "loader" if limited else "model"
+            text = f"The {side} is the limit: {given}, the model takes {self.model:,.0f}"
+        if not limited:
+            return f"{text}; faster loading would change little."
+        if not recipe.cache and gain > 1.15:
+            return f"{text}; a cache (cache: true) would give about {gain:.1f}x."
+        if self.device != "cpu" and self.loaders < self.cores:
+            return f"{text}; more workers would help."
+        if self.device != "cpu" and not recipe.augment_on_device:
+            return f"{text}; augment_on_device: true would leave the cores less to do."
+        return f"{text}; more cores, or fewer operations on a picture, would help."
+
+
+def _cores(count: int, of: int | None = None) -> str:
+    count = f"{count} of {of}" if of else f"{count}"
+    return f"{count} core{'' if count == '1' else 's'}"
+
+
+def seen(steps: pd.DataFrame) -> str:
+    """One sentence from the rows of a training (steps.csv): medians over the second half of it."""
+    columns = ["images_per_second", "data_wait", "loader_images_per_second"]
+    columns += ["model_images_per_second"]
+    if steps.empty or not set(columns) <= set(steps):
+        return "No rows to read speed and waiting from."
+    both, waiting, loader, model = steps[columns].tail((len(steps) + 1) // 2).median()
+    return (
+        f"{both:,.0f} img/s, {waiting:.0%} of the time waiting for data: while they worked, the "
+        f"loaders gave {loader:,.0f} img/s, and between two waits the model took {model:,.0f}."
+    )
+
+
+def measure(recipe: Any, content: data.Data, seconds: float = 4.0) -> Speed:
+    """Loader and model alone, each measured for a share of `seconds` on the first pictures.
+
+    Raises ModelError as training does.
+    """
+    device = training.pick_device(recipe.device)
+    workers = training.pick_workers(recipe.workers)
+    files, cached = _loader(recipe, content, seconds / 4)
+    return Speed(
+        files,
+        cached,
+        _model(recipe, content, device, seconds / 2),
+        device.type,
+        data.cores(),
+        max(1, min(workers, data.cores())),
+    )
+
+
+class _Memory:
+    """Pictures by row as a cache gives them, without the disk."""
+
+    def __init__(self, pictures: dict[int, images.Pixels]):
+        self.picture = pictures.__getitem__
+
+
+def _loader(recipe: Any, content: data.Data, seconds: float) -> tuple[float, float]:
+    """Images per second of one core, from files and from what a cache holds of them."""
+    transform = training.train_transform(recipe)
+    chosen = data.order(recipe.seed, 0, len(content.train))[:512]
+    frame = content.train.iloc[chosen].reset_index(drop=True)
+
+    def rate(cached: Any = None) -> float:
+        count = spent = 0.0
+        how = {"batch_size": min(16, len(frame)), "steps": range(1000), "cached": cached}
+        for batch in data.batches(frame, transform, seed=recipe.seed, **how):
+            if batch.step:  # the first one warms up
+                count, spent = count + len(batch.images), spent + batch.seconds
+            if spent > seconds:
+                break
+        return count / spent if count else float("nan")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader's process
+    try:
+        files = rate()
+        pictures, held = {}, 0
+        for row, path in enumerate(frame.path):
+            try:
+                pixels = transform.shrink(images.open(path))
+            except images.ImageError:  # training sets it aside by name
+                continue
+            pictures[len(pictures)] = images.Pixels(pixels)
+            held += pixels.nbytes
+            if held > 2e8 or row >= 63:
+                break
+        frame = frame.head(len(pictures))
+        return files, rate(_Memory(pictures)) if len(frame) else float("nan")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _model(recipe: Any, content: data.Data, device: torch.device, seconds: float) -> float:
+    """Images per second of forward, backward and step, by the median step."""
+    size = min(recipe.micro_batch_size or recipe.batch_size, 256)
+    classes = len(content.classes)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    criterion = training.loss_function(recipe)
+    bf16 = training.pick_precision(recipe.precision, device) == "bf16"
+
+    def steps(model: torch.nn.Module) -> Iterator[None]:
+        optimizer = training.create_optimizer(recipe, model)
+        pictures = torch.randn(size, 3, recipe.image_size, recipe.image_size, device=device)
+        pictures = pictures.contiguous(memory_format=layout)
+        targets = torch.arange(size, device=device) % classes
+        while True:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(pictures)
+            criterion(logits.float(), targets).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            yield
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model = training.create_model(recipe, classes).train().to(device, memory_format=layout)
+        # Norms cannot see one picture alone.
+        with models.evaluating(model) if size == 1 else contextlib.nullcontext():
+            return size * _rate(steps(model), seconds, statistics.median, skip=2)
+
+
+def _rate(turns: Iterator[None], seconds: float, middle: Callable, skip: int = 1) -> float:
+    """Turns per second by the `middle` of what they take, for `seconds` or until they end."""
+    spent, start = [], time.perf_counter()
+    before = start
+    for _ in turns:
+        now = time.perf_counter()
+        spent.append(now - before)
+        if len(spent) > skip and now - start > seconds:
+            break
+        before = time.perf_counter()
+    return 1 / middle(spent[skip:] or spent)
