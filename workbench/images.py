@@ -1,7 +1,10 @@
 """Any picture file as the RGB a person sees, or one error that names what is wrong with it.
 
-picture = images.open(path)                    # width and height, from the header
-pixels = picture.resized(box, (224, 224))      # decodes no more than the box needs
+    picture = images.open(path)                               # width and height, from the header
+    pixels = picture.resized(box, (224, 224), "bilinear")     # decodes no rows below the box
+
+Pixels are uint8 (height, width, 3), a box is left, top, right, bottom in pixels of the upright
+picture, a size is width and height.
 """
 
 import contextlib

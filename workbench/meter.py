@@ -1,8 +1,10 @@
 """What limits a training: the loader, the model, and what a cache or more cores would change.
 
-speed = meter.measure(recipe, content)   # before: each alone on this machine, a few seconds
-speed.verdict(recipe)                    # "2 of 2 cores decode ...; a cache would give about 3x"
-meter.seen(run.steps())                  # afterwards: what the run's own rows say
+    speed = meter.measure(recipe, content)   # before: each alone on this machine, a few seconds
+    speed.verdict(recipe)                    # "Loading takes 60% ...; a cache would give about 2x"
+    meter.seen(run.steps())                  # afterwards: what the run's own rows say
+
+A loader's rows say the same while it trains, where both share the cores.
 """
 
 import contextlib
