@@ -4,7 +4,7 @@
     speed.verdict(recipe)                    # "Loading takes 60% ...; a cache would give about 2x"
     meter.seen(run.steps())                  # afterwards: what the run's own rows say
 
-A loader's rows say the same while it trains, where both share the cores.
+The rows of a training (steps.csv) hold both as they are beside each other, sharing the cores.
 """
 
 import contextlib
