@@ -269,9 +269,6 @@ def _markers(raw: bytes) -> tuple[int, bool]:
     at, frame, described = 2, 0, False
     while at + 9 < len(raw) and raw[at] == 0xFF:
         marker = raw[at + 1]
-        if marker == 0xFF:  # any number of these may come before a marker
-            at += 1
-            continue
         if marker in (0xC0, 0xC1):
             frame = at + 5
         elif marker == 0xDD:  # what is left over of a cut then ends before a restart
@@ -282,7 +279,7 @@ def _markers(raw: bytes) -> tuple[int, bool]:
             # One scan holds all the components; of several, each would have to be cut.
             return (frame if frame and raw[at + 4] == raw[frame + 4] else 0), described
         at += 2 + int.from_bytes(raw[at + 2 : at + 4])
-    return 0, True
+    return 0, True  # fill bytes before a marker, or what else leads astray: Pillow knows
 
 
 def _check_size(width: int, height: int) -> None:
