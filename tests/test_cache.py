@@ -123,6 +123,12 @@ def test_a_changed_file_a_changed_order_and_another_form_are_other_parts(photos,
     assert_holds(fill(turned, tmp_path / "kept", FORMS[3]), turned, FORMS[3])
 
 
+def test_caches_of_several_forms_stand_beside_each_other(photos, tmp_path):
+    kept = [fill(photos, tmp_path / "kept", form) for form in FORMS]
+    assert [one.missing() for one in kept] == [[]] * len(FORMS)
+    assert len(files(tmp_path / "kept")) == 3 * len(FORMS)
+
+
 def test_a_moved_folder_finds_its_cache(photos, tmp_path, monkeypatch):
     fill(photos, tmp_path / "kept")
     (tmp_path / "moved").mkdir()
@@ -432,6 +438,21 @@ def test_whoever_comes_second_waits_for_a_part_that_is_being_built(photos, tmp_p
     assert set(read) <= {photos.path[0]}  # to compare; the other process made the part
     process.communicate(timeout=60)
     assert_holds(kept, photos[:4])
+
+
+def test_a_file_that_is_gone_when_its_lock_is_there_is_begun_again(photos, tmp_path, monkeypatch):
+    """As when another process finished it, or gave it up, in between."""
+    flock, times = cache.fcntl.flock, [0]
+
+    def late(file, how):
+        flock(file, how)
+        times[0] += 1
+        if times[0] == 1:
+            next((tmp_path / "kept").glob("*.part")).unlink()
+
+    monkeypatch.setattr(cache.fcntl, "flock", late)
+    assert_holds(fill(photos, tmp_path / "kept"), photos)
+    assert times[0] == 4  # three parts, one of them twice
 
 
 def test_a_build_that_fails_leaves_no_thread_that_still_writes(photos, tmp_path, monkeypatch):
