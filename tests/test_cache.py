@@ -455,22 +455,25 @@ def test_a_file_that_is_gone_when_its_lock_is_there_is_begun_again(photos, tmp_p
     assert times[0] == 4  # three parts, one of them twice
 
 
-def test_a_build_that_fails_leaves_no_thread_that_still_writes(photos, tmp_path, monkeypatch):
-    """Its file is closed then; whatever is opened next would get its number."""
-    look, busy = images.open, [0]
+def test_no_thread_of_a_failed_build_writes_after_its_file_is_closed(photos, tmp_path, monkeypatch):
+    """Whatever is opened next gets the number of that file."""
+    look, write, close = images.open, os.pwrite, os.close
+    closed, late = set(), []
 
     def slow(path):
         if path == photos.path[0]:
             raise images.ImageError("missing", "no such file")
-        busy[0] += 1
         time.sleep(0.2)
-        busy[0] -= 1
         return look(path)
 
     monkeypatch.setattr(images, "open", slow)
+    monkeypatch.setattr(os, "close", lambda file: (closed.add(file), close(file))[1])
+    monkeypatch.setattr(
+        os, "pwrite", lambda file, *rest: (late.append(file in closed), write(file, *rest))[1]
+    )
     with pytest.raises(cache.CacheError):
         fill(photos, tmp_path / "kept")
-    assert busy == [0]
+    assert True not in late
 
 
 # ---- what is there when it is read
