@@ -1,5 +1,8 @@
 """The predictions table and its numbers against torch and scikit-learn."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -262,3 +265,21 @@ def test_a_teacher_is_its_own_best_pupil_and_one_without_a_mistake_lends_none(th
     assert evaluation.borrowed(teacher, teacher)["same"] == 100
     found = evaluation.borrowed(teacher, teacher.assign(class1=teacher.label))
     assert found["wrong"] == 0 and np.isnan([found[k] for k in ("same", "other", "right")]).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to count open files in")
+def test_an_evaluation_keeps_no_file_of_the_loaders_open(pictures):
+    """A batch from another process lies in shared memory: a file for as long as it lives."""
+    content = data.open_data(
+        Recipe(dataset="files", data_dir=str(pictures), image_size=16, val_resize=16)
+    )
+    many = pd.concat([content.train] * 10, ignore_index=True)
+    seen = []
+
+    def count(_: int) -> None:
+        seen.append(len(os.listdir("/proc/self/fd")))
+
+    batches = data.eval_batches(many, TestTransform(16, 16), batch_size=2, workers=1)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
+    evaluation.predict(model, batches, lambda x: x.float(), torch.device("cpu"), count)
+    assert len(seen) == 90 and max(seen[45:]) <= max(seen[:20]) + 5

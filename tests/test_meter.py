@@ -115,7 +115,7 @@ def test_a_training_records_loader_and_model_beside_each_other(digits, tmp_path,
     apart = 1 / steps.loader_images_per_second + 1 / steps.model_images_per_second
     np.testing.assert_allclose(apart, together, rtol=0.1)  # one process does both in turn
     said = meter.seen(steps)
-    assert "of the time waiting for data" in said and "between two waits the model took" in said
+    assert "of the time waiting for data" in said and "between two waits" in said
 
 
 def test_rows_without_speed_say_so():

@@ -50,7 +50,8 @@ def _rows(batch: Batch, logits: torch.Tensor) -> dict[str, np.ndarray]:
     k = min(TOP, logits.shape[1])
     best = torch.sort(log_p, dim=1, descending=True, stable=True)
     label_log_p = log_p.gather(1, labels[:, None])[:, 0]
-    columns = {"row": batch.indices.numpy(), "label": batch.labels.numpy()}
+    # Copies: what came from a loader's process holds a file open for as long as it is kept.
+    columns = {"row": batch.indices.numpy().copy(), "label": batch.labels.numpy().copy()}
     for i in range(k):
         columns[f"class{i + 1}"] = best.indices[:, i].cpu().numpy().astype(np.int32)
     for i in range(k):

@@ -94,8 +94,8 @@ def seen(steps: pd.DataFrame) -> str:
         return "No rows to read speed and waiting from."
     both, waiting, loader, model = steps[columns].tail((len(steps) + 1) // 2).median()
     return (
-        f"{both:,.0f} img/s, {waiting:.0%} of the time waiting for data: while they worked, the "
-        f"loaders gave {loader:,.0f} img/s, and between two waits the model took {model:,.0f}."
+        f"{both:,.0f} img/s, {waiting:.0%} of the time waiting for data; the loaders gave "
+        f"{loader:,.0f} img/s while they worked, the model took {model:,.0f} between two waits."
     )
 
 

@@ -79,7 +79,9 @@ class Recipe(BaseModel):
     cache: bool = knob(
         False, "keep pixels on disk for the next epochs and runs; the same bytes", place=True
     )
-    cache_dir: str = knob("", "folder for them; empty is the workbench's own", place=True)
+    cache_dir: str = knob(
+        "", "folder for them; empty: pictures/ in WORKBENCH_CACHE or ~/.cache/workbench", place=True
+    )
     train_resize: int | None = knob(
         None, "pixels, short side before the training crop where longer; None: as stored", ge=8
     )
@@ -566,7 +568,7 @@ _UNUSED = [
         "augment_on_device",
         lambda r: (
             not (r.flip or r.randaug_n or r.brightness or r.contrast or r.saturation or r.hue)
-            and "without flip, randaug_n and jitter"
+            and "without any of flip, randaug_n and jitter"
         ),
     ),
     ("deep_stem avg_down", lambda r: r.model not in RESNETS and f"since model is {r.model}"),
@@ -823,7 +825,8 @@ _WRONG = [
         lambda r: (
             r.cache
             and not r.verify_data
-            and "knows pictures by their bytes, which verify_data: false never reads"
+            and "knows pictures by their bytes, which verify_data: false never reads; leave that "
+            "at true"
         ),
     ),
     (
