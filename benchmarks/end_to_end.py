@@ -22,14 +22,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from input import jpegs  # the benchmark beside this one
 
 from workbench import cache, data, evaluation, training
 from workbench.recipe import Recipe
@@ -37,9 +35,8 @@ from workbench.recipe import Recipe
 COPIES = 5
 
 
-def folders(source: Path, folder: Path) -> int:
+def folders(files: list[Path], folder: Path) -> int:
     """Class folders of links to the pictures: train, val; returns the number of training files."""
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     for side, copies in (("train", COPIES), ("val", 1)):
         for copy in range(copies):
             for i, path in enumerate(files):
@@ -47,18 +44,6 @@ def folders(source: Path, folder: Path) -> int:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(path.resolve())
     return COPIES * len(files)
-
-
-def made_up(folder: Path) -> Path:
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    for i in range(200):
-        coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
-        grain = rng.normal(0, 12, (375, 500, 1))
-        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + grain
-        picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-        picture.save(folder / f"{i}.jpg", quality=90)
-    return folder
 
 
 def seconds(command: list[str]) -> float:
@@ -86,12 +71,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        source = options.pictures or made_up(root / "made up")
-        if source.is_file():
-            with tarfile.open(source) as archive:
-                archive.extractall(root / "unpacked", filter="data")
-            source = root / "unpacked"
-        count = folders(source, root / "data")
+        count = folders(jpegs(options.pictures, root), root / "data")
         workers = data.cores()
         bf16 = training.pick_precision("auto", torch.device(options.device)) == "bf16"
         print(f"{options.model} at {options.size} pixels, batch {options.batch}, "

@@ -219,7 +219,18 @@ def examined(paths: list[Path]) -> pd.DataFrame:
     return data.examine(frame, cache=False, progress=False)
 
 
+def jpegs(source: Path | None, folder: Path) -> list[Path]:
+    """The JPEG files of a folder or a tar, unpacked below `folder`; of None 200 made up there."""
+    if source is None:
+        made_up(source := folder / "made up")
+    elif source.is_file():
+        with tarfile.open(source) as archive:
+            archive.extractall(source := folder / "unpacked", filter="data")
+    return [p for p in sorted(source.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
+
+
 def made_up(folder: Path) -> None:
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(200):
         coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
@@ -239,16 +250,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "small").mkdir()
-        source = options.pictures or folder / "made up"
-        if options.pictures is None:
-            source.mkdir()
-            made_up(source)
-        elif source.is_file():
-            with tarfile.open(source) as archive:
-                archive.extractall(folder / "unpacked", filter="data")
-            source = folder / "unpacked"
-        frame = examined([p for p in sorted(source.rglob("*")) if p.suffix.lower() in
-                          (".jpg", ".jpeg")])  # fmt: skip
+        frame = examined(jpegs(options.pictures, folder))
         median = frame[["width", "height"]].median()
         print(f"{len(frame)} JPEG files, median {median.width:.0f} x {median.height:.0f} pixels, "
               f"{training.processor()}, one of them used, {options.rounds} rounds")  # fmt: skip

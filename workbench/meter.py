@@ -10,7 +10,7 @@ The rows of a training (steps.csv) hold both as they are beside each other, shar
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,17 +187,17 @@ def _model(recipe: Any, content: data.Data, device: torch.device, seconds: float
         model = training.create_model(recipe, classes).train().to(device, memory_format=layout)
         # Norms cannot see one picture alone.
         with models.evaluating(model) if size == 1 else contextlib.nullcontext():
-            return size * _rate(steps(model), seconds, statistics.median, skip=2)
+            return size * _rate(steps(model), seconds)
 
 
-def _rate(turns: Iterator[None], seconds: float, middle: Callable, skip: int = 1) -> float:
-    """Turns per second by the `middle` of what they take, for `seconds` or until they end."""
+def _rate(turns: Iterator[None], seconds: float) -> float:
+    """Turns per second by the median of what they take, for `seconds`; two warm up."""
     spent, start = [], time.perf_counter()
     before = start
     for _ in turns:
         now = time.perf_counter()
         spent.append(now - before)
-        if len(spent) > skip and now - start > seconds:
+        if len(spent) > 2 and now - start > seconds:
             break
         before = time.perf_counter()
-    return 1 / middle(spent[skip:] or spent)
+    return 1 / statistics.median(spent[2:])
