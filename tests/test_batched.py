@@ -11,7 +11,8 @@ from timm.data import auto_augment
 from torchvision.transforms import functional as F
 
 from workbench import batched
-from workbench.augmentation import JITTER, RandAugmentIncreasing, TrainTransform
+from workbench.augmentation import RandAugmentIncreasing, TrainTransform
+from workbench.operations import JITTER
 
 WIDTH, HEIGHT = 53, 37
 MEAN, FILL = (0.485, 0.456, 0.406), (124, 116, 104)

@@ -258,6 +258,16 @@ def test_a_passing_fault_of_the_disk_is_tried_again_and_a_lasting_one_is_named(
     assert reason_of(path) == "unreadable"
 
 
+@pytest.mark.parametrize("fault", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_no_fault_of_a_picture(tmp_path, monkeypatch, fault):
+    def refusing(*arguments):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(images.os, "open", refusing)
+    with pytest.raises(OSError, match="open files"):
+        decode(save_noise(tmp_path / "x.png", seed=1))
+
+
 def test_an_image_error_travels_between_processes():
     error = pickle.loads(pickle.dumps(ImageError("truncated", "12 bytes missing")))
     assert (error.reason, error.detail) == ("truncated", "12 bytes missing")
@@ -421,17 +431,46 @@ def test_a_jpeg_with_restarts_is_decoded_once(tmp_path, monkeypatch):
     assert rows == [120]
 
 
-def test_an_exact_resize_is_pillows_of_the_whole_picture(tmp_path):
-    scene(300, 400).save(tmp_path / "x.jpg")
-    picture, whole = images.open(tmp_path / "x.jpg"), decode(tmp_path / "x.jpg")
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic", "lanczos", "box", "hamming", "nearest"])
+@pytest.mark.parametrize("name", KINDS)
+def test_an_exact_resize_is_pillows_of_the_whole_picture(tmp_path, name, kind):
+    """To the bit, also where Pillow resizes the height first, and the filter looks beyond a box."""
+    scene(300, 400).save(tmp_path / "x.jpg", **KINDS[name])
+    scene(300, 400).convert("L").save(tmp_path / "y.jpg", **KINDS[name])
     rng = np.random.default_rng(0)
-    for kind in ("bilinear", "bicubic", "lanczos", "box", "hamming", "nearest"):
-        for size in ((50, 40), (20, 90), (300, 300), (400, 30)):
+    for path in (tmp_path / "x.jpg", tmp_path / "y.jpg"):
+        picture, whole = images.open(path), decode(path)
+        for size in ((50, 40), (20, 90), (300, 300), (400, 30), (5, 250)):
             left, top = rng.uniform(0, (250, 300))
             box = (left, top, left + rng.uniform(20, 50), top + rng.uniform(20, 100))
-            seen = picture.resized(box, size, kind, exact=True)
-            wanted = whole.resize(size, Image.Resampling[kind.upper()], box)
-            np.testing.assert_array_equal(seen, wanted)
+            corner = (0, 0, min(300, size[0]), min(400, size[1]))
+            for each in (box, corner, (0, 0, 300, 400), (0, 0, 300, int(top) + 1)):
+                seen = picture.resized(each, size, kind, exact=True)
+                wanted = whole.resize(size, Image.Resampling[kind.upper()], each)
+                np.testing.assert_array_equal(seen, wanted)
+
+
+@pytest.mark.parametrize(
+    "kind, bottom, high, rows",
+    [
+        ("nearest", 96, 6, 112),
+        ("box", 96, 6, 112),
+        ("bilinear", 96, 6, 128),
+        ("hamming", 96, 6, 128),
+        ("bicubic", 96, 6, 144),
+        ("lanczos", 96, 6, 160),
+        ("bilinear", 93, 200, 96),
+    ],
+)
+def test_an_exact_resize_decodes_what_its_filter_reaches(
+    tmp_path, monkeypatch, kind, bottom, high, rows
+):
+    """Below the box 0 to 3 rows of the result, of 16 each, or of one where it is enlarged; two
+    more, for the colours; in whole blocks of 16."""
+    scene(100, 400).save(tmp_path / "x.jpg")
+    decoded = decoded_rows(monkeypatch)
+    images.open(tmp_path / "x.jpg").resized((0, 0, 100, bottom), (20, high), kind, exact=True)
+    assert decoded == [rows]
 
 
 def test_a_damaged_jpeg_gives_pillows_pixels_or_an_error_also_in_a_box(tmp_path):

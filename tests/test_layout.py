@@ -16,10 +16,11 @@ PACKAGE = ROOT / "workbench"
 
 # module -> the modules of ours it may import (design, section 2); a level never imports upwards
 LEVEL_0 = """
-recipe runs lamb schedule losses mimic operations batched images progress consumer
+recipe runs lamb schedule losses mimic operations images progress consumer
 """.split()
 LEVEL_1 = {
     "augmentation": {"images", "operations"},
+    "batched": {"operations"},
     "data": {"augmentation", "images", "progress"},
     "cache": {"data", "images", "progress"},
     "models": {"recipe"},

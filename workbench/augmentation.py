@@ -18,16 +18,20 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from workbench import images, operations
+from workbench.operations import JITTER, MATRICES
 
 # ---- RandAugment
 
-_MOVES = {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}  # by an interpolation
-_COLOURS = """
-autocontrast equalize invert posterize solarize solarize_add solarize_add_all
-contrast brightness sharpness
-""".split()
-_OPERATIONS = {name: getattr(operations, name) for name in (*_MOVES, *_COLOURS)}
-_OPERATIONS["color"] = operations.saturation  # as RandAugment's papers and libraries call it
+_COLOURS = {
+    **{
+        name: getattr(operations, name)
+        for name in (
+            "autocontrast equalize invert posterize solarize solarize_add solarize_add_all "
+            "contrast brightness sharpness"
+        ).split()
+    },
+    "color": operations.saturation,  # as RandAugment's papers and libraries call it
+}
 
 
 class Level(NamedTuple):
@@ -123,13 +127,15 @@ class RandAugment:
         if unit == "of the side":
             value *= size
         interpolation = self.interpolations[int(kind * len(self.interpolations))]
-        return name, value, interpolation if name in _MOVES else ""
+        return name, value, interpolation if name in MATRICES else ""
 
     def apply(self, pixels: np.ndarray, drawn: list[tuple[str, Any, str]]) -> np.ndarray:
         """Pixels (h, w, 3) after `draw`'s operations, in their order."""
         for name, value, interpolation in drawn:
-            how = (interpolation, self.fill) if name in _MOVES else ()
-            pixels = _OPERATIONS[name](pixels, value, *how)
+            if name in MATRICES:
+                pixels = operations.move(pixels, name, value, interpolation, self.fill)
+            else:
+                pixels = _COLOURS[name](pixels, value)
         return pixels
 
     def table(self) -> list[dict[str, Any]]:
@@ -165,7 +171,6 @@ def _autoaugment(pixels: np.ndarray, seed: int) -> np.ndarray:
 
 # ---- one picture
 
-JITTER = ("brightness", "contrast", "saturation", "hue")
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop before it falls back to the centre
 
 
@@ -337,7 +342,10 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class TestTransform:
-    """Short side to `resize`, then the centre `size` x `size` pixels (UP's E-std: 256 and 224)."""
+    """Short side to `resize`, then the centre `size` x `size` pixels (UP's E-std: 256 and 224).
+
+    `resize` is not below `size`.
+    """
 
     __test__ = False  # pytest: no test class
 
@@ -354,23 +362,16 @@ class TestTransform:
         """Pixels (size, size, 3) of an image, as TrainTransform takes it.
 
         Computed as torchvision's Resize and CenterCrop on a Pillow image, but for what the crop
-        would throw away; where that is larger than the resized picture it is black.
+        would throw away.
         """
-        image = images.picture(image)
+        image, size = images.picture(image), self.size
         width, height = image.width, image.height
         short = min(width, height)
         wide, high = int(self.resize * width / short), int(self.resize * height / short)
-        left, top = round((wide - self.size) / 2), round((high - self.size) / 2)
-        across, down = min(wide, self.size), min(high, self.size)
-        x, y = max(0, left), max(0, top)
+        left, top = round((wide - size) / 2), round((high - size) / 2)
         by, down_by = width / wide, height / high
-        box = (x * by, y * down_by, (x + across) * by, (y + down) * down_by)
-        pixels = image.resized(box, (across, down), self.interpolation, exact=True)
-        if across == down == self.size:
-            return pixels
-        framed = np.zeros((self.size, self.size, 3), np.uint8)
-        framed[y - top : y - top + down, x - left : x - left + across] = pixels
-        return framed
+        box = (left * by, top * down_by, (left + size) * by, (top + size) * down_by)
+        return image.resized(box, (size, size), self.interpolation, exact=True)
 
 
 def describe(draw: dict[str, Any]) -> str:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from workbench.operations import JITTER, MATRICES
+
 # Factors and coordinates reach the device as whole numbers of 1 / ONE. They are computed in double
 # precision here, which not every device has, and whole numbers are the same on all of them.
 ONE = 2**32
 
 _CROP = {"left", "top", "width", "height"}  # keys of a draw that are used up before
-_JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def apply(
@@ -61,8 +62,9 @@ def apply(
     parts = table[1:].split([len(groups[step]) for step in order])
     for step, part in zip(order, parts, strict=True):
         chosen, numbers = part[:, 0], part[:, 1:]
-        if step.name in _MOVES:
-            after = _move(result[chosen], numbers, _MOVES[step.name].axes, step.how, colour)
+        if step.name in MATRICES:
+            axes = "xy" if step.name == "rotate" else step.name[-1]
+            after = _move(result[chosen], numbers, axes, step.how, colour)
         else:
             after = _COLOURS[step.name].run(result[chosen], numbers[:, :1, None, None])
         result[chosen] = after
@@ -88,30 +90,30 @@ def _steps(draw: dict[str, Any]) -> list[tuple[_Step, Any]]:
             "a draw holds autoaugment, which has no form in batches: apply it picture by picture "
             "with TrainTransform.apply"
         )
-    if unknown := set(draw) - {*_CROP, *_JITTER, "flip", "randaug"}:
+    if unknown := set(draw) - {*_CROP, *JITTER, "flip", "randaug"}:
         raise ValueError(
             f"a draw holds {', '.join(map(repr, sorted(unknown)))}; beside crop, flip and randaug "
-            f"it may hold {', '.join(_JITTER)}"
+            f"it may hold {', '.join(JITTER)}"
         )
     steps = [(_Step(0, 0, "flip", ""), None)] if draw.get("flip") else []
     for k, (name, value, how) in enumerate(draw.get("randaug", [])):
-        if name not in {*_MOVES, *_COLOURS}:
-            allowed = ", ".join(sorted({*_MOVES, *_COLOURS}))
+        if name not in {*MATRICES, *_COLOURS}:
+            allowed = ", ".join(sorted({*MATRICES, *_COLOURS}))
             raise ValueError(f"randaug holds the operation {name!r}; there are {allowed}")
-        if name in _MOVES and how not in _REACH:
+        if name in MATRICES and how not in _REACH:
             raise ValueError(
                 f"randaug holds {name} by the interpolation {how!r}; there are {', '.join(_REACH)}"
             )
-        steps.append((_Step(1, k, name, how if name in _MOVES else ""), value))
-    jitter = [name for name in draw if name in _JITTER]
+        steps.append((_Step(1, k, name, how if name in MATRICES else ""), value))
+    jitter = [name for name in draw if name in JITTER]
     return steps + [(_Step(2, k, name, ""), draw[name]) for k, name in enumerate(jitter)]
 
 
 def _numbers(step: _Step, value: Any, width: int, height: int) -> list[int]:
     """The whole numbers a step is computed with, six of a move and one of any other."""
-    if step.name not in _MOVES:
+    if step.name not in MATRICES:
         return [_COLOURS[step.name].number(value)]
-    a, b, c, d, e, f = _MOVES[step.name].matrix(value, width, height)
+    a, b, c, d, e, f = MATRICES[step.name](value, width, height)
     # Pillow moves nearest neighbours by 1 / 65536 of a pixel, unless they only shift.
     unit = 2**16 if step.how == "nearest" and (b or d) else ONE
     x, y = c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5  # the first pixel's centre is at 0.5
@@ -303,24 +305,3 @@ def _between(taps: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     cubic = (here - before) + (beyond - after)
     square = 2 * (before - here) + (after - beyond)
     return here + x * ((after - before) + x * (square + x * cubic))
-
-
-def _turn(degrees: float, width: int, height: int) -> tuple[float, ...]:
-    angle = -math.radians(degrees % 360)
-    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)  # as Image.rotate
-    x, y = width / 2, height / 2
-    return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
-
-
-class _Move(NamedTuple):
-    matrix: Callable[[float, int, int], tuple[float, ...]]  # of value, width, height
-    axes: str  # along which pixels move
-
-
-_MOVES = {
-    "rotate": _Move(_turn, "xy"),
-    "shear_x": _Move(lambda slope, *_: (1, slope, 0, 0, 1, 0), "x"),
-    "shear_y": _Move(lambda slope, *_: (1, 0, 0, slope, 1, 0), "y"),
-    "translate_x": _Move(lambda shift, *_: (1, 0, shift, 0, 1, 0), "x"),
-    "translate_y": _Move(lambda shift, *_: (1, 0, 0, 0, 1, shift), "y"),
-}

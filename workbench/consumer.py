@@ -30,13 +30,10 @@ def prepare(image: Image.Image, seen: dict) -> np.ndarray:
     """The network's input (1, 3, size, size): short side to `resize`, the centre, normalised."""
     sides, size = np.array(image.size), seen["size"]
     resized = (seen["resize"] * sides / sides.min()).astype(int)
-    first = np.round((resized - size) / 2).astype(int)  # below 0 there is a black frame
-    start, length = np.maximum(0, first), np.minimum(size, resized)
+    first = np.round((resized - size) / 2)
     # Only what the centre shows is resized: its box in pixels of the picture.
-    box = [*(start * (sides / resized)), *((start + length) * (sides / resized))]
-    kind = Image.Resampling[seen["interpolation"].upper()]
-    image = image.resize(length.tolist(), kind, box)
-    image = image.crop([*(first - start), *(first - start + size)])
+    box = [*(first * (sides / resized)), *((first + size) * (sides / resized))]
+    image = image.resize((size, size), Image.Resampling[seen["interpolation"].upper()], box)
     pixels = np.asarray(image).transpose(2, 0, 1)[None]
     if seen["normalised_inside"]:
         return pixels

@@ -10,6 +10,7 @@ picture, a size is width and height.
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 import stat
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -36,6 +38,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 M
 
 # A network file system stumbles; a second look a moment later tells a hiccup from a broken file.
 _PASSING = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR}
+_NOT_THE_FILE = {errno.EMFILE, errno.ENFILE}  # too many are open: no picture is to blame
 
 
 class ImageError(ValueError):
@@ -110,12 +113,13 @@ class Jpeg:
     def resized(
         self, box: tuple, size: tuple[int, int], interpolation: str, exact: bool = False
     ) -> np.ndarray:
-        """`resize` of the pixels, of which those below the box are not decoded. Raises ImageError.
-
-        With `exact` all are: Pillow's order of passes depends on how many there are.
-        """
-        lowest = box[3] if self._orientation == 1 and not exact else self._stored[0]
-        return resize(self._decoded(lowest)[0], box, size, interpolation, exact)
+        """`resize` of the pixels; those below the box are not decoded. Raises ImageError."""
+        lowest = self._stored[0]
+        if self._orientation == 1:
+            beyond = _REACH[interpolation] * max(1, (box[3] - box[1]) / size[1]) if exact else 0
+            lowest = math.ceil(box[3] + beyond)
+        pixels = self._decoded(lowest, space="RGBX" if exact else "RGB")[0]
+        return resize(pixels, box, size, interpolation, exact)
 
     def shrunk(self, size: tuple[int, int], interpolation: str) -> np.ndarray:
         """All of it at a smaller size (width, height). Raises ImageError.
@@ -133,8 +137,11 @@ class Jpeg:
         box = [side / scale for side in (x, y, x + self.width, y + self.height)]
         return resize(pixels, box, size, interpolation)
 
-    def _decoded(self, bottom: int, scale: int = 1) -> tuple[np.ndarray, int]:
-        """The upright pixels of at least the rows above `bottom`, at 1 / scale, and the scale."""
+    def _decoded(self, bottom: int, scale: int = 1, space: str = "RGB") -> tuple[np.ndarray, int]:
+        """The upright pixels at 1 / scale, and the scale; rows from `bottom` on may hold anything.
+
+        They are there all the same: the order of Pillow's passes depends on how many there are.
+        """
         height, width = self._stored
         # The header may promise fewer rows than there are: the decoder stops where they end. Two
         # more than wanted, since colours are interpolated from the row below; whole blocks of 16.
@@ -142,11 +149,13 @@ class Jpeg:
         if cut := self._frame and rows < height:
             raw, height = bytearray(raw), rows
             raw[self._frame : self._frame + 2] = rows.to_bytes(2)
-        shape = -(-height // scale), -(-width // scale)
-        pixels = np.empty((*shape, 3), np.uint8)
-        how = {"fastdct": False, "fastupsample": False, "buffer": pixels}
+        wide, high = -(-width // scale), -(-height // scale)
+        pixels = np.empty((-(-self._stored[0] // scale), wide, len(space)), np.uint8)
+        how = {"colorspace": space, "fastdct": False, "fastupsample": False}
         try:
-            simplejpeg.decode_jpeg(raw, min_height=shape[0], min_width=shape[1], **how)
+            simplejpeg.decode_jpeg(
+                raw, min_height=high, min_width=wide, buffer=pixels[:high], **how
+            )
         except ValueError as error:
             # libjpeg names its first complaint: that the rows cut off are left over is none.
             if not (cut and _LEFT_OVER.search(str(error))):
@@ -155,6 +164,8 @@ class Jpeg:
 
 
 SMOOTH = ("bilinear", "bicubic", "hamming", "lanczos")  # filters that average what they shrink
+# How far a filter looks beyond the edge of a box, in pixels of the smaller picture
+_REACH = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
 _LEFT_OVER = re.compile(r"\d+ extraneous bytes before marker 0xd9")
 
 # How a sensor held the scene, by EXIF's number (EXIF 2.3, 4.6.4) -> the scene upright
@@ -179,7 +190,8 @@ def resize(
 ) -> np.ndarray:
     """A box (left, top, right, bottom) of pixels (h, w, 3) at a size (width, height), antialiased.
 
-    With `exact` it is Pillow's resize, which looks across the edge of the box for its filter.
+    With `exact` it is Pillow's resize, which looks across the edge of the box for its filter, and
+    copies nothing of pixels that have a fourth byte as Pillow's own.
     Without, a box of whole pixels is cut out first, and bilinear and bicubic are computed by
     faster code for the same filter: a level of 255 apart here and there. The result may be a view
     of the pixels.
@@ -197,9 +209,17 @@ def resize(
             return np.ascontiguousarray(part.permute(0, 2, 3, 1)[0].numpy())
         pixels, box = part, (0, 0, part.shape[1], part.shape[0])
     if (*pixels.shape[1::-1],) == size and tuple(box) == (0, 0, *size):
-        return pixels
+        return pixels[..., :3]
     kind = Image.Resampling[interpolation.upper()]
-    return np.asarray(Image.fromarray(pixels).resize(size, kind, box))
+    return np.asarray(_image(pixels).resize(size, kind, box))
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    if pixels.shape[2] == 3:
+        return Image.fromarray(pixels)
+    pixels = np.ascontiguousarray(pixels)
+    stored = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
+    return Image.fromarrow(stored, "RGB", pixels.shape[1::-1])
 
 
 def _told(path: str | Path, read: Callable[[], Any]) -> Any:
@@ -217,6 +237,8 @@ def _told(path: str | Path, read: Callable[[], Any]) -> Any:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError("too large", str(error).split(",")[0]) from None
         except OSError as error:
+            if error.errno in _NOT_THE_FILE:
+                raise
             if error.errno in _PASSING and attempt < 3:
                 time.sleep(attempt)
                 continue

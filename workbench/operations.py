@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
+JITTER = ("brightness", "contrast", "saturation", "hue")  # of the operations below
 LEVELS = np.arange(256)
 CUT_OFF = -0.499  # added before OpenCV rounds, it cuts off as Pillow does; whole levels stay
 
@@ -121,32 +122,27 @@ def _blend(a: np.ndarray, share: float, b: np.ndarray, other: float) -> np.ndarr
 # ---- moves: (pixels, value, interpolation, fill) -> pixels
 
 
-def rotate(pixels: np.ndarray, degrees: float, *how) -> np.ndarray:
-    """Turned to the left about the centre; the canvas stays as it is."""
-    height, width = pixels.shape[:2]
-    x, y, angle = width / 2, height / 2, -math.radians(degrees)
-    cos, sin = math.cos(angle), math.sin(angle)
-    return affine(pixels, (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y), *how)
+def _turn(degrees: float, width: int, height: int) -> tuple[float, ...]:
+    angle = -math.radians(degrees % 360)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)  # as Image.rotate
+    x, y = width / 2, height / 2
+    return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
 
 
-def shear_x(pixels: np.ndarray, slope: float, *how) -> np.ndarray:
-    """Every row moved left by `slope` times its number."""
-    return affine(pixels, (1, slope, 0, 0, 1, 0), *how)
+# Of a move's value, width and height: the matrix of `affine`. To the left about the centre; every
+# row left, or column up, by the value times its number; all of it left, or up, by pixels.
+MATRICES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
+    "rotate": _turn,
+    "shear_x": lambda slope, *_: (1, slope, 0, 0, 1, 0),
+    "shear_y": lambda slope, *_: (1, 0, 0, slope, 1, 0),
+    "translate_x": lambda shift, *_: (1, 0, shift, 0, 1, 0),
+    "translate_y": lambda shift, *_: (1, 0, 0, 0, 1, shift),
+}
 
 
-def shear_y(pixels: np.ndarray, slope: float, *how) -> np.ndarray:
-    """Every column moved up by `slope` times its number."""
-    return affine(pixels, (1, 0, 0, slope, 1, 0), *how)
-
-
-def translate_x(pixels: np.ndarray, shift: float, *how) -> np.ndarray:
-    """Moved left by `shift` pixels."""
-    return affine(pixels, (1, 0, shift, 0, 1, 0), *how)
-
-
-def translate_y(pixels: np.ndarray, shift: float, *how) -> np.ndarray:
-    """Moved up by `shift` pixels."""
-    return affine(pixels, (1, 0, 0, 0, 1, shift), *how)
+def move(pixels: np.ndarray, name: str, value: float, *how) -> np.ndarray:
+    """`affine` by a matrix of MATRICES: a rotation in degrees, a slope, a shift in pixels."""
+    return affine(pixels, MATRICES[name](value, pixels.shape[1], pixels.shape[0]), *how)
 
 
 _KINDS = {
