@@ -70,6 +70,20 @@ def test_an_overridden_knob_reaches_the_run(params, tmp_path):
     assert recipe["lr"] == 0.005
 
 
+def test_ctrl_c_before_the_first_step_is_a_stop_and_no_failure(params, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "keep", interrupted)
+    words = ("-p", "cache=true", "-p", f"cache_dir={tmp_path / 'kept'}")
+    done = invoke("train", params, *words)
+    assert done.exit_code == 3, done.output
+    assert "stopped by Ctrl-C, at once; the same command goes on" in done.output
+    assert runs.Run(tmp_path / "runs" / "small-seed0").status()["state"] == "stopped"
+    monkeypatch.undo()
+    assert invoke("train", params, *words).exit_code == 0
+
+
 def test_a_stopped_training_has_an_exit_code_of_its_own(params, tmp_path, monkeypatch):
     fit = training.fit
 

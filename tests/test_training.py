@@ -173,8 +173,13 @@ def test_a_cache_changes_no_bit_of_a_run_and_is_used(tmp_path, pictures, monkeyp
     }  # fmt: skip
     plain = train(small(tmp_path / "plain", **knobs))
     kept = {"cache": True, "cache_dir": str(tmp_path / "kept")}
-    assert_same_run(plain, train(small(tmp_path / "built", **knobs, **kept)))
-    assert len(list((tmp_path / "kept").iterdir())) == 2  # a part each
+    built = train(small(tmp_path / "built", **knobs, **kept))
+    assert_same_run(plain, built)
+    parts = list((tmp_path / "kept").iterdir())
+    assert len(parts) == 2  # a part each
+    taken = sum(part.stat().st_size for part in parts)
+    assert built.environment()["cache_mb"] == round(taken / 1e6, 3)
+    assert "cache_mb" not in plain.environment() and plain.environment()["shrunk"] == 18
 
     read, look = [], training.data.images.open
     noting = lambda path: (read.append(path), look(path))[1]
@@ -183,6 +188,18 @@ def test_a_cache_changes_no_bit_of_a_run_and_is_used(tmp_path, pictures, monkeyp
     assert_same_run(plain, train(recipe))
     assert len(read) == 2  # the first picture of each part, to compare
     assert recipe.fingerprint == recipe.replace(cache=False, cache_dir="").fingerprint
+
+
+def test_large_validation_pictures_are_read_by_loaders_and_few_small_ones_are_not():
+    def chosen(count, side, cached=None):
+        return training._eval_workers(
+            3, pd.DataFrame({"width": [side] * count, "height": side}), cached
+        )
+
+    assert chosen(2000, 32) == 0 and chosen(2001, 32) == 3
+    assert chosen(500, 400) == 0 and chosen(700, 400) == 3
+    assert chosen(700, 400, cached=object()) == 0
+    assert training._eval_workers(3, pd.DataFrame({"file": ["a"] * 700})) == 0
 
 
 def test_leaving_the_loop_keeps_the_step_and_the_next_loop_goes_on(tmp_path):

@@ -1,5 +1,6 @@
 """The commands a notebook cannot be: `workbench --help`."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -67,13 +68,14 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
     if recipe.teacher and training.is_first() and not run.file("last.pt").exists():
         content = data.open_data(recipe)
         _judge_teachers(recipe, content)
-    for row in training.fit(recipe, run, prepared=content):
-        if not progress.started:
-            _warn(recipe, run.environment())
-        progress.show(row)
+    with contextlib.suppress(KeyboardInterrupt):  # before the first step, or twice: status says so
+        for row in training.fit(recipe, run, prepared=content):
+            if not progress.started:
+                _warn(recipe, run.environment())
+            progress.show(row)
     if training.is_first():
         progress.close()
-        print(meter.seen(run.steps()))
+        print(meter.seen(run.steps(), training.pick_device(recipe.device).type))
         print(f"run folder: {run.path}")
     if run.status()["state"] == "stopped":
         raise typer.Exit(STOPPED)
@@ -92,6 +94,7 @@ def _warn(recipe, environment: dict) -> None:
     from workbench import doctor
 
     sizes = {"images": environment["train_images"], "classes": len(environment["classes"])}
+    sizes["shrunk"] = environment["shrunk"]
     for finding in doctor.examine(recipe, **sizes):
         if finding.kind == "warning":
             print(finding, flush=True)

@@ -10,6 +10,7 @@ of workers, and from any step on.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -18,12 +19,15 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
+from multiprocessing import queues
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -839,31 +843,85 @@ class _Keys:
 
 
 def _loader(dataset: Dataset, keys: Any, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=keys,
-            num_workers=workers,
-            collate_fn=_same,
-            pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # its own, so the global one is left alone
+    reader = told = None
+    try:
+        reader = iter(
+            DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=keys,
+                num_workers=workers,
+                collate_fn=_same,
+                pin_memory=pin_memory,
+                worker_init_fn=_obey_parent,
+                generator=torch.Generator(),  # its own, so the global one is left alone
+            )
         )
-    )
+        yield from reader
+    except EOFError:  # a loader that has no file left cannot answer
+        told = lost(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    except (OSError, RuntimeError) as error:
+        told = lost(error)
+        if told is None:
+            raise
+    finally:
+        reader = None  # ends its processes, also while a traceback holds this frame
+    if told:  # here, where no traceback holds on to the reader any more
+        raise told
+
+
+def lost(error: BaseException) -> DataError | None:
+    """What became of the loaders, where that is what an error in the main process comes from.
+
+    torch raises it wherever the main process stands when one of them ends.
+    """
+    said = f"{error} {error.__cause__}"
+    words = (os.strerror(errno.EMFILE), f"exit code {errno.EMFILE}.")  # its own; see _give_up
+    if any(text in said for text in words):
+        return DataError(
+            "too many open files: each batch is handed over as four; raise the limit (ulimit -n), "
+            "or lower workers"
+        )
+    if "Bus error" in said:
+        return DataError(
+            "a loader met a bus error: shared memory (/dev/shm) is full, or a file of the cache "
+            "was cut short while it was read; the same command goes on"
+        )
+    return None
 
 
 def _same(batch: Batch) -> Batch:
     return batch
 
 
-def _ignore_signals(_: int) -> None:
+def _obey_parent(_: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group; the main process decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Nor may it outlive a main process that was killed: it would hold memory, and the run's lock.
     parent = multiprocessing.parent_process()
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(parent.pid,), daemon=True).start()
+    else:  # macOS
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Nor may it outlive a main process that was killed: it would hold memory, and the run's lock.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    # A batch that the threads of multiprocessing cannot hand over would be waited for.
+    queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _give_up(error))
+    sys.excepthook = lambda kind, error, trace: _give_up(error)
+
+
+def _end_for(parent: int) -> None:
+    """Ends this process at a SIGTERM of its parent, who waits for it, and of nobody else."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _give_up(error: BaseException) -> None:
+    if lost(error):
+        os._exit(errno.EMFILE)
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def cores() -> int:

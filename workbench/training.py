@@ -460,10 +460,17 @@ def _fit(
         except GeneratorExit:
             raise
         except BaseException as error:
-            if team.first:
+            told = data.lost(error) or error
+            state, message = "failed", f"{type(told).__name__}: {told}"[:2000]
+            if isinstance(error, KeyboardInterrupt):
+                state, message = "stopped", "stopped by Ctrl-C, at once; the same command goes on"
+            for _ in range(2 if team.first else 0):  # torch may speak of another loader meanwhile
                 with contextlib.suppress(Exception):  # a full disk must not hide the real error
-                    run.set_status("failed", message=f"{type(error).__name__}: {error}"[:2000])
-            raise
+                    run.set_status(state, message=message)
+                    break
+            if told is error:
+                raise
+            raise told from None
 
 
 def _check_folder(recipe: Any, run: runs.Run) -> bool:
@@ -618,6 +625,9 @@ def _train(
         "val_data": data.fingerprint(data.Data(train.iloc[:0], val, content.classes)),
         "recipe": recipe.fingerprint,
         "steps_per_epoch": steps_per_epoch,
+        "shrunk": int((train[["width", "height"]].min(axis=1) > recipe.train_resize).sum())
+        if recipe.train_resize and recipe.verify_data
+        else None,
         "in_both": int(val.digest.isin(train.digest).sum()) if recipe.verify_data else None,
         "without_pictures": [c for i, c in enumerate(content.classes) if i not in trained],
         "start": said,
@@ -685,7 +695,7 @@ def _train(
                 batch_size=max(64, min(256, recipe.micro_batch_size or recipe.batch_size)),
                 rank=team.rank,
                 world=team.world,
-                workers=workers if len(val) > 2000 else 0,
+                workers=_eval_workers(workers, val, cached_val),
                 pin_memory=device.type == "cuda",
                 cached=cached_val,
             )
@@ -715,6 +725,7 @@ def _train(
         if not team.first:
             team.any(False)
         cached, cached_val = keep(recipe, train, val, progress=team.first)
+        environment["cache_mb"] = round((cached.bytes + cached_val.bytes) / 1e6, 3)
         if team.first:
             team.any(False)
     reader = data.batches(
@@ -1114,12 +1125,18 @@ def predictions(recipe: Any, content: data.Data, model: nn.Module) -> pd.DataFra
     device = next(model.parameters()).device
     transform, workers = test_transform(recipe), pick_workers(recipe.workers)
     batches = data.eval_batches(
-        content.val, transform, batch_size=64, workers=workers if len(content.val) > 2000 else 0
+        content.val, transform, batch_size=64, workers=_eval_workers(workers, content.val)
     )
     with bar(len(content.val), "validation", "img") as shown:
         normalize = Normalize(recipe, device)
         frame = evaluation.predict(model, batches, normalize, device, shown.update)
     return _named(frame, content.val)
+
+
+def _eval_workers(workers: int, val: pd.DataFrame, cached: Any = None) -> int:
+    """Loader processes for an evaluation; none where starting them takes longer than reading."""
+    large = cached is None and "width" in val and (val.width * val.height).sum() > 1e8
+    return workers if large or len(val) > 2000 else 0
 
 
 def _named(frame: pd.DataFrame, val: pd.DataFrame) -> pd.DataFrame:

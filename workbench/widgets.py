@@ -58,7 +58,8 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         status = self.run.status()
-        before = "" if self.started else "nothing to do: "
+        idle = not self.started and status["state"] == "finished"
+        before = "nothing to do: " if idle else ""
         print(before + (status["message"] or f"{self.run.path} is {status['state']}"))
 
     def _move_bar(self, row: dict[str, Any]) -> None:
