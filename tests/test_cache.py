@@ -1,6 +1,7 @@
 """A cache changes nothing but time: its bytes are those of the pictures, whatever happens to it."""
 
 import errno
+import hashlib
 import os
 import pickle
 import shutil
@@ -24,7 +25,12 @@ COUNT = 11
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(cache, "PART", 4)
+    monkeypatch.setattr(cache, "_ends", every(4))
+
+
+def every(count: int):
+    """Parts that end after so many pictures, whatever those are."""
+    return lambda digests: np.arange(1, len(digests) + 1) % count == 0
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def part_of(kept: cache.Cache, part: int = 0) -> Path:
-    return kept._files[part]
+    return kept.files[part]
 
 
 def noted(monkeypatch) -> list[str]:
@@ -74,7 +80,7 @@ def noted(monkeypatch) -> list[str]:
 def test_a_cache_holds_what_reading_the_pictures_gives(photos, tmp_path, form):
     kept = fill(photos, tmp_path / "kept", form)
     assert_holds(kept, photos, form)
-    assert [path.stat().st_size for path in kept._files] == [kept.size(part) for part in range(3)]
+    assert [path.stat().st_size for path in kept.files] == [kept.size(part) for part in range(3)]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -108,6 +114,41 @@ def test_a_list_that_grows_at_its_end_reads_only_what_is_new(photos, tmp_path, m
     assert set(read) == {photos.path[0], photos.path[4], *photos.path[8:]}
     assert set(old) < set(files(tmp_path / "kept"))
     assert_holds(kept, photos)
+
+
+@pytest.mark.parametrize("change", ["goes", "comes", "differs"])
+def test_a_picture_that_changes_concerns_its_own_part(monkeypatch, tmp_path, change):
+    """In a list of 9,000, in which a part holds 100 on average: at most two are not there yet."""
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "PART", 100)
+    digests = [hashlib.sha1(str(i).encode()).hexdigest() for i in range(9001)]
+    frame = pd.DataFrame({"path": digests, "digest": digests, "width": 30, "height": 20})
+    before = set(cache.Cache(frame[:9000], Shrink(), tmp_path).files)
+    assert 70 <= len(before) <= 115
+    for row in (0, 17, 4711, 8999):
+        rows = list(range(9000))
+        rows[row : row + 1] = {"goes": [], "comes": [9000, row], "differs": [9000]}[change]
+        after = cache.Cache(frame.iloc[rows].reset_index(drop=True), Shrink(), tmp_path)
+        assert len(set(after.files) - before) <= 2
+        assert sum(len(after.rows(part)) for part in range(len(after.files))) == len(rows)
+
+
+def test_a_build_says_what_there_is_where_and_what_is_of_others(photos, tmp_path, capsys):
+    def said(*chosen: slice) -> str:
+        cache.build(*(cache.Cache(photos[s], FORMS[1], tmp_path / "kept") for s in chosen))
+        return capsys.readouterr().out
+
+    def size() -> str:
+        return f"{sum(path.stat().st_size for path in files(tmp_path / 'kept')) / 1e3:.1f} kB"
+
+    few = slice(0, 4)
+    assert said(few) == f"cache: {size()} in {tmp_path / 'kept'}, {size()} of it built in 0 s\n"
+    there = f"cache: {size()} in {tmp_path / 'kept'}, all of it was there"
+    assert said(few) == there + "\n"
+    mine = set(files(tmp_path / "kept"))
+    said(slice(0, COUNT))
+    others = sum(path.stat().st_size for path in set(files(tmp_path / "kept")) - mine)
+    assert said(few) == f"{there}; {others / 1e3:.1f} kB there are of other lists or knobs\n"
 
 
 def test_a_changed_file_a_changed_order_and_another_form_are_other_parts(photos, tmp_path):
@@ -220,11 +261,31 @@ def test_a_damaged_picture_is_noticed_made_again_and_mended_on_disk(photos, tmp_
     again = fill(photos, tmp_path / "kept")
     assert_holds(again, photos)
     said = capfd.readouterr().err
-    assert said.count("was damaged in") == len(whole)
+    assert said.count("is damaged") == len(whole)
     assert [path.read_bytes() for path in files(tmp_path / "kept")] == whole
     assert_holds(kept, photos)
     assert_holds(fill(photos, tmp_path / "kept"), photos)
     assert not capfd.readouterr().err
+
+
+def test_of_many_damaged_pictures_and_of_a_part_cut_short_one_line_is_said(
+    photos, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(cache, "_ends", every(len(photos)))
+    kept = fill(photos, tmp_path / "kept")
+    for row in range(1, len(photos)):
+        damage(part_of(kept), kept._starts[row].item() + 7)
+    kept = fill(photos, tmp_path / "kept")
+    assert_holds(kept, photos)
+    assert capfd.readouterr().err == (
+        f"cache: {part_of(kept)} is damaged; what differs is made again from the pictures\n"
+    )
+    kept = cache.Cache(photos, kept.form, tmp_path / "kept")
+    os.truncate(part_of(kept), 100)
+    assert_holds(kept, photos)
+    assert capfd.readouterr().err == (
+        f"cache: {part_of(kept)} is gone or cut short; its pictures are read from their files\n"
+    )
 
 
 def test_damage_on_a_disk_that_cannot_be_written_is_seen_every_time(photos, tmp_path, monkeypatch):
@@ -339,14 +400,18 @@ def test_a_disk_that_fills_up_is_named_and_what_is_there_stays(photos, tmp_path,
     with pytest.raises(cache.CacheError, match="is full"):
         fill(photos, tmp_path / "kept")
     monkeypatch.undo()
-    monkeypatch.setattr(cache, "PART", 4)
+    monkeypatch.setattr(cache, "_ends", every(4))
     assert [path.suffix for path in files(tmp_path / "kept")].count(".pixels") == 1
     assert_holds(fill(photos, tmp_path / "kept"), photos)
 
 
+def test_the_folder_is_made_with_those_above_it(photos, tmp_path):
+    assert_holds(fill(photos, tmp_path / "all" / "kept"), photos)
+
+
 def test_a_folder_that_cannot_be_made_is_named(photos, tmp_path):
     (tmp_path / "kept").write_text("a file")
-    with pytest.raises(cache.CacheError, match="cache_dir"):
+    with pytest.raises(cache.CacheError, match="kept: it is no folder; .* cache_dir"):
         fill(photos, tmp_path / "kept")
 
 
@@ -356,11 +421,12 @@ BUILD = r"""
 import os
 import sys
 import time
+import numpy as np
 import pandas as pd
 from workbench import cache, images
 from workbench.augmentation import Shrink
 
-cache.PART = 4
+cache._ends = lambda digests: np.arange(1, len(digests) + 1) % 4 == 0
 look = images.open
 def slow(path):
     os.write(1, f"{path}\n".encode())  # whole, though other threads write too
@@ -489,7 +555,7 @@ def test_a_part_that_is_gone_or_cut_when_it_is_first_read_is_made_from_the_pictu
 
 
 def test_more_parts_than_files_may_be_open_can_be_read(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PART", 1)
+    monkeypatch.setattr(cache, "_ends", every(1))
     kept = fill(photos, tmp_path / "kept")
     fds = lambda: len(os.listdir("/proc/self/fd"))
     if not Path("/proc/self/fd").exists():

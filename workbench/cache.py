@@ -5,9 +5,10 @@
     kept.picture(row)                          # images.Pixels of form(images.open(path))
 
 A cache changes nothing but time: whoever reads it gets the bytes that reading the file would give.
-Parts of PART pictures are files named after what is in them: the form and the digest of every
-picture. So a stale part is one that nobody asks for, parts survive a list that grows at its end,
-and a build goes on where another was killed, or beside one that is running.
+Parts of about PART pictures are files named after what is in them: the form and the digest of every
+picture. So a stale part is one that nobody asks for, and a build goes on where another was killed,
+or beside one that is running. A part ends where a picture's digest says so: a picture that comes,
+goes or changes concerns the part that it lies in, and no other.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from workbench import images
 from workbench.data import cores, file_digest
 from workbench.progress import bar
 
-PART = 1000  # pictures in a file; what a build loses when it is killed
+PART = 1000  # pictures in a file, on average; what a build loses when it is killed
 
 
 class CacheError(RuntimeError):
@@ -42,24 +43,32 @@ class CacheError(RuntimeError):
 def build(*caches: "Cache", progress: bool = True) -> None:
     """Builds the parts that are missing or damaged, beside other processes that do the same.
 
-    Of a part that is there the first picture is made again: a library that computes other pixels
-    than the one before makes other parts. Raises CacheError where the disk is too small for all of
-    it, before anything is written, or a picture cannot be read.
+    Says with `progress` how large they are, where, and how much of that was there. Of a part that
+    is there the first picture is made again: a library that computes other pixels than the one
+    before makes other parts. Raises CacheError where the disk is too small for all of it, before
+    anything is written, or a picture cannot be read.
     """
-    missing = [(cache, part) for cache in caches for part in cache.missing()]
-    if not missing:
-        return
-    needed: dict[Path, int] = {}
+    parts = sum(len(cache.files) for cache in caches)
+    with _counted(parts, "looking at the cache", "part", progress) as count:
+        missing = [(cache, part) for cache in caches for part in cache.missing(count)]
+    needed: dict[Path, int] = {cache.folder: 0 for cache in caches}
     for cache, part in missing:
-        needed[cache.folder] = needed.get(cache.folder, 0) + cache.size(part)
+        needed[cache.folder] += cache.size(part)
     for folder, size in needed.items():
-        _check_room(folder, size)
+        if size:
+            _check_room(folder, size)
+    start = time.monotonic()
+    if missing:
+        _build(missing, needed, progress)
+    for folder, size in needed.items() if progress else ():
+        print(_said(folder, caches, size, time.monotonic() - start), flush=True)
+
+
+def _build(missing: list[tuple["Cache", int]], needed: dict[Path, int], progress: bool) -> None:
     total = sum(len(cache.rows(part)) for cache, part in missing)
     text = f"caching, {_gb(sum(needed.values()))}"
-    shown = bar(total, text, "img") if progress else None
-    count = shown.update if shown else lambda: None
     with (
-        shown or contextlib.nullcontext(),
+        _counted(total, text, "img", progress) as count,
         images.quiet(),
         ThreadPoolExecutor(max(2, cores())) as pool,
     ):
@@ -68,6 +77,27 @@ def build(*caches: "Cache", progress: bool = True) -> None:
             if others == missing:  # another process is at them
                 time.sleep(0.2)
             missing = others
+
+
+@contextlib.contextmanager
+def _counted(total: int, text: str, unit: str, progress: bool) -> Iterator[Callable[[], Any]]:
+    """A bar to count on, or nothing to see."""
+    if not progress:
+        yield lambda: None
+        return
+    with bar(total, text, unit) as shown:
+        yield shown.update
+
+
+def _said(folder: Path, caches: tuple["Cache", ...], built: int, seconds: float) -> str:
+    own = {path for cache in caches for path in cache.files}
+    size = sum(cache.bytes for cache in caches if cache.folder == folder)
+    text = f"cache: {_gb(size)} in {folder}, "
+    text += f"{_gb(built)} of it built in {seconds:.0f} s" if built else "all of it was there"
+    others = 0
+    with contextlib.suppress(OSError):  # somebody clears up
+        others = sum(path.stat().st_size for path in folder.glob("*.pixels") if path not in own)
+    return text + (f"; {_gb(others)} there are of other lists or knobs" if others else "")
 
 
 class Cache:
@@ -85,11 +115,12 @@ class Cache:
         sizes = zip(frame.width.tolist(), frame.height.tolist(), strict=True)
         self._shapes = np.array([form.shape(*size) for size in sizes], np.int64).reshape(-1, 2)
         self._bytes = 3 * self._shapes.prod(1)
-        self._starts = np.concatenate(
-            [np.cumsum(part) - part for part in self._split(self._bytes)] or [self._bytes]
-        )
-        names = (f"{form!r} {' '.join(part)}" for part in self._split(self._digests))
-        self._files = [
+        new = np.append(True, _ends(self._digests)[:-1])[: len(frame)]  # a part begins here
+        self._part, self._firsts = np.cumsum(new) - 1, np.flatnonzero(new)
+        before = np.cumsum(self._bytes) - self._bytes
+        self._starts = before - before[self._firsts][self._part]  # within the part
+        names = (f"{form!r} {' '.join(part)}" for part in np.split(self._digests, self._firsts)[1:])
+        self.files = [  # of the parts
             self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.pixels"
             for name in names
         ]
@@ -97,9 +128,15 @@ class Cache:
         self._flags = torch.zeros(len(frame), dtype=torch.uint8).share_memory_()
         self._seen = self._flags.numpy()
         self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._told: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._bytes)
+
+    @property
+    def bytes(self) -> int:
+        """What all of it takes on disk."""
+        return sum(map(self.size, range(len(self.files))))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_maps": {}, "_seen": None}  # a process maps for itself
@@ -114,32 +151,42 @@ class Cache:
         Compared with their sum when first asked for; where that differs, they are made again from
         the picture and mended on disk. Raises ImageError where that cannot be read any more.
         """
-        part = row // PART
+        part = self._part[row]
         if part not in self._maps:
             try:
                 self._maps[part] = self._map(part)
             except (OSError, RuntimeError):  # gone, or cut short, since it was built
+                self._tell(part, "is gone or cut short; its pictures are read from their files")
                 return images.Pixels(self._made(row))
         stored, sums = self._maps[part]
         width, height = self._shapes[row].tolist()
         start = self._starts[row].item()
         pixels = stored[start : start + 3 * width * height].reshape(height, width, 3)
         if not self._seen[row]:
-            if zlib.crc32(pixels) == sums[row % PART]:
+            wanted = sums[row - self._firsts[part]]
+            if zlib.crc32(pixels) == wanted:
                 self._seen[row] = 1
             else:
-                pixels = self._mended(row, sums[row % PART])
+                pixels = self._mended(row, wanted)
         return images.Pixels(pixels)
 
     # ---- building
 
-    def missing(self) -> list[int]:
-        """The parts that are not there, not whole, or not what reading a picture gives now."""
-        return [part for part in range(len(self._files)) if not self._holds(part)]
+    def missing(self, count: Callable[[], Any] = lambda: None) -> list[int]:
+        """The parts that are not there, not whole, or not what reading a picture gives now.
+
+        Counts the parts as it looks at them.
+        """
+        found = []
+        for part in range(len(self.files)):
+            if not self._holds(part):
+                found.append(part)
+            count()
+        return found
 
     def rows(self, part: int) -> range:
         """The rows of the frame in a part."""
-        return range(part * PART, min(len(self), (part + 1) * PART))
+        return range(*np.append(self._firsts, len(self))[part : part + 2].tolist())
 
     def size(self, part: int) -> int:
         """What a part takes on disk, in bytes."""
@@ -151,7 +198,7 @@ class Cache:
 
         Raises CacheError.
         """
-        begun, rows = self._files[part].with_suffix(".part"), self.rows(part)
+        begun, rows = self.files[part].with_suffix(".part"), self.rows(part)
         with _told(self.folder), _held(begun) as file:
             if file is None:
                 return False
@@ -173,7 +220,7 @@ class Cache:
                 wait(tasks)
             _write(file, sums.tobytes() + _sum(sums), int(self._bytes[rows].sum()))
             os.fsync(file)
-            os.replace(begun, self._files[part])
+            os.replace(begun, self.files[part])
         return True
 
     def _write(self, file: int, row: int) -> int:
@@ -201,26 +248,27 @@ class Cache:
         pixels = self._made(row)
         if zlib.crc32(pixels) != wanted:
             raise images.ImageError("unreadable", "not the picture that was cached; start again")
-        file = self._files[row // PART]
-        print(f"cache: {self.paths[row]} was damaged in {file}; made again", file=sys.stderr)
+        self._tell(self._part[row], "is damaged; what differs is made again from the pictures")
         with contextlib.suppress(OSError):  # a disk that is read only is no reason to stop
-            descriptor = os.open(file, os.O_WRONLY)
+            descriptor = os.open(self.files[self._part[row]], os.O_WRONLY)
             try:
                 _write(descriptor, pixels, self._starts[row].item())
             finally:
                 os.close(descriptor)
         return pixels
 
-    # ---- parts
+    def _tell(self, part: int, what: str) -> None:
+        if part not in self._told:  # once, not for each of its pictures
+            self._told.add(part)
+            print(f"cache: {self.files[part]} {what}", file=sys.stderr)
 
-    def _split(self, values: np.ndarray) -> list[np.ndarray]:
-        return [values[i : i + PART] for i in range(0, len(values), PART)]
+    # ---- parts
 
     def _holds(self, part: int) -> bool:
         """Whether a part is there with all its bytes, and its first picture is as made now."""
         rows = self.rows(part)
         try:
-            with self._files[part].open("rb") as file:
+            with self.files[part].open("rb") as file:
                 table = os.pread(file.fileno(), 4 * len(rows) + 5, int(self._bytes[rows].sum()))
         except OSError:
             return False
@@ -234,9 +282,14 @@ class Cache:
     def _map(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         # torch's map keeps no file open, of which there may be thousands; nobody writes to it.
         size = self.size(part)
-        stored = torch.from_file(str(self._files[part]), False, size, dtype=torch.uint8).numpy()
+        stored = torch.from_file(str(self.files[part]), False, size, dtype=torch.uint8).numpy()
         rows = self.rows(part)
         return stored, stored[int(self._bytes[rows].sum()) :][: 4 * len(rows)].view(np.uint32)
+
+
+def _ends(digests: np.ndarray) -> np.ndarray:
+    """Whether a part ends after each picture, by that picture alone."""
+    return np.array([int(digest, 16) % PART == 0 for digest in digests], bool)
 
 
 @contextlib.contextmanager
@@ -256,6 +309,8 @@ def _told(folder: Path) -> Iterator[None]:
 
 def _check_room(folder: Path, needed: int) -> None:
     with _told(folder):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is no folder")
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     if needed > free:
