@@ -1,6 +1,7 @@
 """The meter measures what it says, and its sentence follows from the numbers."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,8 @@ from workbench.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = Speed(files=100, cached=900, model=300, device="cpu", cores=2, loaders=2)
-GPU = Speed(files=600, cached=4800, model=3000, device="cuda", cores=4, loaders=4)
+CPU = Speed(files=100, cached=900, model=300, device="cpu", cores=2, loaders=2, threads=2)
+GPU = Speed(files=600, cached=4800, model=3000, device="cuda", cores=4, loaders=4, threads=4)
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +27,33 @@ def test_a_gpu_waits_for_the_slower_side():
     assert GPU.together(600) == 2400 and GPU.together(4800) == 3000
 
 
-def test_a_cpu_does_both_in_turn():
+def test_a_cpu_does_both_with_the_same_cores():
     """100 img/s per core on two cores are 5 ms a picture, the model's 300 are 3.33 ms."""
     assert CPU.together(100) == pytest.approx(1000 / (5 + 1000 / 300))
     table = CPU.table().images_per_second
-    assert table["together, from files"] == 120.0
+    assert table["both, from files (calculated)"] == 120
     assert table["loader, 2 of 2 cores, from a cache"] == 1800
+    # With one thread the model leaves a core to the loaders: 10 ms and 3.33 ms of two cores.
+    alone = replace(CPU, threads=1)
+    assert alone.together(100) == pytest.approx(2000 / (10 + 1000 / 300))
+    assert alone.together(900) == 300 and replace(alone, loaders=1).together(100) == 100
 
 
 @pytest.mark.parametrize(
     "speed, knobs, said",
     [
-        (CPU, {}, "Loading takes 60% of the time of 2 cores; a cache (cache: true) would give "
-         "about 2.1x."),
-        (CPU, dict(cache=True), "Loading takes 14% of the time of 2 cores; more cores, or fewer"),
+        (CPU, {}, "Loading from files takes 60% of the time of 2 cores; a cache (cache: true) "
+         "would give about 2.1x."),
+        (CPU, dict(cache=True), "Loading from a cache takes 14% of the time of 2 cores; more "
+         "cores, or fewer"),
         (GPU, {}, "The loader is the limit: 4 of 4 cores load 2,400 img/s, the model takes 3,000; "
          "a cache (cache: true) would give about 1.2x."),
         (GPU, dict(cache=True), "The model is the limit: 4 of 4 cores load 19,200 img/s"),
-        (Speed(600, 620, 9e3, "cuda", 8, 4), {}, "4 of 8 cores load 2,400 img/s, the model takes "
-         "9,000; more workers would help."),
-        (Speed(600, 620, 9e3, "cuda", 4, 4), {}, "augment_on_device: true would leave"),
-        (Speed(600, 620, 10, "cpu", 1, 1), {}, "Loading takes 2% of the time of 1 core; faster "
-         "loading would change little."),
+        (Speed(600, 620, 9e3, "cuda", 8, 4, 8), {}, "4 of 8 cores load 2,400 img/s, the model "
+         "takes 9,000; more workers would help."),
+        (Speed(600, 620, 9e3, "cuda", 4, 4, 4), {}, "augment_on_device: true would leave"),
+        (Speed(600, 620, 10, "cpu", 1, 1, 1), {}, "Loading from files takes 2% of the time of 1 "
+         "core; faster loading would change little."),
     ],
 )  # fmt: skip
 def test_the_sentence_says_what_limits_and_what_would_help(speed, knobs, said):
@@ -104,7 +110,7 @@ def test_a_training_records_loader_and_model_beside_each_other(digits, tmp_path,
 
     monkeypatch.setattr(data._Rows, "read", slow)
     recipe = Recipe(
-        fraction=0.1, epochs=1, batch_size=20, workers=0, log_every=3, runs_dir=str(tmp_path)
+        fraction=0.1, epochs=1, batch_size=20, workers=0, log_every=2, runs_dir=str(tmp_path)
     )
     run = runs.Run(recipe.folder)
     list(training.fit(recipe, run, prepared=data.open_data(recipe)))
@@ -114,10 +120,30 @@ def test_a_training_records_loader_and_model_beside_each_other(digits, tmp_path,
     together = 1 / steps.images_per_second
     apart = 1 / steps.loader_images_per_second + 1 / steps.model_images_per_second
     np.testing.assert_allclose(apart, together, rtol=0.1)  # one process does both in turn
-    said = meter.seen(steps)
-    assert "of the time waiting for data" in said and "between two waits" in said
+    assert "Faster loading would help." in meter.seen(steps, "cpu")
+
+
+@pytest.mark.parametrize(
+    "device, loader, waiting, ends",
+    [
+        ("cpu", 853, 0.07, "Faster loading would help."),
+        ("cpu", 10_291, 0.11, "Faster loading would change little."),
+        ("cuda", 853, 0.3, "The loader was the limit."),
+        ("cuda", 10_291, 0.11, "The model was the limit."),
+    ],
+)
+def test_the_rows_say_which_side_was_the_slower(device, loader, waiting, ends):
+    row = {"images_per_second": 611.0, "data_wait": waiting}
+    row |= {"loader_images_per_second": loader, "model_images_per_second": 900.0}
+    early = {**row, "images_per_second": 20.0}  # the start, which is left out
+    said = meter.seen(pd.DataFrame([early, early, row, row]), device)
+    assert said == (
+        f"611 img/s: the loaders worked {611 / loader:.0%} of the time and gave {loader:,} "
+        f"meanwhile, the model {1 - waiting:.0%} and took 900. {ends}"
+    )
+    assert meter.seen(pd.DataFrame([row] * 3), device).startswith("Too few rows")
 
 
 def test_rows_without_speed_say_so():
-    assert meter.seen(pd.DataFrame()) == "No rows to read speed and waiting from."
-    assert meter.seen(pd.DataFrame({"images_per_second": [3.0]})).startswith("No rows")
+    for steps in (pd.DataFrame(), pd.DataFrame({"images_per_second": [3.0] * 9})):
+        assert meter.seen(steps, "cpu").startswith("Too few rows")

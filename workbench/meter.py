@@ -2,7 +2,7 @@
 
     speed = meter.measure(recipe, content)   # before: each alone on this machine, a few seconds
     speed.verdict(recipe)                    # "Loading takes 60% ...; a cache would give about 2x"
-    meter.seen(run.steps())                  # afterwards: what the run's own rows say
+    meter.seen(run.steps(), device)          # afterwards: what the run's own rows say
 
 The rows of a training (steps.csv) hold both as they are beside each other, sharing the cores.
 """
@@ -35,27 +35,30 @@ class Speed:
     device: str
     cores: int
     loaders: int  # cores that load: as many as there are processes for it, and cores
+    threads: int  # of the model, on a CPU
 
     def together(self, one_core: float) -> float:
         """Images per second of a training whose loader gives `one_core` per core.
 
-        A GPU waits for the slower side. A CPU does both with the same cores, in turn.
+        The slower side decides. On a CPU both also take their time from the same cores.
         """
-        if self.device == "cpu":
-            return 1 / (1 / (one_core * self.cores) + 1 / self.model)
-        return min(one_core * self.loaders, self.model)
+        slower = min(one_core * self.loaders, self.model)
+        if self.device != "cpu":
+            return slower
+        seconds = 1 / one_core + min(self.threads, self.cores) / self.model  # of a core, a picture
+        return min(slower, self.cores / seconds)
 
     def table(self) -> pd.DataFrame:
-        """A row for the loader, the model, and what both together would give: images per second."""
+        """Images per second: a row for the loader, the model, and, calculated, both together."""
         loader = f"loader, {self.loaders} of {self.cores} cores"
         rows = {
             f"{loader}, from files": self.files * self.loaders,
             f"{loader}, from a cache": self.cached * self.loaders,
             f"model, on the {self.device.replace('cuda', 'gpu')}": self.model,
-            "together, from files": self.together(self.files),
-            "together, from a cache": self.together(self.cached),
+            "both, from files (calculated)": self.together(self.files),
+            "both, from a cache (calculated)": self.together(self.cached),
         }
-        return pd.DataFrame({"images_per_second": rows}).round(1)
+        return pd.DataFrame({"images_per_second": rows}).round()
 
     def verdict(self, recipe: Any) -> str:
         """One sentence: what limits this recipe here, and what would help."""
@@ -63,7 +66,8 @@ class Speed:
         now, gain = self.together(one_core), self.together(self.cached) / self.together(one_core)
         if self.device == "cpu":
             share = now / (one_core * self.cores)
-            text = f"Loading takes {share:.0%} of the time of {_cores(self.cores)}"
+            source = "a cache" if recipe.cache else "files"
+            text = f"Loading from {source} takes {share:.0%} of the time of {_cores(self.cores)}"
             limited = share > 0.1
         else:
             given = f"{_cores(self.loaders, self.cores)} load {one_core * self.loaders:,.0f} img/s"
@@ -86,17 +90,24 @@ def _cores(count: int, of: int | None = None) -> str:
     return f"{count} core{'' if count == '1' else 's'}"
 
 
-def seen(steps: pd.DataFrame) -> str:
-    """One sentence from the rows of a training (steps.csv): medians over the second half of it."""
+def seen(steps: pd.DataFrame, device: str) -> str:
+    """One sentence from the rows of a training (steps.csv): medians over the second half of it.
+
+    `device` is what it ran on, "cpu", "cuda" or "mps".
+    """
     columns = ["images_per_second", "data_wait", "loader_images_per_second"]
     columns += ["model_images_per_second"]
-    if steps.empty or not set(columns) <= set(steps):
-        return "No rows to read speed and waiting from."
+    if len(steps) < 4 or not set(columns) <= set(steps):
+        return "Too few rows to tell what limits the speed; log_every sets how many there are."
     both, waiting, loader, model = steps[columns].tail((len(steps) + 1) // 2).median()
-    return (
-        f"{both:,.0f} img/s, {waiting:.0%} of the time waiting for data; the loaders gave "
-        f"{loader:,.0f} img/s while they worked, the model took {model:,.0f} between two waits."
+    text = (
+        f"{both:,.0f} img/s: the loaders worked {min(1, both / loader):.0%} of the time and gave "
+        f"{loader:,.0f} meanwhile, the model {1 - waiting:.0%} and took {model:,.0f}"
     )
+    if device == "cpu":  # waiting says little there: the loaders take their cores from the model
+        much = both / loader > 0.25
+        return f"{text}. Faster loading would {'help' if much else 'change little'}."
+    return f"{text}. The {'loader' if loader < model else 'model'} was the limit."
 
 
 def measure(recipe: Any, content: data.Data, seconds: float = 4.0) -> Speed:
@@ -114,6 +125,7 @@ def measure(recipe: Any, content: data.Data, seconds: float = 4.0) -> Speed:
         device.type,
         data.cores(),
         max(1, min(workers, data.cores())),
+        torch.get_num_threads(),
     )
 
 
