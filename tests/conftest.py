@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Before workbench is imported anywhere: it reads the place of its cache once.
 os.environ["WORKBENCH_CACHE"] = tempfile.mkdtemp(prefix="workbench-tests-")
+os.environ.pop("VIRTUAL_ENV", None)  # of another environment IPython would warn
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 atexit.register(shutil.rmtree, os.environ["WORKBENCH_CACHE"], ignore_errors=True)

@@ -71,6 +71,12 @@ def test_the_half_life_of_an_average_is_what_halving_it_takes():
     assert abs(steps - 6931) <= 1 and "younger than 6,931 steps (5.54 epochs of 200)" in facts
 
 
+def test_a_shrinking_that_shrinks_nothing_is_warned_of():
+    assert said("warning", {**IMAGENET, "shrunk": 1}, **KNOWN, train_resize=256) == ""
+    text = said("warning", {**IMAGENET, "shrunk": 0}, **KNOWN, train_resize=256)
+    assert text == "train_resize 256 shrinks none of 1,281,167 training pictures; leave it out"
+
+
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 @pytest.mark.parametrize(
     "knobs, slow",

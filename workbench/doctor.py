@@ -36,11 +36,17 @@ class Finding(NamedTuple):
 
 
 def examine(
-    recipe: Any, *, images: int, classes: int, counts: Sequence[int] | None = None
+    recipe: Any,
+    *,
+    images: int,
+    classes: int,
+    counts: Sequence[int] | None = None,
+    shrunk: int | None = None,
 ) -> list[Finding]:
     """Facts first, then warnings, for a training list of `images` pictures in `classes` classes.
 
-    `counts` are the pictures of every class, where they are known. Raises TrainingError for a
+    `counts` are the pictures of every class and `shrunk` those that train_resize makes smaller,
+    where they are known. Raises TrainingError for a
     recipe that cannot be trained on so many pictures, ModelError for a model that does not exist.
     """
     models.check_name(recipe.model)
@@ -64,6 +70,9 @@ def examine(
         for rule, source in _EVIDENCE
         if (text := rule(recipe, per_epoch, steps, classes))
     ]
+    if shrunk == 0:
+        text = f"train_resize {recipe.train_resize} shrinks none of {images:,} training pictures"
+        warnings.append(Finding("warning", f"{text}; leave it out", "their sizes"))
     return [*(Finding("fact", text) for text in facts), *warnings]
 
 

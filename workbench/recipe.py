@@ -75,7 +75,7 @@ class Recipe(BaseModel):
         0.0, "0: every picture once an epoch; 1: every class equally often"
     )
     outside_root: bool = knob(False, "list entries may leave their root")
-    verify_data: bool = knob(True, "decode every picture once before training, cached")
+    verify_data: bool = knob(True, "decode every picture once before training, remembered")
     cache: bool = knob(
         False, "keep pixels on disk for the next epochs and runs; the same bytes", place=True
     )
@@ -568,6 +568,7 @@ _UNUSED = [
         "augment_on_device",
         lambda r: (
             not (r.flip or r.randaug_n or r.brightness or r.contrast or r.saturation or r.hue)
+            and not r.autoaugment  # which it contradicts
             and "without any of flip, randaug_n and jitter"
         ),
     ),

@@ -100,7 +100,10 @@ def magnitude_table(recipe: Recipe) -> pd.DataFrame:
         "up": augmentation.RandAugmentIncreasing(m=m),
         "timm": augmentation.RandAugmentIncreasing.timm(2, m, std, tuple(recipe.mean)),
     }
-    tables = {name: pd.DataFrame(form.table()) for name, form in forms.items()}
+    value = {"value": f"at magnitude {m:g}"}
+    tables = {
+        name: pd.DataFrame(form.table()).rename(columns=value) for name, form in forms.items()
+    }
     table = pd.concat(tables, axis="columns").astype(object)
     return table.where(table.notna(), "")
 
