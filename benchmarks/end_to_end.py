@@ -8,9 +8,10 @@ the same batch, size, precision, number of loader processes and augmentation
 (RandAugment-Increasing on crops), as processes of their own. One of 1 epoch and one of 3 take
 turns: the difference is two epochs without the start, and an epoch has its validation and its
 checkpoint in it. Ours also with a cache.
-validate.py stands beside our evaluation of the same folder and network in fp32, by what it reports
-of its own loop. PATH is a folder of JPEG files, or a tar of one; without it, 200 of 500 x 375
-pixels are made up. Each file stands in the list five times, under other names. On a CPU set
+validate.py stands beside our evaluation of the same pictures and network in fp32, by what it
+reports of its own loop, with the same resize, filter and crop. PATH is a folder of JPEG files, or a
+tar of one; without it, 200 of 500 x 375 pixels are made up. Each file stands in the list of
+training fifteen times and in that of evaluation twenty times, under other names. On a CPU set
 OMP_NUM_THREADS=1, or the threads of training wait for the loaders' cores.
 Claim: where reading is a good part of the work, at least 1.2 times timm's img/s from files and 1.4
 from a cache, and of its validate.py 1.1 and 1.5.
@@ -32,18 +33,18 @@ from input import jpegs  # the benchmark beside this one
 from workbench import cache, data, evaluation, training
 from workbench.recipe import Recipe
 
-COPIES = 5
+COPIES = {"train": 15, "val": 1, "evaluated": 20}
 
 
 def folders(files: list[Path], folder: Path) -> int:
-    """Class folders of links to the pictures: train, val; returns the number of training files."""
-    for side, copies in (("train", COPIES), ("val", 1)):
+    """Class folders of links to the pictures, by COPIES; returns the number of training files."""
+    for side, copies in COPIES.items():
         for copy in range(copies):
             for i, path in enumerate(files):
                 place = folder / side / f"class{i % 4}" / f"{copy}_{i:04d}.jpg"
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(path.resolve())
-    return COPIES * len(files)
+    return COPIES["train"] * len(files)
 
 
 def seconds(command: list[str]) -> float:
@@ -122,8 +123,8 @@ def main() -> None:
 
 
 def validation(options, root: Path, knobs: dict, workers: int) -> None:
-    """Images per second of one network over the training folder, read as validation reads."""
-    recipe = Recipe(**knobs, train_list=[], val_root=["train"])
+    """Images per second of one network over the pictures, read as validation reads."""
+    recipe = Recipe(**knobs, val_root=["evaluated"])
     content = data.open_data(recipe)
     device = torch.device(options.device)
     model = training.create_model(recipe, 4).to(device, memory_format=torch.channels_last).eval()
@@ -135,7 +136,9 @@ def validation(options, root: Path, knobs: dict, workers: int) -> None:
     speeds: dict[str, list[float]] = {"timm validate.py": [], **{name: [] for name in forms}}
     for _ in range(options.rounds):
         command = [
-            sys.executable, str(options.validate), str(root / "data" / "train"), "--split", "",
+            sys.executable, str(options.validate), str(root / "data" / "evaluated"), "--split", "",
+            "--interpolation", recipe.interpolation,
+            "--crop-pct", str(recipe.image_size / recipe.val_resize),
             "--model", options.model, "--num-classes", "4", "--img-size", str(options.size),
             "-b", str(options.batch), "-j", str(workers), "--channels-last", "--device",
             options.device, "--log-freq", "1", "--checkpoint", str(root / "weights.pth"),
