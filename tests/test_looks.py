@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import save_noise
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from workbench import ROOT, comparison, data, images, plots, training, views, widgets
@@ -326,3 +327,20 @@ def test_values_of_an_older_version_are_no_error():
     old = Recipe().model_dump() | {"mimic_loss": None, "batch_size": "many", "erase_prob": None}
     assert "temperature" in without_effect(old)
     assert comparison.recipe_difference(old, old) == {}
+
+
+def test_titles_stay_above_their_own_pictures():
+    names = [
+        "cat", "Jaguar XK XKR 2012", "BMW 3 Series Wagon 2012", "$x$ " + 40 * "W",
+        "0.62 Rolls-Royce Phantom Drophead Coupe Convertible 2012\n0.38 cat", "中文名字",
+    ]  # fmt: skip
+    figure = plots.grid([np.zeros((8, 8, 3), np.uint8)] * len(names), names, columns=6)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = figure.axes[0].texts
+    assert texts[0].get_fontsize() == 8 > texts[1].get_fontsize() > texts[2].get_fontsize() > 5
+    assert [text.get_text() for text in texts][:3] == names[:3]
+    assert texts[4].get_text() == "0.62 Rolls-R...ertible 2012\n0.38 cat"
+    with plots._any_script():
+        for text in texts:
+            width = text.get_window_extent(renderer).width / figure.dpi * plots.DPI
+            assert width < plots.CELL and text.get_fontsize() >= 5

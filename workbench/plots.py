@@ -3,10 +3,12 @@
 Colours are Okabe and Ito's, told apart with any colour vision; lines differ in style as well.
 """
 
+import contextlib
+import functools
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 import pandas as pd
 from matplotlib import colors, ticker
 from matplotlib.figure import Figure as _Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from PIL import Image
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -38,13 +42,20 @@ class Figure(_Figure):
         self._save(path, Path(path).suffix[1:])
 
     def _save(self, where: Any, form: str) -> None:
-        with warnings.catch_warnings():  # names in any script; a box stands for what the font lacks
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        with _any_script():
             fast = {"pil_kwargs": {"compress_level": 1}} if form == "png" else {}
             self.savefig(where, format=form, dpi=DPI, **fast)
 
     def _repr_png_(self) -> bytes:
         return self.png()
+
+
+@contextlib.contextmanager
+def _any_script() -> Iterator[None]:
+    """Names in any script; a box stands for what the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        yield
 
 
 def grid(
@@ -169,8 +180,7 @@ class _Sheet:
         pixels = np.asarray(image.convert("RGB").resize(size, kind))
         left += (CELL - size[0]) // 2
         self.canvas[top : top + size[1], left : left + size[0]] = pixels
-        longest = max(map(len, title.split("\n")))
-        points = min(8, max(5, 8 * 18 / max(1, longest)))
+        title, points = _fitting(title)
         self.words.append((left + size[0] / 2, top - 3, title, points, "center", "bottom"))
 
     def figure(self) -> Figure:
@@ -183,6 +193,24 @@ class _Sheet:
         for x, y, text, points, across, along in self.words:
             ax.text(x, y, text.replace("$", r"\$"), fontsize=points, ha=across, va=along)
         return figure
+
+
+@functools.lru_cache(4096)
+def _fitting(title: str) -> tuple[str, float]:
+    """A title and its size in points, 8 to 5, so that it stays within CELL; else cut short."""
+    font, points = FontProperties(size=8), 8.0
+    with _any_script():
+        for line in title.split("\n"):
+            width = text_to_path.get_text_width_height_descent(line, font, False)[0] * DPI / 72
+            points = min(points, 8 * (CELL - 10) / max(CELL - 10, width))
+    if points < 5:
+        half = max(4, int(max(map(len, title.split("\n"))) * points / 10) - 1)
+        lines = [
+            line if len(line) <= 2 * half + 3 else f"{line[:half]}...{line[-half:]}"
+            for line in title.split("\n")
+        ]
+        title, points = "\n".join(lines), 5.0
+    return title, points
 
 
 def distances(table: pd.DataFrame) -> Figure:
