@@ -925,11 +925,8 @@ def training_pictures(recipe, _) -> Iterator:
         yield transform(photograph(), np.random.default_rng(i)).tobytes()
 
 
-def test_pictures(recipe, _) -> Iterator:
+def validation_pictures(recipe, _) -> Iterator:
     yield training.test_transform(recipe)(photograph()).tobytes()
-
-
-test_pictures.__test__ = False
 
 
 def batches(recipe, _) -> Iterator:
@@ -1030,7 +1027,7 @@ SEEN_IN = {
     pictures_found: "dataset train_list train_root val_list val_root class_names num_classes",
     training_pictures: "image_size interpolation crop_scale flip brightness contrast saturation hue"
     " autoaugment randaug_n randaug_m randaug_std randaug_increasing randaug_form",
-    test_pictures: "val_image_size val_resize",
+    validation_pictures: "val_image_size val_resize",
     batches: "mean std mixup_alpha cutmix_alpha switch_prob mix_per_sample erase_prob erase_mode",
     networks: "model deep_stem avg_down drop_path dropout",
     rates: "epochs batch_size drop_last lr schedule milestones step_epochs gamma lr_min"

@@ -143,7 +143,7 @@ def test_running_with_a_dead_writer_reads_interrupted(tmp_path):
 
 
 def test_whoever_looks_at_a_run_does_not_keep_its_writer_out(tmp_path):
-    run, done = Run(tmp_path), threading.Event()
+    run, done, written = Run(tmp_path), threading.Event(), 0
     with run.writing():
         pass
 
@@ -157,11 +157,12 @@ def test_whoever_looks_at_a_run_does_not_keep_its_writer_out(tmp_path):
             watcher.start()
         for _ in range(200):
             with Run(tmp_path).writing():
-                pass
+                written += 1
     finally:
         done.set()
         for watcher in watchers:
             watcher.join()
+    assert written == 200
 
 
 def test_files_are_replaced_by_the_holder_of_the_lock_alone(tmp_path):

@@ -22,16 +22,12 @@ from workbench.operations import JITTER, MATRICES
 
 # ---- RandAugment
 
-_COLOURS = {
-    **{
-        name: getattr(operations, name)
-        for name in (
-            "autocontrast equalize invert posterize solarize solarize_add solarize_add_all "
-            "contrast brightness sharpness"
-        ).split()
-    },
-    "color": operations.saturation,  # as RandAugment's papers and libraries call it
-}
+_NAMES = """
+autocontrast equalize invert posterize solarize solarize_add solarize_add_all
+contrast brightness sharpness
+"""
+_COLOURS = {name: getattr(operations, name) for name in _NAMES.split()}
+_COLOURS["color"] = operations.saturation  # as RandAugment's papers and libraries call it
 
 
 class Level(NamedTuple):

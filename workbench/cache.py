@@ -116,10 +116,12 @@ class Cache:
         self._shapes = np.array([form.shape(*size) for size in sizes], np.int64).reshape(-1, 2)
         self._bytes = 3 * self._shapes.prod(1)
         new = np.append(True, _ends(self._digests)[:-1])[: len(frame)]  # a part begins here
-        self._part, self._firsts = np.cumsum(new) - 1, np.flatnonzero(new)
+        self._part = np.cumsum(new) - 1
+        self._bounds = np.append(np.flatnonzero(new), len(frame))  # where parts begin, and the end
         before = np.cumsum(self._bytes) - self._bytes
-        self._starts = before - before[self._firsts][self._part]  # within the part
-        names = (f"{form!r} {' '.join(part)}" for part in np.split(self._digests, self._firsts)[1:])
+        self._starts = before - before[self._bounds[self._part]]  # within the part
+        parts = np.split(self._digests, self._bounds[:-1])[1:]
+        names = (f"{form!r} {' '.join(part)}" for part in parts)
         self.files = [  # of the parts
             self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.pixels"
             for name in names
@@ -128,7 +130,7 @@ class Cache:
         self._flags = torch.zeros(len(frame), dtype=torch.uint8).share_memory_()
         self._seen = self._flags.numpy()
         self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._told: set[int] = set()
+        self._complained: set[int] = set()  # of these parts
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -156,14 +158,14 @@ class Cache:
             try:
                 self._maps[part] = self._map(part)
             except (OSError, RuntimeError):  # gone, or cut short, since it was built
-                self._tell(part, "is gone or cut short; its pictures are read from their files")
+                self._complain(part, "is gone or cut short; its pictures are read from their files")
                 return images.Pixels(self._made(row))
         stored, sums = self._maps[part]
         width, height = self._shapes[row].tolist()
         start = self._starts[row].item()
         pixels = stored[start : start + 3 * width * height].reshape(height, width, 3)
         if not self._seen[row]:
-            wanted = sums[row - self._firsts[part]]
+            wanted = sums[row - self._bounds[part]]
             if zlib.crc32(pixels) == wanted:
                 self._seen[row] = 1
             else:
@@ -186,7 +188,7 @@ class Cache:
 
     def rows(self, part: int) -> range:
         """The rows of the frame in a part."""
-        return range(*np.append(self._firsts, len(self))[part : part + 2].tolist())
+        return range(*self._bounds[part : part + 2].tolist())
 
     def size(self, part: int) -> int:
         """What a part takes on disk, in bytes."""
@@ -248,7 +250,7 @@ class Cache:
         pixels = self._made(row)
         if zlib.crc32(pixels) != wanted:
             raise images.ImageError("unreadable", "not the picture that was cached; start again")
-        self._tell(self._part[row], "is damaged; what differs is made again from the pictures")
+        self._complain(self._part[row], "is damaged; what differs is made again from the pictures")
         with contextlib.suppress(OSError):  # a disk that is read only is no reason to stop
             descriptor = os.open(self.files[self._part[row]], os.O_WRONLY)
             try:
@@ -257,9 +259,9 @@ class Cache:
                 os.close(descriptor)
         return pixels
 
-    def _tell(self, part: int, what: str) -> None:
-        if part not in self._told:  # once, not for each of its pictures
-            self._told.add(part)
+    def _complain(self, part: int, what: str) -> None:
+        if part not in self._complained:  # once, not for each of its pictures
+            self._complained.add(part)
             print(f"cache: {self.files[part]} {what}", file=sys.stderr)
 
     # ---- parts
@@ -302,15 +304,14 @@ def _told(folder: Path) -> Iterator[None]:
                 f"{folder} is full; what is cached so far stays there. Make room, name another "
                 "folder in cache_dir, or set cache: false"
             ) from None
+        why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
         raise CacheError(
-            f"cannot write {folder}: {error.strerror}; name another folder in cache_dir"
+            f"cannot write {folder}: {why}; name another folder in cache_dir"
         ) from None
 
 
 def _check_room(folder: Path, needed: int) -> None:
     with _told(folder):
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is no folder")
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     if needed > free:

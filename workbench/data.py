@@ -859,7 +859,7 @@ def _loader(dataset: Dataset, keys: Any, workers: int, pin_memory: bool) -> Iter
         )
         yield from reader
     except EOFError:  # a loader that has no file left cannot answer
-        told = lost(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        told = DataError(_TOO_MANY_FILES)
     except (OSError, RuntimeError) as error:
         told = lost(error)
         if told is None:
@@ -876,18 +876,20 @@ def lost(error: BaseException) -> DataError | None:
     torch raises it wherever the main process stands when one of them ends.
     """
     said = f"{error} {error.__cause__}"
-    words = (os.strerror(errno.EMFILE), f"exit code {errno.EMFILE}.")  # its own; see _give_up
-    if any(text in said for text in words):
-        return DataError(
-            "too many open files: each batch is handed over as four; raise the limit (ulimit -n), "
-            "or lower workers"
-        )
+    if os.strerror(errno.EMFILE) in said or f"exit code {errno.EMFILE}." in said:  # see _give_up
+        return DataError(_TOO_MANY_FILES)
     if "Bus error" in said:
         return DataError(
             "a loader met a bus error: shared memory (/dev/shm) is full, or a file of the cache "
             "was cut short while it was read; the same command goes on"
         )
     return None
+
+
+_TOO_MANY_FILES = (
+    "too many open files: each batch is handed over as four; raise the limit (ulimit -n), or lower "
+    "workers"
+)
 
 
 def _same(batch: Batch) -> Batch:
@@ -918,7 +920,7 @@ def _end_for(parent: int) -> None:
 
 
 def _give_up(error: BaseException) -> None:
-    if lost(error):
+    if os.strerror(errno.EMFILE) in str(error):
         os._exit(errno.EMFILE)
     traceback.print_exception(error)
     os._exit(1)

@@ -46,8 +46,8 @@ def examine(
     """Facts first, then warnings, for a training list of `images` pictures in `classes` classes.
 
     `counts` are the pictures of every class and `shrunk` those that train_resize makes smaller,
-    where they are known. Raises TrainingError for a
-    recipe that cannot be trained on so many pictures, ModelError for a model that does not exist.
+    where they are known. Raises TrainingError for a recipe that cannot be trained on so many
+    pictures, ModelError for a model that does not exist.
     """
     models.check_name(recipe.model)
     per_epoch = data.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)

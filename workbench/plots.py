@@ -198,19 +198,15 @@ class _Sheet:
 @functools.lru_cache(4096)
 def _fitting(title: str) -> tuple[str, float]:
     """A title and its size in points, 8 to 5, so that it stays within CELL; else cut short."""
-    font, points = FontProperties(size=8), 8.0
+    lines, font, room = title.split("\n"), FontProperties(size=8), CELL - 10
     with _any_script():
-        for line in title.split("\n"):
-            width = text_to_path.get_text_width_height_descent(line, font, False)[0] * DPI / 72
-            points = min(points, 8 * (CELL - 10) / max(CELL - 10, width))
+        widths = [text_to_path.get_text_width_height_descent(t, font, False)[0] for t in lines]
+    points = 8 * room / max(room, max(widths) * DPI / 72)
     if points < 5:
-        half = max(4, int(max(map(len, title.split("\n"))) * points / 10) - 1)
-        lines = [
-            line if len(line) <= 2 * half + 3 else f"{line[:half]}...{line[-half:]}"
-            for line in title.split("\n")
-        ]
-        title, points = "\n".join(lines), 5.0
-    return title, points
+        half = max(4, int(max(map(len, lines)) * points / 10) - 1)
+        cut = lambda line: line if len(line) <= 2 * half + 3 else f"{line[:half]}...{line[-half:]}"
+        lines, points = list(map(cut, lines)), 5.0
+    return "\n".join(lines), points
 
 
 def distances(table: pd.DataFrame) -> Figure:
