@@ -105,7 +105,7 @@ def seen(steps: pd.DataFrame, device: str) -> str:
         f"{loader:,.0f} meanwhile, the model {1 - waiting:.0%} and took {model:,.0f}"
     )
     if device == "cpu":  # waiting says little there: the loaders take their cores from the model
-        much = both / loader > 0.25
+        much = both / loader > 0.15  # as in the forecast: a gain of about 1.15 or more
         return f"{text}. Faster loading would {'help' if much else 'change little'}."
     return f"{text}. The {'loader' if loader < model else 'model'} was the limit."
 
