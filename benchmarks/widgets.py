@@ -72,8 +72,10 @@ def _comparison(root: Path, rounds: int) -> tuple[float, float]:
 
     from workbench import comparison, plots, widgets
 
+    names = sorted(path.name for path in root.iterdir())
+
     def opened() -> widgets.Picker:
-        picker = widgets.Picker(root)
+        picker = widgets.Picker(root, names)
         assert len(picker.found.table) == 4 and len(picker.found.sentences()) == 3
         return picker
 

@@ -1,5 +1,6 @@
 """The views of a comparison: figures, the picker that they follow, the notebook on real runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,10 @@ def root(tmp_path):
 def html_of(view) -> str:
     bundle = view._repr_mimebundle_()
     return (bundle[0] if isinstance(bundle, tuple) else bundle).get("text/html", "")
+
+
+def every(root) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
 
 
 def names_of(picker) -> list[str]:
@@ -129,22 +134,53 @@ def test_names_in_any_script_and_with_dollars_are_drawn_without_a_warning(tmp_pa
 # ---- the picker
 
 
-def test_the_newest_runs_on_the_same_pictures_are_picked_oldest_first(root):
-    run_folder(root, "elsewhere", n=60)
-    for path in root.iterdir():
-        if path.name.startswith("c"):
-            at = time.time() + 10
-            os.utime(path / "predictions.parquet", (at, at))
-    text = (root / "elsewhere-seed0" / "environment.json").read_text()
-    (root / "elsewhere-seed0" / "environment.json").write_text(text.replace('"v"', '"w"'))
+def aged(path, seconds: float):
+    """The run's predictions as old as that."""
+    at = time.time() - seconds
+    os.utime(path / "predictions.parquet", (at, at))
+    return path
+
+
+def changed(path, name: str, **values) -> None:
+    file = path / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_the_newest_recipe_and_its_baseline_are_picked_oldest_first(root):
+    """Of recipes that differ in equally many options the oldest is the baseline."""
+    elsewhere = aged(run_folder(root, "elsewhere"), 5000)
+    changed(elsewhere, "environment.json", val_data="w")
     picker = widgets.Picker(root)
-    assert names_of(picker) == ["a", "b", "c"]
+    assert names_of(picker) == ["a", "c"]
     assert "elsewhere-seed0" in dict(map(reversed, picker.runs.options))
     assert "elsewhere-seed0" not in picker.runs.value
 
 
+def test_the_baseline_differs_in_the_fewest_options_unless_it_is_named(root):
+    aged(run_folder(root, "new", lr=0.2, flip=0.5), 10)  # of b in one option, of a and c in two
+    assert names_of(widgets.Picker(root)) == ["b", "new"]
+    assert names_of(widgets.Picker(root, against="c")) == ["c", "new"]
+
+
+def test_no_seed_is_dropped(root):
+    for seed in range(2, 12):
+        aged(run_folder(root, "a", seed, n=PICTURES, lr=0.1), 2000 + seed)
+        aged(run_folder(root, "c", seed, n=PICTURES, lr=0.3), 5)
+    assert widgets.Picker(root).found.table.seeds.tolist() == [12, 12]
+
+
+def test_unfinished_runs_are_left_out_unless_asked_for_or_named(root):
+    changed(aged(run_folder(root, "c", 2, lr=0.3), 5), "status.json", state="stopped")
+    changed(aged(run_folder(root, "d", lr=0.4), 1), "status.json", state="interrupted")
+    picker = widgets.Picker(root)
+    assert set(picker.runs.value) == {"a-seed0", "a-seed1", "c-seed0", "c-seed1"}
+    assert "d-seed0" in dict(map(reversed, picker.runs.options))
+    assert names_of(widgets.Picker(root, unfinished=True)) == ["a", "d"]
+    assert names_of(widgets.Picker(root, ["c-seed2", "d-seed0"])) == ["c", "d"]
+
+
 def test_picking_other_runs_redraws_what_follows(root):
-    picker, drawn = widgets.Picker(root), []
+    picker, drawn = widgets.Picker(root, every(root)), []
     view = widgets.Explorer(lambda found: drawn.append(len(found.groups)) or found.table, picker)
     before = html_of(view)
     picker.runs.value = ("b-seed0", "a-seed0")
@@ -169,7 +205,7 @@ def test_a_word_narrows_the_list_and_keeps_what_is_picked(root):
 
 
 def test_the_recipe_that_is_looked_at_is_shared_by_the_views(root):
-    picker, said = widgets.Picker(root), {}
+    picker, said = widgets.Picker(root, every(root)), {}
     note = lambda key: lambda found, name: said.__setitem__(key, name) or found.sentences()
     for key in ("one", "two"):
         widgets.Explorer(note(key), picker, name=picker.recipe)
@@ -219,7 +255,7 @@ def test_a_folder_without_a_run_says_so_in_every_view(tmp_path, kind):
 
 
 def test_a_run_that_breaks_while_it_is_picked_is_told_not_thrown(root):
-    picker = widgets.Picker(root)
+    picker = widgets.Picker(root, every(root))
     view = widgets.Explorer(lambda found: found.table, picker)
     (root / "a-seed0" / "predictions.parquet").write_bytes(b"PAR1")
     picker.runs.value = ("b-seed0", "a-seed0")
@@ -236,12 +272,12 @@ def test_no_picture_gained_is_a_table_of_none(tmp_path):
         assert isinstance(shown, pd.DataFrame) and shown.empty and "file" in shown
 
 
-def test_two_hundred_runs_are_listed_and_twenty_compared(tmp_path):
-    for seed in range(200):
+def test_sixty_runs_are_listed_and_compared(tmp_path):
+    for seed in range(60):
         run_folder(tmp_path, "many", seed, n=12)
     picker = widgets.Picker(tmp_path)
-    assert len(picker.runs.options) == 200 and len(picker.runs.value) == 20
-    assert picker.found.table.seeds.tolist() == [20]
+    assert len(picker.runs.options) == len(picker.runs.value) == 60
+    assert picker.found.table.seeds.tolist() == [60]
 
 
 def test_an_explorer_shows_figure_table_or_sentences():

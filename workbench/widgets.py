@@ -440,8 +440,9 @@ class Picker(View):
     is looked at closely, held against the first. In Jupyter the folder is read again every two
     seconds, so that a run in training is followed. On paper it is the table of the runs.
 
-    Without `names` the 20 newest are chosen that were validated on the newest one's pictures.
-    Raises ComparisonError for a name that is not there.
+    Without `names` every seed of the newest finished recipe and of its baseline is chosen (see
+    comparison.newest_pair); with `unfinished` runs still to go on count as well. Raises
+    ComparisonError for a name that is not there.
     """
 
     found = traitlets.Any(None, allow_none=True)
@@ -454,6 +455,7 @@ class Picker(View):
         *,
         against: str = "",
         weights: str = "raw",
+        unfinished: bool = False,
         viewer: str | None = None,
     ):
         self.folder = Path(folder)
@@ -476,9 +478,9 @@ class Picker(View):
             raise comparison.ComparisonError(
                 f"{self.folder} has no evaluated run {', '.join(missing)}; see workbench runs"
             )
-        self.runs.value = tuple(names) or tuple(
-            run.path.name for run in comparison.alike(usable)[:20]
-        )
+        done = [r for r in usable if unfinished or r.status()["state"] == "finished"]
+        pair = comparison.newest_pair(done, against)
+        self.runs.value = tuple(names) or tuple(run.path.name for run in pair)
         self._judge()
         self.search.observe(self.refresh, names="value")
         for control in (self.runs, self.against, self.weights):
