@@ -16,7 +16,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from workbench import ROOT, comparison
-from workbench.comparison import ComparisonError, Spread, Verdict, compare, difference
+from workbench.comparison import ComparisonError, Spread, Verdict, compare, difference, holm
 from workbench.runs import Run
 
 
@@ -386,12 +386,12 @@ def test_one_run_each_speaks_of_these_runs_alone(six):
     assert str(verdict).endswith("another seed of each shows the recipes")
 
 
-def test_several_comparisons_show_the_raw_p_and_statsmodels_adjusted_one(six, tmp_path):
+def test_several_comparisons_show_the_raw_p_and_statsmodels_holm_adjusted_one(six, tmp_path):
     third = [run_folder(tmp_path, "third", s, top1=0.81, lr=0.3) for s in range(3)]
     found = compare([*six, *third])
     alone = [compare([*six[:3], *its]).verdicts[0] for its in (six[3:], third)]
     assert [v.found.p for v in found.verdicts] == [v.found.p for v in alone]
-    adjusted = multipletests([v.found.p for v in alone], method="bonferroni")[1]
+    adjusted = multipletests([v.found.p for v in alone], method="holm")[1]
     assert [v.found.adjusted for v in found.verdicts] == pytest.approx(list(adjusted))
     for one, both in zip(alone, found.verdicts, strict=True):
         assert both.found.low < one.found.low < one.found.high < both.found.high
@@ -399,6 +399,18 @@ def test_several_comparisons_show_the_raw_p_and_statsmodels_adjusted_one(six, tm
             f"{both.found.adjusted:.1g} adjusted for 2 comp" in str(both)
             or both.found.adjusted > 0.09
         )
+
+
+def test_where_holm_finds_what_its_wider_interval_does_not_the_interval_ends_beside_0():
+    """Holm's p of the larger of two is that p itself, where the smaller is significant."""
+    strong, weak = two_runs(10, 60, 300, 30, 2), two_runs(20, 36, 300, 44, 2)
+    assert strong.p < 0.001 and 0.025 < weak.p < 0.05
+    assert weak.low < 0 < weak.high and weak.adjusted == 2 * weak.p  # alone: Bonferroni's
+    _, adjusted = holm([strong.p, weak.p])
+    found = weak.with_adjusted(adjusted)
+    assert adjusted == weak.p
+    assert (found.low, found.high) == (50 / 400, weak.high)
+    assert Verdict("b", "a", found).real
 
 
 def test_recipes_are_told_apart_by_their_knobs_not_their_names(tmp_path):

@@ -83,7 +83,7 @@ class Difference:
     """Top-1 of b less that of a in points, one of `comparisons` made at once.
 
     Each interval is at 1 - (1 - LEVEL) / comparisons, so that all hold at once with probability
-    LEVEL. To Holm's p belong none that also bound what it finds (Strassburger and Bretz 2008).
+    LEVEL (Bonferroni). It leaves out 0 exactly where `adjusted` is below 1 - LEVEL.
     """
 
     points: float
@@ -93,13 +93,20 @@ class Difference:
     seeds: tuple[int, int]  # of a and of b
     pictures: int
     detectable: float  # points: the difference that these runs find with probability POWER
+    adjusted: float  # p for all comparisons: Holm's, of a single `difference` Bonferroni's
     comparisons: int = 1
     spread: "Spread | None" = None  # None for one run each
 
-    @property
-    def adjusted(self) -> float:
-        """Bonferroni's p: below 1 - LEVEL exactly where the interval leaves out 0."""
-        return min(1.0, self.p * self.comparisons)
+    def with_adjusted(self, p: float) -> "Difference":
+        """This difference with its adjusted p.
+
+        A test that is significant settles the sign: where the interval still holds 0, its end moves
+        to half an image beside 0, as in the intervals that belong to Holm's test (Guilbaud 2008).
+        """
+        low, high, edge = self.low, self.high, 50 / self.pictures
+        if p < 1 - LEVEL and low <= 0 <= high:
+            low, high = (edge, high) if self.points > 0 else (low, -edge)
+        return replace(self, low=low, high=high, adjusted=p)
 
     def seeds_wanted(self, points: float, most: int = 1000) -> int | None:
         """The least seeds of each recipe that detect a difference; None where `most` do not."""
@@ -131,16 +138,24 @@ def difference(
         low, high = tango(only_a, only_b, n, 1 - alpha)
         if p >= alpha:
             low, high = min(low, 0.0), max(high, 0.0)
-        elif low <= 0 <= high:  # of many comparisons: half an image beside 0
-            low, high = (50 / n, high) if points > 0 else (low, -50 / n)
         reach = (high - low) / 2 * (1 + special.ndtri(POWER) / -special.ndtri(alpha / 2))
     else:
         spread = Spread.of(a, b, counts)
         errors = spread.errors(*seeds)
         half, p, reach = errors.half(alpha), errors.p(points), errors.detectable(alpha)
         low, high = max(-100.0, points - half), min(100.0, points + half)
-    p, reach = min(1.0, max(p, SMALLEST)), float(reach)
-    return Difference(points, low, high, p, seeds, n, reach, comparisons, spread)
+    p, adjusted = min(1.0, max(p, SMALLEST)), min(1.0, max(p, SMALLEST) * comparisons)
+    found = Difference(points, low, high, p, seeds, n, float(reach), adjusted, comparisons, spread)
+    return found.with_adjusted(adjusted)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p adjusted for len(p) comparisons made at once: Holm 1979, step down."""
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate([(len(p) - i) * p[k] for i, k in enumerate(order)])
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1.0, steps)
+    return adjusted.tolist()
 
 
 @dataclass(frozen=True)
@@ -495,11 +510,11 @@ def compare(
         groups.insert(0, groups.pop(names.index(against)))
     flags += _unlike(opened, groups, weights)
     first, *others = groups
-    verdicts = []
-    for group in others:
-        found = difference(first.right, group.right, len(others))
-        unfinished = first.unfinished or group.unfinished
-        verdicts.append(Verdict(group.name, first.name, found, unfinished))
+    found = [difference(first.right, group.right, len(others)) for group in others]
+    verdicts = [
+        Verdict(g.name, first.name, d.with_adjusted(p), first.unfinished or g.unfinished)
+        for g, d, p in zip(others, found, holm([d.p for d in found]), strict=True)
+    ]
     return Comparison(groups, verdicts, flags, pictures, opened[0].classes)
 
 
