@@ -707,6 +707,38 @@ def test_the_switch_falls_on_cutmix_with_its_probability():
         assert (d["boxes"] == d["boxes"][0]).all() and (d["lam"] == d["lam"][0]).all()
 
 
+@pytest.mark.parametrize("mode", ["elem", "batch"])
+def test_a_mixing_probability_leaves_as_many_images_alone_as_timms(mode):
+    np.random.seed(0)  # noqa: NPY002  timm draws from it
+    theirs = timm.data.Mixup(0.8, 1.0, prob=0.3, mode=mode, num_classes=2)
+    mix = Mix(0.8, 1.0, 0.5, mode == "elem", 0.3)
+    if mode == "elem":
+        mixed_by_timm = int((theirs._params_per_elem(3000)[0] < 1).sum())
+        draws = [mix.draw(np.random.default_rng(0), 3000, 224)]
+    else:
+        mixed_by_timm = sum(theirs._params_per_batch()[0] < 1 for _ in range(3000))
+        draws = [mix.draw(np.random.default_rng(i), 1, 224) for i in range(3000)]
+    ours = sum(int((d["lam"] < 1).sum()) for d in draws)
+    table = [[ours, 3000 - ours], [mixed_by_timm, 3000 - mixed_by_timm]]
+    assert stats.fisher_exact(table)[1] > 1e-3
+    assert not any(d["boxes"][d["lam"] == 1].any() for d in draws)
+
+
+def test_a_step_that_is_not_mixed_is_the_batch_itself_and_the_others_stay_what_they_were():
+    images, targets, seen = torch.randn(4, 3, 16, 16), torch.eye(4), set()
+    for seed in range(20):
+        plain = Mix(0.8, 1.0).draw(np.random.default_rng(seed), 4, 16)
+        draw = Mix(0.8, 1.0, prob=0.5).draw(np.random.default_rng(seed), 4, 16)
+        left = bool((draw["lam"] == 1).all())
+        if left:
+            result, labels = Mix().apply(images, targets, np.arange(4), **draw)
+            assert torch.equal(result, images) and torch.equal(labels, targets)
+        else:
+            assert all((draw[key] == plain[key]).all() for key in plain)
+        seen.add(left)
+    assert seen == {True, False}
+
+
 def test_mixing_keeps_precision_and_memory_layout():
     images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     mix = Mix(0.4, 1.0, per_sample=True)

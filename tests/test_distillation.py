@@ -1213,7 +1213,7 @@ OF_THE_BATCH = """
  drop_last repeated_aug augment_on_device crop_scale crop_ratio flip brightness contrast
  saturation hue autoaugment
  randaug_n randaug_m randaug_std randaug_increasing randaug_form mixup_alpha cutmix_alpha
- switch_prob mix_per_sample erase_prob erase_mode erase_count seed channels_last
+ switch_prob mix_per_sample mix_prob erase_prob erase_mode erase_count seed channels_last
 """.split()
 IN_THE_DATA = """
  dataset data_dir train_list train_root val_list val_root val_fraction class_names num_classes
@@ -1225,8 +1225,9 @@ IN_THE_TEACHER = """
 OF_THE_STUDENT = """
  name val_image_size val_resize model deep_stem avg_down drop_path dropout pretrained weights
  force_weights freeze epochs optimizer lr momentum nesterov weight_decay decay_all trust_clip
- always_adapt schedule milestones step_epochs gamma power lr_min cosine_epochs lr_per_epoch warmup
- warmup_epochs warmup_steps warmup_ratio layer_decay probe_epochs clip_grad_norm ema_decay loss
+ always_adapt schedule milestones step_epochs gamma power lr_min pct_start cosine_epochs
+ lr_per_epoch warmup warmup_epochs warmup_steps warmup_ratio layer_decay probe_epochs
+ clip_grad_norm ema_decay loss
  bce_threshold bce_sum bce_shift label_smoothing up_smoothing teacher_weight mimic mimic_loss
  mimic_weight temperature dkd_beta mimic_warmup_epochs task_weight cache_teacher resume_from
  cache cache_dir auto_resume val_every checkpoint_minutes log_every device precision workers

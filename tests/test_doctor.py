@@ -119,6 +119,7 @@ def test_mixing_says_its_shares():
     )
     one = said("fact", **KNOWN, cutmix_alpha=1.0, mix_per_sample=True)
     assert "Of all pictures 100% CutMix" in one and "Mixup" not in one
+    assert "Of all steps 25% CutMix" in said("fact", **KNOWN, cutmix_alpha=1.0, mix_prob=0.25)
 
 
 STRIKES = dict(loss="bce", bce_threshold=0.2, mixup_alpha=0.1, cutmix_alpha=1.0)

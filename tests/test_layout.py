@@ -35,7 +35,7 @@ LEVEL_2 = {
     "prediction": {"data", "export", "images", "models", "progress", "recipe", "runs", "training"},
     "comparison": {"recipe", "runs"},
     "export": {*BELOW_TRAINING, "training", "comparison"},
-    "united_perception": {"recipe"},
+    "united_perception": {"recipe", "schedule"},
     "doctor": {"data", "distillation", "models", "progress", "recipe", "training"},
 }
 BELOW_VIEWS = {*BELOW_TRAINING, *LEVEL_2}

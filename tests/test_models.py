@@ -298,6 +298,28 @@ def test_every_format_of_weights_is_loaded_whole(tmp_path, name):
 
 
 @pytest.mark.parametrize("averaged", [True, False])
+def test_an_up_checkpoint_gives_its_average_as_up_does(tmp_path, averaged):
+    """UP's key is `ema: {ema_state_dict: ...}`; `ema` is an empty dict without EMA."""
+    raw, ema, model = tiny(seed=1), tiny(seed=3), tiny(seed=2)
+    content = {"model": raw.state_dict(), "ema": {}}
+    if averaged:
+        content["ema"] = {"ema_state_dict": ema.state_dict(), "ema_steps": 5}
+    torch.save(content, tmp_path / "ckpt.pth.tar")
+    result = load(model, tmp_path / "ckpt.pth.tar")
+    assert same(model, ema if averaged else raw)
+    assert ("[ema]" if averaged else "[model]") in str(result)
+
+
+def test_weights_of_ups_other_networks_say_what_was_tried_and_what_is_missing(tmp_path):
+    state = {f"backbone.stage.{k}": v for k, v in tiny(seed=1).state_dict().items()}
+    torch.save({"model": state}, tmp_path / "regnet.pth")
+    with pytest.raises(ModelError) as caught:
+        load(tiny(seed=2), tmp_path / "regnet.pth")
+    for words in ("United Perception's names", "tried", "ResNets", "missing", "rename"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
 def test_a_run_folder_gives_its_average_where_it_kept_one(tmp_path, averaged):
     raw, ema, model = tiny(seed=1), tiny(seed=3), tiny(seed=2)
     state = {"model": raw.state_dict(), "ema": ema.state_dict() if averaged else None, "step": 7}

@@ -580,6 +580,15 @@ def test_where_a_recipe_leaves_its_row_it_says_so():
             assert f"{row.warmup[0]:,}" in text, name
 
 
+@rows
+def test_how_often_a_source_validates_stands_in_the_note(name, row):
+    """UP's files say test_freq 5; those in iterations are tested at the end alone."""
+    theirs = "the last alone" if row.curve[0] == "iterations" else "every fifth (val_every 5)"
+    assert read(name).val_every == 1
+    said = f"alidation comes after every epoch, the source's after {theirs}"
+    assert said in sentence(params(name), "Note")
+
+
 def test_what_is_left_out_is_left_out_for_its_reason():
     assert not timm.is_model("mobilenetv2_200") and not timm.list_models("*cswin*")
     assert "2.0 (77.56), is left out" in sentence(params("mobilenetv2_100_250e"), "Note")

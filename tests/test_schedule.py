@@ -53,6 +53,12 @@ def test_polynomial_equals_torch(power):
     assert [ours(t) for t in range(50)] == pytest.approx(theirs, rel=1e-9)
 
 
+def test_one_cycle_may_start_at_its_peak():
+    """Where the rise is one step long; torch divides by 0 there."""
+    ours = OneCycle(0.4, 10, 0.1)
+    assert [ours(t) for t in (0, 9)] == pytest.approx([0.4, 0.4 / 250_000])
+
+
 @pytest.mark.parametrize("steps, rise", [(50, 0.3), (120, 0.25)])
 def test_one_cycle_equals_torch(steps, rise):
     def make(optimizer):

@@ -11,11 +11,13 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+import torch
 import yaml
 
-from workbench import ROOT, training, united_perception
+from workbench import ROOT, augmentation, training, united_perception
 from workbench.recipe import Recipe
 from workbench.united_perception import (
     DEFECT,
@@ -486,6 +488,11 @@ FAMILIES: dict[str, tuple[dict, int, dict]] = {
 }
 
 
+def swin_kwargs(width, blocks, heads):
+    shape = f"embed_dim: {width}\n      depths: [2, 2, {blocks}, 2]\n      num_heads: "
+    return f"{shape}{[heads, 2 * heads, 4 * heads, 8 * heads]}\n      "
+
+
 def read(family: str, **options):
     slots, gpus, _ = FAMILIES[family]
     return united_perception.loads(config(**slots), gpus=gpus, **options)
@@ -567,10 +574,19 @@ def test_every_name_in_the_table_of_models_is_timms():
         ("regnety_6400m", "", "regnety_064"),
         ("efficientnet_b4", "", "efficientnet_b4"),
         ("convnext_small", "", "convnext_small"),
-        ("swin_transformer_small", "", "swin_small_patch4_window7_224"),
-        ("swin_base_224", "", "swin_base_patch4_window7_224"),
-        ("swin_base_384", "", "swin_base_patch4_window12_384"),
-        ("swin_large", "window_size: 12", "swin_large_patch4_window12_384"),
+        ("swin_transformer_small", swin_kwargs(96, 18, 3), "swin_small_patch4_window7_224"),
+        ("swin_base_224", swin_kwargs(128, 18, 4), "swin_base_patch4_window7_224"),
+        (
+            "swin_base_384",
+            swin_kwargs(128, 18, 4) + "window_size: 12",
+            "swin_base_patch4_window12_384",
+        ),
+        (
+            "swin_large",
+            swin_kwargs(192, 18, 6) + "window_size: 12",
+            "swin_large_patch4_window12_384",
+        ),
+        ("swin_large", "", "swin_tiny_patch4_window7_224"),
         ("vit_b16_224", "", "vit_base_patch16_224"),
         ("vit_huge14", "", "vit_huge_patch14_224"),
         ("deit_small", "", "deit_small_patch16_224"),
@@ -582,7 +598,15 @@ def test_a_backbone_has_timms_name(name, options, model):
     assert timm.is_model(model)
 
 
-@pytest.mark.parametrize("name, options", [("cswin_tiny", ""), ("mobilenet_v2", "scale: 2.0")])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("cswin_tiny", ""),
+        ("mobilenet_v2", "scale: 2.0"),
+        ("swin_tiny", "window_size: 12"),
+        ("swin_huge", "embed_dim: 320"),
+    ],
+)
 def test_a_backbone_that_timm_has_not_keeps_its_name_and_is_told(name, options):
     found = united_perception.loads(config(backbone=name, options=options))
     assert found.recipe.model == name and "timm has no" in said(found, "net[0].type", MISSING)
@@ -738,7 +762,7 @@ def test_the_longer_of_two_warm_ups_counts(iters, epochs, knobs):
         ("CosineAnnealingLR", "eta_min: 0.1", dict(lr_min=0.1)),
         (
             "polylr",
-            "power: 0.9, eta_min: 0.01",
+            "power: 0.9, min_lr: 0.01, max_epoch: 100",
             dict(schedule="polynomial", power=0.9, lr_min=0.01),
         ),
         ("OneCycleLR", "max_lr: 0.7, pct_start: 0.3", dict(schedule="one_cycle", lr=0.7)),
@@ -783,10 +807,10 @@ KWARGS = "trainer.lr_scheduler.kwargs"
         ("resnet50D", f"{KWARGS}.warmup_iter", ["62,560 steps", "99.94", "from 0.4 to 0.2002 "]),
         ("resnet50D", "trainer.lr_scheduler.warmup_iter", ["99.9 of 200", "6,256 to 6,260"]),
         ("resnet50D", "net[0].type", ["no whole ResNet-D", "deep_stem"]),
-        ("strikes 300e", f"{KWARGS}.T_max", ["5.9", "e-06", "not at 1e-06", "here too"]),
-        ("swin", f"{KWARGS}.T_max", ["2.19", "e-05", "here too"]),
+        ("strikes 300e", f"{KWARGS}.T_max", ["5.9", "e-06", "not at 1e-06", "here at 5.9"]),
+        ("swin", f"{KWARGS}.T_max", ["2.19", "e-05", "here at 2.19"]),
         ("convnext", f"{KWARGS}.warmup_iter", ["from 0.004 to 0.0039"]),
-        ("mobilenet as it is", f"{KWARGS}.T_max", ["312,500 epochs", "0.39999938", "not here"]),
+        ("mobilenet as it is", f"{KWARGS}.T_max", ["312,500 epochs", "0.39999938", "here at "]),
         ("mobilenet as it is", "iter_base", ["`runtime` only"]),
         ("mobilenet as it is", "fp16", ["fp32"]),
         ("regnet", f"{KWARGS}.T_max", ["125,000 epochs", "0.7999987"]),
@@ -857,7 +881,7 @@ def edited(*pairs: tuple[str, str]) -> str:
     "old, new, kind, where, words",
     [
         ("normalize: {type: solo_bn}", "", DEFECT, "net[0].kwargs.normalize", "freezes every"),
-        ("solo_bn", "sync_bn", NOTHING, "net[0].kwargs.normalize.type", "one per device"),
+        ("solo_bn", "sync_bn", MISSING, "net[0].kwargs.normalize.type", "one per device"),
         ("solo_bn}", "solo_bn, kwargs: {momentum: 0.99}}", DEFECT,
          "net[0].kwargs.normalize.kwargs.momentum", "new batch"),
         ("runs/somewhere\n", "checkpoints/cls_std\n", DEFECT, "saver.save_dir", "auto_resume"),
@@ -870,7 +894,7 @@ def edited(*pairs: tuple[str, str]) -> str:
          "Pillow"),
         ("{topk: [1, 5]}", "{topk: [1, 5], num_classes: 1000}", DEFECT,
          "dataset.test.dataset.kwargs.evaluator.kwargs.num_classes", "TypeError"),
-        ("type: dist,", "type: class_balance,", MISSING,
+        ("type: dist,", "type: repeat_factor,", MISSING,
          "dataset.train.batch_sampler.kwargs.sampler.type", "every picture once"),
         ("  - type: auto_save_best", "  - {type: grad_clipper, kwargs: {mode: moving_average,"
          " max_norm: 5}}", MISSING, "hooks[0]", "moving_average"),
@@ -881,12 +905,13 @@ def edited(*pairs: tuple[str, str]) -> str:
          "net[1].kwargs.num_classes", "2 heads"),
         ("label_smooth_ce", "softmax_eql", MISSING, "net[2].kwargs.cls_loss.type", "ce is taken"),
         ("type: SGD", "type: RMSprop", MISSING, "trainer.optimizer.type", "RMSprop"),
-        ("momentum: 0.9", "momentum: 0.9, dampening: 0.1", NOTHING,
-         "trainer.optimizer.kwargs.dampening", "no knob"),
-        ("*to_tensor, *normalize]\n    batch", "*to_tensor]\n    batch", NOTHING,
+        ("momentum: 0.9", "momentum: 0.9, dampening: 0.1", MISSING,
+         "trainer.optimizer.kwargs.dampening", "0.1 is not reproduced; 0 is taken"),
+        ("*to_tensor, *normalize]\n    batch", "*to_tensor]\n    batch", MISSING,
          "normalize", "mean is the training's, [0.0, 0.0, 0.0]"),
-        ("*random_horizontal_flip, *pil_color_jitter", "*pil_color_jitter, *random_horizontal_flip",
-         NOTHING, "dataset.train.dataset.kwargs.transformer", "order"),
+        ("*random_resized_crop, *random_horizontal_flip, *pil_color_jitter",
+         "*pil_color_jitter, *random_resized_crop, *random_horizontal_flip", MISSING,
+         "dataset.train.dataset.kwargs.transformer", "order"),
         ("hooks:", "quant: {quant_type: qat, deploy_backend: tensorrt}\nhooks:", NOTHING, "quant",
          "quantisation"),
         ("images/meta/train.txt", "s3://bucket/train.txt", NOTHING, "dataset", "say data_dir"),
@@ -919,10 +944,8 @@ def test_every_key_that_is_renamed_is_named_or_refused():
             whole = [n for n in notes if n.where in above and "no counterpart" in n.text]
             if not whole and not any("zzz_" in n.where for n in notes):
                 silent.append(line.partition(":")[0])
-    # names that a file chooses: of a transform's anchor, of a mimic loss
-    anchors = [line.partition(":")[0] for line in lines if re.match(r"\w+: &", line)]
-    assert silent[: len(anchors)] == anchors
-    assert silent[len(anchors) :] == ["    loss"]
+    # names that a file chooses, those of a transform's anchor
+    assert silent == [line.partition(":")[0] for line in lines if re.match(r"\w+: &", line)]
 
 
 def leaves(node, where=""):
@@ -1493,6 +1516,339 @@ def test_a_deployment_block_that_would_mislead_is_told(old, new, where, words):
 )
 def test_a_deployment_block_of_wrong_types_is_refused(old, new):
     assert "to_kestrel." in refused(KESTREL.replace(old, new))
+
+
+# ---- what UP's code does where its file reads otherwise
+
+
+def told(found, *kinds: str) -> str:
+    """Every note of these kinds, a line each with its place."""
+    return "\n".join(f"{n.where}: {n.text}" for n in found.notes if n.kind in kinds)
+
+
+def test_max_iter_wins_over_max_epoch():
+    sampler = "dataset: {batch_sampler: {kwargs: {batch_size: 100}}}\n"
+    text = "trainer: {max_epoch: 10, max_iter: 3000}\n"
+    found = united_perception.loads(sampler + text, train_images=100_000)
+    assert found.recipe.epochs == 3
+    assert "max_iter" in said(found, "trainer.max_epoch")
+    found = united_perception.loads(sampler + text, train_images=200_000)  # 1.5 epochs
+    assert found.recipe.epochs == 2
+    assert "3,000 steps are 1.50 epochs of 2,000" in said(found, "trainer.max_iter", MISSING)
+    assert "say epochs" in said(united_perception.loads(text), "trainer.max_iter", MISSING)
+
+
+@pytest.mark.parametrize(
+    "mixup, cutmix, switch, cut, mixed",  # shares of the batches, as UP draws them
+    [
+        (0, 1.0, 0.3, 0.3, 0.0),
+        (0.8, 0, 0.3, 0.0, 0.7),
+        (0.8, 1.0, 0.3, 0.3, 0.7),
+        (0, 1.0, 1, 1, 0),
+    ],
+)
+def test_the_way_of_mixing_whose_alpha_is_0_leaves_its_batches_unmixed(
+    mixup, cutmix, switch, cut, mixed
+):
+    kwargs = f"mixup_alpha: {mixup}, cutmix_alpha: {cutmix}, switch_prob: {switch}"
+    found = changed(f"a: {{type: batch_cutmixup, kwargs: {{{kwargs}}}}}")
+    recipe = Recipe(**found)
+    mix = augmentation.Mix(
+        recipe.mixup_alpha, recipe.cutmix_alpha, recipe.switch_prob, prob=recipe.mix_prob
+    )
+    draws = [mix.draw(np.random.default_rng(seed), 2, 224) for seed in range(1000)]
+    boxes = np.mean([bool(d["boxes"].any()) for d in draws])
+    others = np.mean([not d["boxes"].any() and d["lam"][0] < 1 for d in draws])
+    assert boxes == pytest.approx(cut, abs=0.05) and others == pytest.approx(mixed, abs=0.05)
+
+
+def test_a_resize_to_a_height_and_a_width_is_told():
+    text = "torch_resize: {type: torch_resize, kwargs: {size: [256, 256]}}"
+    found = united_perception.loads(text)
+    assert "256 x 256 whatever the shape" in said(found, "torch_resize.kwargs.size", MISSING)
+    found = united_perception.loads(text.replace("[256, 256]", "256"))
+    assert told(found, MISSING) == ""
+
+
+@pytest.mark.parametrize(
+    "group, where",
+    [
+        ("special_param_group: [{key: bias, weight_decay: 0.0, lr: 0.2}]",
+         "optimizer.special_param_group[0].lr"),
+        ("pconfig: {bn_b: {weight_decay: 0.0, lr: 0.2}}", "optimizer.pconfig.bn_b.lr"),
+        ("pconfig: {bn_b: {kwargs: {weight_decay: 0.0, lr: 0.2}}}",
+         "optimizer.pconfig.bn_b.kwargs.lr"),
+    ],
+)  # fmt: skip
+def test_the_lr_of_a_group_is_told(group, where):
+    text = f"optimizer: {{type: SGD, kwargs: {{lr: 0.1, weight_decay: 0.1}}, {group}}}"
+    found = united_perception.loads(text)
+    assert found.recipe.lr == 0.1 and not found.recipe.decay_all
+    assert "not reproduced" in said(found, where, MISSING)
+    assert told(united_perception.loads(text.replace(", lr: 0.2", "")), MISSING) == ""
+
+
+def test_a_group_that_decay_all_does_not_spare_is_told():
+    text = "optimizer: {type: SGD, kwargs: {lr: 0.1, weight_decay: 0.1}, special_param_group:"
+    found = united_perception.loads(f"{text} [{{key: head, weight_decay: 0.0}}]}}")
+    assert found.recipe.decay_all
+    assert "no counterpart" in said(found, "optimizer.special_param_group[0]", MISSING)
+
+
+def backbone(kind: str, kwargs: str = ""):
+    return united_perception.loads(f"net: [{{name: backbone, type: {kind}, kwargs: {{{kwargs}}}}}]")
+
+
+def test_a_swin_is_what_its_arguments_say_and_not_its_name():
+    found = backbone("swin_small")
+    assert found.recipe.model == "swin_tiny_patch4_window7_224" and found.recipe.drop_path == 0.2
+    assert "not by name: Swin tiny" in said(found, "net[0].type")
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_a_swins_arguments_that_are_its_models_are_no_finding(size):
+    model = f"swin_{size}_patch4_window7_224"
+    with torch.device("meta"):
+        stages = timm.create_model(model).layers
+    width, depths = stages[0].dim, [len(stage.blocks) for stage in stages]
+    heads = [stage.blocks[0].attn.num_heads for stage in stages]
+    found = backbone(
+        f"swin_{size}",
+        f"embed_dim: {width}, depths: {depths}, num_heads: {heads}, drop_path_rate: 0.3",
+    )
+    assert (found.recipe.model, found.recipe.drop_path) == (model, 0.3)
+    assert told(found, MISSING, DEFECT) == ""
+
+
+@pytest.mark.parametrize("kind", ["vit_b16_224", "deit_small"])
+def test_a_vit_drops_where_the_file_does_not_say(kind):
+    found = backbone(kind)
+    assert found.recipe.drop_path == 0.1 and found.recipe.dropout == 0
+    for words in ("attention dropout", "0.1", "drop path", "not reproduced"):
+        assert words in said(found, "net[0].type", MISSING)
+    found = backbone(kind, "drop_path: 0.3, attention_dropout: 0.2")
+    assert found.recipe.drop_path == 0.3
+    assert "attention_dropout 0.2" in said(found, "net[0].type", MISSING)
+
+
+@pytest.mark.parametrize("kind", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
+def test_batch_norms_that_up_freezes_are_told(kind):
+    where = "net[0].kwargs.normalize"
+    assert "freezes every batch norm" in said(backbone(kind), where)
+    assert said(backbone(kind, "normalize: {type: solo_bn}"), where) == ""
+    assert said(backbone("convnext_tiny"), where) == ""
+
+
+def test_a_mimic_reads_the_slot_loss_alone():
+    found = learnt("cfgs: {kd: {type: kd_loss, kwargs: {T: 4.0}}}")
+    assert distils(found) == {"mimic_loss": ["l2_normalized"]}
+    assert "slot `loss` alone" in said(found, "mimic.cfgs.kd")
+    found = learnt("cfgs: {kd: {type: ce_loss}, loss: {type: kd_loss, kwargs: {T: 4.0}}}")
+    assert distils(found) == {"mimic_loss": ["kl"], "temperature": 4.0}
+
+
+# ---- learning rates by UP's formulas, step by step
+
+
+def slowly(lr: float, steps: int, warm: int, ratio: float, after) -> list[float]:
+    """UP's lr in every step: a linear climb of `warm` steps, then `after(step, lr)`."""
+    rates = []
+    for t in range(steps):
+        if t < warm:
+            rates.append(ratio * lr + (lr - ratio * lr) * t / (warm - 1))
+        else:
+            rates.append(after(t, lr))
+    return rates
+
+
+def scheduled(kind: str, kwargs: str, warm: int = 0, ratio: float = 0.25, epochs: int = 100, **of):
+    """(what is found, the lr of its recipe in every step) of a training with 20 steps an epoch."""
+    slots = {"scheduler": STEPS.format(warm, ratio, kind, kwargs), "length": f"max_epoch: {epochs}"}
+    found = united_perception.loads(config(**{**slots, **of}), train_images=1280)
+    rate = training.lr_schedule(found.recipe, 20)
+    return found, [rate(t) for t in range(20 * found.recipe.epochs)]
+
+
+def gap_said(found) -> float:
+    """The largest difference that a note names, in percent of the peak."""
+    [percent] = re.findall(r"differs by up to ([\d.]+) % of its peak", told(found, MISSING))
+    return float(percent)
+
+
+def largest(ours: list[float], theirs: list[float]) -> float:
+    return 100 * max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / max(ours)
+
+
+def test_a_milestone_inside_the_warm_up_is_never_applied():
+    found, rates = scheduled("MultiStepLR", "milestones: [2, 30], gamma: 0.1", warm=60)
+    wanted = slowly(0.4, 2000, 60, 0.25, lambda t, lr: lr * 0.1 if t >= 600 else lr)
+    assert rates == pytest.approx(wanted, rel=1e-9)
+    assert "[2] inside the warm-up" in said(found, f"{KWARGS}.milestones")
+    found, rates = scheduled("MultiStepLR", "milestones: [3, 30], gamma: 0.1", warm=60)
+    assert rates[60] == pytest.approx(0.04)  # where the warm-up ends, it is
+
+
+def test_a_warm_up_of_one_step_stays_where_it_begins():
+    found, rates = scheduled("MultiStepLR", "milestones: [30], gamma: 0.1", warm=1)
+    assert rates == pytest.approx([0.1] * 600 + [0.01] * 1400, rel=1e-9)
+    assert "lr stays at 0.25" in said(found, "trainer.lr_scheduler.warmup_iter")
+
+
+@pytest.mark.parametrize("warm", [0, 200])
+@pytest.mark.parametrize("length", ["max_epoch: 100", "max_epoch: 120", "max_iter: 2400"])
+def test_a_polylr_ends_where_up_ends(length, warm):
+    kwargs = f"power: 0.9, min_lr: 0.01, {length}"
+    found, rates = scheduled("polylr", kwargs, warm)
+    assert (found.recipe.schedule, found.recipe.lr_min) == ("polynomial", 0.01)
+    total = 2000 if length.endswith("100") else 2400
+    theirs = slowly(
+        0.4, 2000, warm, 0.25, lambda t, lr: 0.01 + (lr - 0.01) * (1 - t / total) ** 0.9
+    )
+    if total == 2000 and not warm:
+        assert rates == pytest.approx(theirs, rel=1e-9)
+        assert "differs by" not in told(found, MISSING)
+    else:
+        assert gap_said(found) == pytest.approx(largest(rates, theirs), abs=0.1)
+    if total == 2400:
+        assert f"in UP lr ends at {theirs[-1]:.8g}"[:22] in told(found, DEFECT)
+    assert "T_max" not in told(found, MISSING, DEFECT) and "missing" not in told(found, DEFECT)
+
+
+def test_a_one_cycle_peaks_where_its_file_says():
+    kwargs = "max_lr: 0.7, max_epoch: 100, pct_start: 0.1, cycle_momentum: false"
+    found, rates = scheduled("OneCycleLR", kwargs)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.7)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.7, 2000, pct_start=0.1, cycle_momentum=False
+    )
+    wanted = []
+    for t in range(2000):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step() if t < 1999 else None
+    assert rates == pytest.approx(wanted, rel=1e-9) and max(rates) == rates[199]
+    assert told(found, MISSING) == "" and "max_epoch" not in told(found, DEFECT)
+    found, _ = scheduled("OneCycleLR", kwargs.replace(", cycle_momentum: false", ""))
+    assert "momentum from 0.95 to 0.85" in told(found, MISSING)
+
+
+def test_two_randaugments_are_told():
+    both = "*random_augmentation, *plain"
+    text = config(transformer=f"{CROP_FLIP}, {both}, *to_tensor, *normalize").replace(
+        "auto_augmentation:", "plain: &plain {type: torch_random_augmentation, kwargs: {n: 1,"
+        " m: 5}}\nauto_augmentation:")  # fmt: skip
+    found = united_perception.loads(text)
+    where = "dataset.train.dataset.kwargs.transformer"
+    assert "every torch_random_augmentation; only the last" in said(found, where, MISSING)
+    assert found.recipe.randaug_n == 1
+
+
+def test_what_stops_up_is_told():
+    found, _ = scheduled("CosineLREpochScheduler", "T_max: 100, eta_min: 0.0")
+    assert "missing: UP stops" in said(found, f"{KWARGS}.warm_epoch")
+    loss = "{type: stce, kwargs: {}}"
+    where = "net[2].kwargs.cls_loss.type"
+    assert "mixed labels alone" in said(united_perception.loads(config(loss=loss)), where)
+    assert said(united_perception.loads(config(loss=loss, batch_fn=MIXUP)), where) == ""
+
+
+@pytest.mark.parametrize(
+    "epochs, warm, kind, own, gap",
+    [
+        (300, 20, "CosineAnnealingLR", "", 6.3),  # ConvNeXt's: the cosine begins in step 0
+        (300, 40, "CosineAnnealingLR", "", 12.95),
+        (300, 20, "CosineLREpochScheduler", ", warm_epoch: 20", 0),  # Swin's is reproduced
+        (300, 20, "CosineLREpochScheduler", ", warm_epoch: 0", None),
+    ],
+)
+def test_the_largest_difference_of_a_cosine_is_told(epochs, warm, kind, own, gap):
+    found, rates = scheduled(
+        kind, f"T_max: {epochs}, eta_min: 0.000001{own}", warm * 20, 0.001, epochs
+    )
+    low, start = 1e-6, float(own[-2:] or 0)
+
+    def up(t: int, lr: float) -> float:
+        share = t / (epochs * 20) if kind == "CosineAnnealingLR" else (t // 20 - start) / epochs
+        return low + (lr - low) * (1 + math.cos(math.pi * share)) / 2
+
+    real = largest(rates, slowly(0.4, epochs * 20, warm * 20, 0.001, up))
+    if gap == 0:
+        assert real < 1e-9 and "differs by" not in told(found, MISSING)
+    else:
+        assert gap_said(found) == pytest.approx(real, abs=0.1) and real > 1
+        assert gap is None or gap_said(found) == pytest.approx(gap, abs=0.06)
+
+
+# ---- a value without an option is no meaning here at UP's default alone
+
+KWARGS_OF_CLS = "type: cls\n      kwargs:\n"
+WITHOUT_OPTION = [  # (in the configuration, where, at its default, as a file may have it)
+    (KWARGS_OF_CLS, "dataset.train.dataset.kwargs.label_mapping", "[0, 0]", "[0, 5]"),
+    (KWARGS_OF_CLS, "dataset.train.dataset.kwargs.multilabel", "false", "true"),
+    ("kwargs: {num_classes: *num_classes, ", "net[1].kwargs.classifier_cfg", "{type: linear}",
+     "{type: norm_linear}"),
+    ("kwargs: {smooth_ratio: 0.1, ", "net[2].kwargs.cls_loss.kwargs.loss_weight", "1.0", "0.5"),
+    ("kwargs: {lr: 0.01, ", "trainer.optimizer.kwargs.betas", "[0.9, 0.999]", "[0.9, 0.95]"),
+    ("kwargs: {lr: 0.01, ", "trainer.optimizer.kwargs.eps", "0.000001", "0.1"),
+    ("kwargs: {lr: 0.01, ", "trainer.optimizer.kwargs.bias_correction", "true", "false"),
+    ("kwargs: {lr: 0.01, ", "trainer.optimizer.kwargs.grad_averaging", "true", "false"),
+    ("kwargs: {lr: 0.4, ", "trainer.optimizer.kwargs.dampening", "0", "0.1"),
+    ("kwargs: {probability: 0.25, ", "rand_erase.kwargs.min_count", "1", "2"),
+    ("kwargs: {probability: 0.25, ", "rand_erase.kwargs.min_aspect", "0.3", "0.5"),
+    ("kwargs: {probability: 0.25, ", "rand_erase.kwargs.max_area", "", "0.5"),
+    ("runtime:\n", "runtime.sync_bn", "false", "true"),
+    ("runtime:\n", "runtime.special_bn_init", "false", "true"),
+    ("runtime:\n", "runtime.runner", "{type: base}", "{type: sparse}"),
+    ("runtime:\n", "runtime.runner", "{type: base}", "{type: quant}"),
+    ("out_layers: [4]\n", "net[0].kwargs.initializer", "{method: msra}", "{method: xavier}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("usual", [True, False])
+@pytest.mark.parametrize("before, where, default, other", WITHOUT_OPTION)
+def test_a_value_that_is_not_ups_default_is_not_reproduced(before, where, default, other, usual):
+    text = config(transformer=f"{CROP_FLIP}, *to_tensor, *normalize, *rand_erase")
+    text = text.replace("probability: 0.25}", "probability: 0.25, mode: pixel}")
+    text = text.replace("      initializer: {method: msra}\n", "")
+    if "betas" in where or "eps" in where or where.endswith(("correction", "averaging")):
+        text = config(optimizer="{type: LAMB, kwargs: {lr: 0.01, weight_decay: 0.1}}")
+    assert text.count(before) >= 1
+    line = f"{where.rpartition('.')[2]}: {default if usual else other}"
+    indent = re.search(r"\n( *)\S", text[text.index(before) + len(before) - 1 :])
+    more = f"{indent[1]}{line}\n" if before.endswith("\n") else f"{line}, "
+    found = united_perception.loads(text.replace(before, before + more, 1))
+    notes = [n for n in found.notes if n.where.startswith(where) and n.kind == MISSING]
+    assert bool(notes) != usual, told(found, MISSING)
+    assert usual or "not reproduced" in notes[0].text
+
+
+def test_a_resize_and_a_centre_crop_in_training_are_told():
+    found = united_perception.loads(
+        config(transformer="*torch_resize, *torch_center_crop, *to_tensor, *normalize")
+    )
+    for name in ("torch_resize", "torch_center_crop"):
+        assert "crops at random" in said(found, name, MISSING)
+
+
+def test_two_interpolations_are_told():
+    found = united_perception.loads(config(crop=", interpolation: bicubic"))
+    assert found.recipe.interpolation == "bicubic"
+    assert "one option serves both" in said(found, "torch_resize", MISSING)
+
+
+def test_a_class_balanced_sampler_and_a_drop_path_have_their_options():
+    found = united_perception.loads(edited(("type: dist,", "type: class_balance,")))
+    assert found.recipe.class_balance == 1.0 and told(found, MISSING) == ""
+    found = backbone("convnext_tiny", "drop_path: 0.3")
+    assert found.recipe.drop_path == 0.3 and told(found, MISSING) == ""
+
+
+def test_a_key_in_a_place_where_it_is_not_read_is_not_said_to_be_near_itself():
+    found = united_perception.loads(
+        config(scheduler=unwarmed("StepLR", "step_size: 9, max_epoch: 5"))
+    )
+    assert said(found, f"{KWARGS}.max_epoch", MISSING) == "not known here; left out"
 
 
 # ---- the blocks of the page, each alone

@@ -445,7 +445,7 @@ class Mix:
     Yun et al., arXiv 1905.04899: a box of x_j whose sides are sqrt(1 - lam) of the picture's, its
     centre anywhere, cut off at the border, after which lam is the share of x_i that remains. With
     both alphas above 0, CutMix comes with probability `switch_prob`. One draw serves the whole
-    step, or every picture with `per_sample`.
+    step, or every picture with `per_sample`; with probability 1 - `prob` it mixes nothing.
 
     Partners are neighbours in the step: 2k and 2k + 1 take from each other. The order of a step is
     random, so this is as good as any pairing, and it is the same for any number of processes.
@@ -455,6 +455,7 @@ class Mix:
     cutmix_alpha: float = 0.0
     switch_prob: float = 0.5
     per_sample: bool = False
+    prob: float = 1.0
 
     def draw(self, rng: np.random.Generator, pictures: int, size: int) -> dict[str, np.ndarray]:
         """`lam` (pictures,), the share of its own that a picture keeps, and `boxes` (pictures, 4).
@@ -474,6 +475,9 @@ class Mix:
         boxes = np.stack([*low, *high], 1) * cut[:, None]
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         lam = np.where(cut, 1 - area / (size * size), mixed)
+        if self.prob < 1:  # the last draw, so that the others do not depend on it
+            on = rng.random(n) < self.prob
+            lam, boxes = np.where(on, lam, 1.0), boxes * on[:, None]
         repeats = pictures // n
         return {"lam": lam.repeat(repeats), "boxes": boxes.repeat(repeats, 0)}
 

@@ -168,7 +168,7 @@ def _mixing(recipe: Any) -> list[str]:
     share = recipe.switch_prob if recipe.mixup_alpha else 1.0
     share = share if recipe.cutmix_alpha else 0.0
     kinds = [
-        f"{part:.0%} {name} (alpha {alpha:g})"
+        f"{part * recipe.mix_prob:.0%} {name} (alpha {alpha:g})"
         for name, alpha, part in (
             ("Mixup", recipe.mixup_alpha, 1 - share),
             ("CutMix", recipe.cutmix_alpha, share),

@@ -195,7 +195,11 @@ def load(
     path = ROOT / Path(source).expanduser()
     label, tensors = read_weights(path)
     strange = classes is not None and not same_classes(run_classes(path), classes)
-    return _take(model, label, _renamed(tensors), strange, force)
+    tensors = _renamed(tensors)
+    if any(name.startswith("backbone.") for name in tensors):
+        label += " (United Perception's names, tried as they are and as its ResNets'; those of its"
+        label += " other networks are missing here: rename them to timm's)"
+    return _take(model, label, tensors, strange, force)
 
 
 def load_published(model: nn.Module, name: str, **options: Any) -> Loaded:
@@ -277,7 +281,8 @@ def read_weights(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):
         inner = content.get(key) if isinstance(content, Mapping) else None
         if isinstance(inner, Mapping):
-            deeper = next((inner[k] for k in ("state_dict", "model") if k in inner), inner)
+            keys = ("ema_state_dict", "state_dict", "model")  # the first is United Perception's
+            deeper = next((inner[k] for k in keys if k in inner), inner)
             if tensors := _tensors(deeper):
                 return f"{path} [{key}]", tensors
     if isinstance(content, Mapping) and (tensors := _tensors(content)):

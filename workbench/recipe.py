@@ -137,6 +137,7 @@ class Recipe(BaseModel):
     gamma: float = knob(0.1, "of multistep and step", gt=0, lt=1)
     power: float = knob(1.0, "of polynomial; 1 is a straight line", gt=0)
     lr_min: float = knob(0.0, "where cosine and polynomial end", ge=0)
+    pct_start: float = knob(0.3, "share of the steps in which one_cycle rises to lr", gt=0, lt=1)
     cosine_epochs: float | None = knob(
         None, "epochs from the end of warm-up to lr_min; None is all that remain", gt=0
     )
@@ -197,6 +198,7 @@ class Recipe(BaseModel):
     cutmix_alpha: float = knob(0.0, "of Beta(a, a), arXiv 1905.04899; 0 is off", ge=0, le=100)
     switch_prob: Fraction = knob(0.5, "probability of CutMix where both are on")
     mix_per_sample: bool = knob(False, "a draw for every picture instead of one for the step")
+    mix_prob: Fraction = knob(1.0, "probability that a draw mixes at all, timm's mixup-prob")
     erase_prob: Fraction = knob(0.0, "probability of RandomErasing, arXiv 1708.04896")
     erase_mode: Literal["pixel", "rand", "const"] = knob(
         "pixel", "filled with noise, one noise colour, or the mean"
@@ -454,6 +456,7 @@ _ELSEWHERE = {
     "mixup": "mixup_alpha",
     "cutmix": "cutmix_alpha",
     "mixup_switch_prob": "switch_prob",
+    "mixup_prob": "mix_prob",
     "reprob": "erase_prob",
     "remode": "erase_mode",
     "aa": "randaug_n",
@@ -596,6 +599,7 @@ _UNUSED = [
             ("step_epochs", "step"),
             ("gamma", "multistep step"),
             ("power", "polynomial"),
+            ("pct_start", "one_cycle"),
             ("cosine_epochs", "cosine"),
             ("lr_min lr_per_epoch", "cosine polynomial"),
             ("warmup_epochs warmup_steps", "constant multistep step cosine polynomial"),
@@ -626,7 +630,7 @@ _UNUSED = [
             and "since mixup_alpha and cutmix_alpha are not both on"
         ),
     ),
-    ("mix_per_sample", lambda r: not mixes(r) and "since mixup_alpha and cutmix_alpha are 0"),
+    ("mix_per_sample mix_prob", lambda r: not mixes(r) and "without mixup_alpha or cutmix_alpha"),
     ("erase_mode erase_count", lambda r: r.erase_prob == 0 and "since erase_prob is 0"),
     ("force_weights", lambda r: not r.weights and "since weights is empty"),
     (

@@ -131,7 +131,7 @@ class OneCycle:
 
     def __call__(self, step: int) -> float:
         top, last = self.rise * self.steps - 1, self.steps - 1
-        if step <= top:
+        if step <= top and top:
             low, share = self.peak / 25, 1 - step / top
         else:
             low, share = self.peak / 250_000, min(1.0, (step - top) / (last - top))

@@ -143,7 +143,7 @@ def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
         case "polynomial":
             return schedule.Polynomial(recipe.lr, steps, recipe.power, recipe.lr_min, warmup, hold)
         case "one_cycle":
-            return schedule.OneCycle(recipe.lr, steps)
+            return schedule.OneCycle(recipe.lr, steps, recipe.pct_start)
     return schedule.Constant(recipe.lr, warmup)
 
 
@@ -323,8 +323,9 @@ class DeviceTransform:
                 recipe.erase_prob, recipe.erase_mode, recipe.erase_count
             )
         if recipe.mixup_alpha or recipe.cutmix_alpha:
+            alphas = recipe.mixup_alpha, recipe.cutmix_alpha
             self.mix = augmentation.Mix(
-                recipe.mixup_alpha, recipe.cutmix_alpha, recipe.switch_prob, recipe.mix_per_sample
+                *alphas, recipe.switch_prob, recipe.mix_per_sample, recipe.mix_prob
             )
 
     def __call__(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from workbench import schedule
 from workbench.recipe import RESNETS, TEMPERED, Recipe, RecipeError
 
 TAKEN, NOTHING = "taken", "no meaning here"
@@ -402,13 +403,13 @@ _VALIDATION = ("torch_resize", "torch_center_crop")
 _ADAM = {"lr": ("lr", 1e-3), "weight_decay": ("weight_decay", 0.01)}
 _SGD = {"lr": "lr", "momentum": ("momentum", 0.0), "nesterov": "nesterov"}
 _LAMB = {"max_grad_norm": ("clip_grad_norm", 1.0), "trust_clip": "trust_clip"}
-_OPTIMIZERS = {  # type: (optimizer, knobs, keys that have none)
-    "SGD": ("sgd", {**_SGD, "weight_decay": "weight_decay"}, "dampening"),
-    "AdamW": ("adamw", _ADAM, "betas eps amsgrad"),
+_OPTIMIZERS = {  # type: (optimizer, knobs, keys that have none and their defaults)
+    "SGD": ("sgd", {**_SGD, "weight_decay": "weight_decay"}, {"dampening": 0}),
+    "AdamW": ("adamw", _ADAM, {"betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False}),
     "LAMB": (
         "lamb",
         {**_ADAM, **_LAMB, "always_adapt": "always_adapt"},
-        "betas eps bias_correction grad_averaging",
+        {"betas": [0.9, 0.999], "eps": 1e-6, "bias_correction": True, "grad_averaging": True},
     ),
 }
 _GROUPS = "bn_w bn_b ln_w ln_b linear_w linear_b nodecay layer_decay".split()
@@ -419,8 +420,8 @@ _SCHEDULES: dict[str, tuple[str, str, dict[str, Any]]] = {  # type: (schedule, i
     "CosineAnnealingLR": ("cosine", "T_max", {"eta_min": "lr_min"}),
     "CosineLREpochScheduler": ("cosine", "T_max", {"eta_min": "lr_min", **_BY_EPOCH}),
     "EpochBasedCosineAnnealingLR": ("cosine", "T_max", _BY_EPOCH),
-    "polylr": ("polynomial", "T_max", {"power": "power", "eta_min": "lr_min"}),
-    "OneCycleLR": ("one_cycle", "T_max", {"max_lr": "lr"}),
+    "polylr": ("polynomial", "max_epoch", {"power": "power", "min_lr": "lr_min"}),
+    "OneCycleLR": ("one_cycle", "max_epoch", {"max_lr": "lr", "pct_start": "pct_start"}),
 }
 _WARMUPS = {"linear": "linear", "exp": "exponential", "cosine": "cosine"}
 
@@ -441,6 +442,12 @@ _TIMM = {
     **{f"swin{size}": f"swin_{size}_patch4_window7_224" for size in _SIZES[:4]},
     **{f"swin{size}384": f"swin_{size}_patch4_window12_384" for size in ("base", "large")},
 }
+_SWINS = {  # embed_dim, depths and num_heads, from which UP builds it, whatever its name says
+    "tiny": [96, [2, 2, 6, 2], [3, 6, 12, 24]],
+    "small": [96, [2, 2, 18, 2], [3, 6, 12, 24]],
+    "base": [128, [2, 2, 18, 2], [4, 8, 16, 32]],
+    "large": [192, [2, 2, 18, 2], [6, 12, 24, 48]],
+}
 # UP's mimic losses, in its last version with _loss -> ours
 _MIMIC_LOSSES = {"kl": "up_kl", "kd": "kl", "ce": "ce", "l2": "l2_normalized"}
 
@@ -448,12 +455,9 @@ _MIMIC_LOSSES = {"kl": "up_kl", "kd": "kl", "ce": "ce", "l2": "l2_normalized"}
 _NOTHING = {
     "there is one task here": "task_names",
     "part of UP's runner or loader, changes no result": "aligned model_helper inferencer prev"
-    " strict gather_group memory_friendly memcached to_float32 pin_memory fix_seed extra_input"
-    " transform inplace data_pool dataset_timer rank_cls reload_cfg image_type mimic_as_jobs"
-    " memory_empty",
+    " strict gather_group memory_friendly memcached pin_memory extra_input transform inplace"
+    " data_pool dataset_timer reload_cfg mimic_as_jobs memory_empty",
     "draws depend on the seed and the picture, not on the process": "rank_init",
-    "batch norms are one per device": "async_norm sync_bn",
-    "batch norms keep timm's eps and momentum": "special_bn_init",
     "last.pt is always kept, see checkpoint_minutes": "save_freq save_start only_save_latest",
     "last.pt is always kept; UP counts steps under trainer, epochs under saver": "save_latest_freq",
     "the last epoch is always evaluated, see val_every": "test_start is_eval",
@@ -463,22 +467,12 @@ _NOTHING = {
     "names of UP's, torchvision's and timm's weights are all known": "task_type",
     "top-1 and top-5 of one centre crop are always kept": "evaluator",
     "labels have the classes of the data": "num_classes",
-    "no counterpart: labels are taken as they stand, one a picture": "label_mapping multilabel",
     "no counterpart: a line of a list is a picture and its label": "parser_info inference_cfg",
-    "boxes: 1 to erase_count, 2 to 33 % of the area, sides 0.3 to 1 / 0.3": "min_count min_area"
-    " max_area min_aspect max_aspect num_splits",
-    "timm wires its models itself": "out_layers out_strides out_planes in_plane inplanes use_pool"
-    " input_feature_idx img_size window_size layer_scale_init_value init_value layer_scale",
+    "timm wires its models itself": "out_layers out_strides out_planes in_plane inplanes img_size"
+    " window_size init_value layer_scale",
     "a teacher learns nothing": "frozen_layers",
     "timm's initial weights; UP's msra draws with a std of sqrt(1 / fan_in)": "initializer"
-    " head_init_scale init_std",
-    "no counterpart: the classifier is one linear layer": "classifier_cfg",
-    "no knob; betas stay 0.9 and 0.999, eps 1e-6 in lamb and 1e-8 in adamw, the rest torch's"
-    " defaults": "betas eps dampening amsgrad bias_correction grad_averaging",
-    "it ends with the training": "max_iter",
-    "no knob: the loss has weight 1": "loss_weight",
-    "rises over 0.3 of the steps from lr / 25, ends at lr / 250,000, momentum stays": "pct_start"
-    " div_factor final_div_factor cycle_momentum base_momentum max_momentum total_steps",
+    " init_std",
     "UP reads it and does not use it": "mimic_norm",
     "UP's name of the loss": "prefix",
     "UP does not use it": "size",
@@ -492,6 +486,19 @@ _NOTHING = {
 }
 _NOTHING = {key: why for why, keys in _NOTHING.items() for key in keys.split()}
 
+# Keys without an option: UP's default, which is trained here; other values are not reproduced.
+_DEFAULTS = {
+    **{"label_mapping": 0, "multilabel": False, "image_type": "pil", "to_float32": False},
+    **{"rank_cls": False, "fix_seed": False, "sync_bn": False, "async_norm": False},
+    **{"special_bn_init": False, "loss_weight": 1, "classifier_cfg": {"type": "linear"}},
+    **{"min_count": 1, "min_area": 0.02, "max_area": 1 / 3, "num_splits": 0},
+    **{"min_aspect": 0.3, "max_aspect": 1 / 0.3, "use_pool": True, "input_feature_idx": -1},
+    **{"initializer": {"method": "msra"}, "head_init_scale": 1, "layer_scale_init_value": 1e-6},
+    **{"drop_rate": 0, "attn_drop_rate": 0, "mlp_ratio": 4, "qkv_bias": True, "ape": False},
+    **{"patch_norm": True, "div_factor": 25, "final_div_factor": 1e4},
+    **{"base_momentum": 0.85, "max_momentum": 0.95},
+}
+
 # (end of a path, pattern of the value, kind, text), also for values that are taken
 _FACTS = [
     ("^fp16", "(?!False).*", DEFECT, "UP reads it in `runtime` only: it trained in fp32"),
@@ -500,18 +507,18 @@ _FACTS = [
     ("runtime.device", "cuda.*", NOTHING, "auto takes a GPU, see device"),
     ("runtime.device", "(?!cuda).*", DEFECT, "UP needs CUDA whatever this says; see device"),
     ("random_seed", r"\d{6,}", DEFECT, "NumPy refuses the square of it in UP, from 65,536 on"),
-    ("runner.type", "(?!base|kd).*", NOTHING, "no counterpart"),
+    ("runner.type", "(?!base|kd).*", MISSING, "not reproduced: a plain training here"),
     ("meta_type", ".*(custom_det|inference_only).*", MISSING, "no counterpart"),
     ("image_reader.type", "(?!fs_pillow).*", NOTHING, "pictures are decoded by Pillow"),
     ("color_mode", "BGR", DEFECT, "UP trains with red and blue swapped; RGB here"),
     ("color_mode", "GRAY", MISSING, "pictures are RGB here"),
-    (r"\.sampler.type", "(?!dist|local).*", MISSING, "no counterpart: every picture once an epoch"),
+    (r"\.sampler.type", "(?!dist|local|class_bal).*", MISSING, "here every picture once an epoch"),
     ("evaluator.kwargs.num_classes", ".*", DEFECT, "UP's evaluator does not take it: a TypeError"),
     ("use_prec_rec_f1", "True", DEFECT, "without save_score UP computes it from class numbers"),
     ("save_result", "True", DEFECT, "UP deletes results_dir first"),
     ("save_dir", "checkpoints/cls_std/?", DEFECT, "many of UP's files share it; with auto_resume a "
      "second recipe goes on there from the first one's checkpoint, silent about what does not fit"),
-    ("normalize.type", ".*sync.*", NOTHING, "batch norms are one per device"),
+    ("normalize.type", ".*sync.*", MISSING, "over all GPUs in UP; batch norms are one per device"),
     ("normalize.type", "freeze_bn", MISSING, "here batch norms are trained"),
     ("normalize.kwargs.momentum", r"1.*|0\.[5-9].*", DEFECT, "torch's momentum is the share of the "
      "new batch, so hardly anything is averaged; timm's stays"),
@@ -525,7 +532,6 @@ _FACTS = [
      "those had wrong areas, so wrong labels, in CutMix"),
     ("type", "torch_auto_augmentation", NOTHING, "torchvision's 25 policies here; UP has 24, 20 of "
      "them distinct, and turns one way only"),
-    ("type", "OneCycleLR", NOTHING, "UP moves momentum from 0.95 to 0.85 and back; it stays here"),
     ("type", "EpochBasedCosineAnnealingLR", DEFECT, "UP knows it only where its yolov5 plugin is "
      "imported; eta_min is a share of lr"),
     ("mimic_ins_type", "(?!base).*", MISSING, "no counterpart: for detection; base is taken"),
@@ -545,12 +551,13 @@ _KEYS = {
     *_BLOCKS,
     *_NOTHING,
     *(key for table in _TRANSFORMS.values() for key in table if key),
-    *(key for _, table, others in _OPTIMIZERS.values() for key in (*table, *others.split())),
+    *_DEFAULTS,
+    *(key for _, table, others in _OPTIMIZERS.values() for key in (*table, *others)),
     *(key for _, length, table in _SCHEDULES.values() for key in (length, *table) if key),
     *"random_seed fraction drop_last num_workers batch_size decay enable dropout smooth_ratio bias"
     " auto_resume pretrain_model resume_model max_epoch max_iter test_freq meta_file meta_type"
     " image_dir transformer warmup_iter warmup_epochs warmup_type warmup_ratio"
-    " warmup_register_type iter_base drop_path_rate deep_stem avg_down num_classes hooks"
+    " warmup_register_type iter_base drop_path drop_path_rate deep_stem avg_down num_classes hooks"
     " teacher_weight student_weight mimic_name mimic_type mimic_ins_type warm_up_iters cfgs"
     " task_loss".split(),
 }
@@ -558,7 +565,7 @@ _KEYS = {
 
 def _near(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.6)
-    return f"; the nearest is {close[0]!r}" if close else ""
+    return f"; the nearest is {close[0]!r}" if close and close[0] != name else ""
 
 
 def _square(value: Any) -> int:
@@ -620,11 +627,6 @@ def _wanted(kind: Any, least: float) -> str:
     return text if least == -math.inf else f"{text}, {'0 or more' if least == 0 else 'above 0'}"
 
 
-def _half_cosine(peak: float, low: float, share: float) -> float:
-    """As UP computes it: outside 0 to 1 it goes on."""
-    return low + (peak - low) * (1 + math.cos(math.pi * share)) / 2
-
-
 # ---- the import
 
 
@@ -640,6 +642,8 @@ class _Importer:
         self.notes: dict[Note, None] = {}  # each once, in their order
         self.batch: int | None = None  # pictures of a step
         self.counted = False  # whether the number of pictures mattered
+        self.soft = False  # whether UP's labels come as shares of classes
+        self.defaults = _DEFAULTS
 
     def found(self, source: str, name: str | None) -> Found:
         self.values |= {} if name is None else {"name": name}
@@ -781,8 +785,13 @@ class _Importer:
             return
         above = _NOTHING.get(key, above)
         if not node.used:
-            if above or value is None:
-                self.note(NOTHING, node, above or "empty; left out")
+            came, usual = node.plain(), self.defaults.get(key)
+            each = came if isinstance(came, list) and not isinstance(usual, list) else [came]
+            if value is None or (above if usual is None else all(one == usual for one in each)):
+                text = "empty; left out" if value is None else "as it is here"
+                self.note(NOTHING, node, above or text)
+            elif usual is not None:
+                self.note(MISSING, node, f"{_short(came)} is not reproduced; {usual} is taken")
             else:
                 self.note(MISSING, node, f"not known here; left out{_near(key, _KEYS)}")
         elif not isinstance(value, dict | list):
@@ -869,7 +878,9 @@ class _Importer:
         sampler = self.block(at, "batch_sampler.kwargs")
         loader = self.block(at, "dataloader.kwargs")
         for key in ("batch_sampler.type", "dataloader.type", "batch_sampler.kwargs.sampler.type"):
-            self.get(at, key, str)
+            kind = self.get(at, key, str)
+        if kind == "class_balance":
+            self.take("class_balance", 1.0, self.where(sampler, "sampler.type"))
         if size := self.get(sampler, "batch_size", int, least=1):
             self.batch = size * (self.gpus or 1)
             why = f"{size:,} on each of {self.gpus or 1:,} GPUs"
@@ -882,10 +893,14 @@ class _Importer:
     def transforms(self, kwargs: _Node, side: str) -> None:
         node = kwargs.value.get("transformer")
         done = [self.transform(entry, side) for entry in self.entries(node)]
-        order = [list(_TRANSFORMS).index(name) for name in done if name in _TRANSFORMS]
-        if order != sorted(set(order)):
+        moved = [name for name in done if "flip" not in name]  # a flip may stand anywhere
+        order = [list(_TRANSFORMS).index(name) for name in moved if name in _TRANSFORMS]
+        if order != sorted(order):
             text = "here the order is crop, flip, AutoAugment, RandAugment, jitter, erase"
-            self.say(NOTHING, node.where, text)
+            self.say(MISSING, node.where, text)
+        kinds = [name.removesuffix("Incre") for name in done if name and side == "train"]
+        for name in sorted({name for name in kinds if kinds.count(name) > 1}):
+            self.say(MISSING, node.where, f"UP applies every {name}; only the last is taken")
         if side == "train" and "to_tensor" in done and "normalize" not in done:
             for knob, value in (("mean", 0.0), ("std", 1.0)):
                 self.take(knob, [value] * 3, node.where, "has no normalize")
@@ -901,18 +916,33 @@ class _Importer:
             text = f"no counterpart of {name or 'what has no type'}{_near(name, _TRANSFORMS)}"
             self.note(MISSING, node, text)
         elif side == "train" and name in _VALIDATION:
-            self.note(NOTHING, node, "no counterpart: training crops at random, see crop_scale")
+            self.note(MISSING, node, "no counterpart: training crops at random, see crop_scale")
         elif side == "test" and name not in (*_VALIDATION, "normalize", "to_tensor"):
-            self.note(NOTHING, node, "no counterpart: validation takes one centre crop")
+            self.note(MISSING, node, "no counterpart: validation takes one centre crop")
         else:
             self.put(kwargs, _TRANSFORMS[name])
+            self.mixing(name)
+            size = self.get(kwargs, "size", object)
+            if name == "torch_resize" and isinstance(size, list) and size[1:]:
+                text = f"UP resizes to {size[0]} x {size[1]} whatever the shape; not here"
+                self.say(MISSING, self.where(kwargs, "size"), text)
         if "andom_augm" in name and "randaug_n" not in self.values:
             raise _fault(node.line, f"{node.where}: {name} without n; how many are drawn?")
         for knob in ("mean", "std", "interpolation") if side == "test" else ():
             if knob in before[0] and self.values[knob] != before[0][knob]:
                 self.values[knob], self.origin[knob] = (state[knob] for state in before)
-                self.say(NOTHING, node.where, f"{knob} is the training's, {self.values[knob]}")
+                text = f"{knob} is the training's, {self.values[knob]}: one option serves both"
+                self.say(MISSING, node.where, text)
         return name
+
+    def mixing(self, name: str) -> None:
+        """With one alpha 0, UP leaves the batches alone that would be mixed the other way."""
+        self.soft |= "mix" in name
+        ways = [self.values.get(f"{way}_alpha", 0) > 0 for way in ("mixup", "cutmix")]
+        if "switch_prob" in _TRANSFORMS[name] and not all(ways):
+            share, note = self.values.pop("switch_prob"), self.origin.pop("switch_prob")
+            if any(ways):
+                self.take("mix_prob", share if ways[1] else 1 - share, note.where, "one alpha is 0")
 
     def sizes(self) -> None:
         """No validation size that is the training's; a resize where the text has none."""
@@ -940,16 +970,21 @@ class _Importer:
         whole = "trainer" in self.root.value
         at = self.block(self.root, "trainer") if whole else self.root
         self.epochs = self.get(at, "max_epoch", int, least=1)
-        self.iterations = None if self.epochs else self.get(at, "max_iter", int, least=1)
+        self.iterations = self.get(at, "max_iter", int, least=1)
+        if self.iterations and self.epochs:
+            self.say(DEFECT, self.where(at, "max_epoch"), "UP takes max_iter where both are there")
+            self.epochs = None
         if self.epochs:
             self.take("epochs", self.epochs, self.where(at, "max_epoch"))
         elif self.iterations and self.steps:
             exact = self.iterations / self.steps
             self.epochs = max(1, round(exact))
             why = f"{self.iterations:,} steps are {exact:.2f} epochs of {self.steps:,}"
-            self.take("epochs", self.epochs, self.where(at, "max_iter"), why)
+            self.take("epochs", self.epochs, where := self.where(at, "max_iter"), why)
+            if abs(exact - self.epochs) > 0.01 * exact:
+                self.say(MISSING, where, f"{why}; a recipe has whole epochs, {self.epochs} here")
         elif self.iterations:
-            self.say(NOTHING, self.where(at, "max_iter"), "no batch size in this text; say epochs")
+            self.say(MISSING, self.where(at, "max_iter"), "no batch size in this text; say epochs")
         for key, read in (("optimizer", self.optimizer), ("lr_scheduler", self.scheduler)):
             home = at if key in at.value else self.root
             if whole and home is self.root:
@@ -973,7 +1008,8 @@ class _Importer:
     def optimizer(self, at: _Node) -> None:
         name, kwargs, where = self.get(at, "type", str, ""), self.block(at, "kwargs"), at.where
         plain = {"lr": "lr", "weight_decay": "weight_decay"}
-        ours, knobs, others = _OPTIMIZERS.get(name, ("", plain, " ".join(kwargs.value)))
+        ours, knobs, others = _OPTIMIZERS.get(name, ("", plain, {}))
+        self.defaults = _DEFAULTS | others
         self.put(kwargs, knobs)
         if ours:
             self.take("optimizer", ours, f"{where}.type")
@@ -981,7 +1017,7 @@ class _Importer:
             text = f"no counterpart of {name or 'none'}; sgd is taken{_near(name, _OPTIMIZERS)}"
             self.say(MISSING, f"{where}.type", text)
         for key, node in kwargs.value.items():
-            if key not in (*knobs, *others.split(), "pconfig", "special_param_group"):
+            if ours and key not in (*knobs, *others, "pconfig", "special_param_group"):
                 self.note(DEFECT, node, f"{name} does not take it: UP stops with a TypeError")
         if "lr" not in kwargs.value:
             self.say(DEFECT, f"{where}.kwargs", f"no lr; {self.values.get('lr', 0.1)} is taken")
@@ -1007,15 +1043,20 @@ class _Importer:
             if (kind := self.get(group, "type", str)) != "vit_base":
                 self.say(DEFECT, f"{group.where}.type", f"UP stops at {kind}: vit_base alone")
             return
+        spared = re.search("bias|bn|norm|ln|pos|token", name)  # what decay_all: false spares, too
         if "nodecay" in inner:
             self.note(DEFECT, inner["nodecay"], f"UP ignores it inside {name}")
         if by_kind and name not in _GROUPS:
             self.note(DEFECT, group, f"UP knows no group {name} and stops with a KeyError")
-        elif name == "nodecay" or (0 in decays and name != "linear_w"):
+        elif name == "nodecay" or (0 in decays and name != "linear_w" and (by_kind or spared)):
             why = f"{name} has none; here norms, biases and position embeddings together"
             self.take("decay_all", False, group.where, why)
-            for part in group.all():
+            for part in group.all() if name == "nodecay" else ():
                 part.used = True
+            more = self.block(group, "kwargs").value if inner else {}
+            for key, node in {**inner, **more}.items():
+                if key not in ("key", "weight_decay", "kwargs", "nodecay"):
+                    self.note(MISSING, node, f"{key} of {name} alone is not reproduced")
         else:
             self.note(MISSING, group, "no counterpart: groups differ in decay alone, see decay_all")
 
@@ -1023,9 +1064,11 @@ class _Importer:
         name, kwargs = self.get(at, "type", str, ""), self.block(at, "kwargs")
         kind = f"{at.where}.type"
         ours, key, table = _SCHEDULES.get(name, ("", "T_max", {}))
+        key = "max_iter" if name == "polylr" and "max_iter" in kwargs.value else key
         said = self.get(kwargs, key, [float], [], least=1e-9)
         where, longest, steps = self.where(kwargs, key), max(said, default=0), self.steps
         meant = self.meant_by_step or bool(self.iterations and longest > 2 * (self.epochs or 0))
+        meant |= key == "max_iter"
         lengths = sorted(x / steps if meant and steps else x for x in said)
         if self.epochs is None and not self.iterations and said:
             last, before = round(lengths[-1]), round(lengths[-2] if said[1:] else 0)
@@ -1033,6 +1076,7 @@ class _Importer:
             self.epochs = max(1, guess)
             self.take("epochs", self.epochs, where, "no max_epoch in this text: a guess from this")
         climb = self.warmup(at, 1 if meant else steps)
+        climbed = climb / steps if steps else self.values.get("warmup_epochs", 0)
         if not ours:
             text = f"no counterpart of {name or 'none'}; a cosine is taken{_near(name, _SCHEDULES)}"
             self.say(MISSING, kind, text)
@@ -1046,65 +1090,90 @@ class _Importer:
                 text = f"{rounded[len(reached) :]} are never over in {self.epochs} epochs"
                 self.say(DEFECT, where, text)
             if rounded != lengths:
-                self.say(NOTHING, where, f"as whole epochs, each once: {rounded}")
+                self.say(MISSING, where, f"as whole epochs, each once: {rounded}")
+            if (early := [m for m in reached if m < climbed]) and ours == "multistep":
+                self.say(DEFECT, where, f"{early} inside the warm-up: UP never applies them")
+                reached = reached[len(early) :]
             if not reached:
                 self.take("schedule", "constant", kind, f"{name} that never steps")
             elif ours == "step":
                 self.take("step_epochs", reached[0], where)
             else:
                 self.take("milestones", reached, where)
-        elif ours == "cosine" and not said:
+        elif not said:
             self.say(DEFECT, where, "missing: UP stops with a TypeError; all epochs here")
-        elif ours != "one_cycle":
-            self.falling(name, kwargs, where, (longest, lengths[-1] if said else 0), climb)
+        else:
+            self.falling(name, kwargs, where, (longest, lengths[-1]), climb)
 
     def falling(
         self, name: str, kwargs: _Node, where: str, length: tuple[float, float], climb: int
     ) -> None:
-        """Knobs of a cosine or polynomial, and where UP's own rate parts from theirs.
-
-        `length` is the figure in the file and what it means in epochs, `climb` the warm-up's steps.
-        """
+        """Options of a steady schedule; `length` as written and in epochs, `climb` in steps."""
         (said, epochs), steps, total = length, self.steps, self.total
         peak, low = self.values.get("lr", 1.0), self.values.get("lr_min", 0.0)
         begin = "warmup_iter" if name == "CosineAnnealingLR" else "warm_epoch"
-        start = self.get(kwargs, begin, float, 0.0, least=0)
-        own, shape = (total or 0) - climb, _half_cosine  # own: steps from the peak to the end
+        start = self.get(kwargs, begin, float, least=0)
+        if start is None and name == "CosineLREpochScheduler":
+            self.say(DEFECT, self.where(kwargs, begin), "missing: UP stops; the warm-up is taken")
+            start = climb / (steps or 1)
+        start, ours = start or 0.0, (self.epochs or 0) * (steps or 0)
+        warmup, period = schedule.Warmup(climb), None
+        last = said * (1 if self.by_step or where.endswith("max_iter") else steps or 0)
+        wave = lambda share: low + (peak - low) * (1 + math.cos(math.pi * share)) / 2
         if name == "CosineAnnealingLR":
-            last = said * (1 if self.by_step else steps or 0)
-            share = lambda t: (t - start) / (last - start)
+            there = lambda t: wave((t - start) / (last - start))
             if round(epochs) != self.epochs:
-                own = epochs * (steps or 0) - climb
+                own = epochs * (steps or 0) - climb  # steps from the peak to the end
                 self.take("cosine_epochs", own / steps if steps and own > 0 else epochs, where)
+                period = round(self.values["cosine_epochs"] * (steps or 0))
+            here = schedule.Cosine(peak, ours, low, warmup, period=period)
         elif name == "polylr":
-            share, power = lambda t: t / total, self.values.get("power", 1.0)
-            shape = lambda peak, low, x: low + (peak - low) * max(0.0, 1 - x) ** power
+            power = self.values.get("power", 1.0)
+            there = lambda t: low + (peak - low) * max(0.0, 1 - t / last) ** power
+            here = schedule.Polynomial(peak, ours, power, low, warmup)
+        elif name == "OneCycleLR":
+            rise = self.values.get("pct_start", 0.3)
+            there, here = (schedule.OneCycle(peak, n, rise) for n in (round(last), ours))
+            if epochs < (self.epochs or 0):
+                self.say(DEFECT, where, f"UP stops there, before the {self.epochs} epochs")
+            if self.get(kwargs, "cycle_momentum", bool, True) or climb:
+                self.say(MISSING, where, "not reproduced: momentum from 0.95 to 0.85, a warm-up")
         else:
-            share, own = lambda t: (t // steps - start) / epochs, epochs * (steps or 0)
+            there = lambda t: wave((t // steps - start) / epochs)
             self.take("cosine_epochs", epochs, where, "from the end of the warm-up")
             if name.startswith("EpochBased"):
                 low = peak * self.get(kwargs, "eta_min", float, 0.0)
                 self.take("lr_min", low, self.where(kwargs, "eta_min"), "a share of lr in UP")
+            period = round(epochs * (steps or 0))
+            here = schedule.Cosine(peak, ours, low, warmup, steps or 1, period)
         text = f"{start:g}, but the warm-up takes {climb:,} steps"
         if not (steps and total):
             if name == "CosineAnnealingLR" and start != climb:
                 self.say(DEFECT, self.where(kwargs, begin), f"{text}: in UP lr jumps; not here")
             return
-        hold = steps if "lr_per_epoch" in self.values else 1
-        here = lambda t: shape(peak, low, min(1.0, max(0, t // hold * hold - climb) / max(1, own)))
-        there = lambda t: shape(peak, low, share(t))
         unit = "" if "lr" in self.values else " x lr"
-        if abs(there(climb) - here(climb)) > 1e-4 * peak:
+        if abs(there(climb) - here(climb)) > 1e-4 * peak and name != "OneCycleLR":
             text += f" ({climb / steps:.2f} epochs): in UP lr jumps from {peak:.5g} to"
             text += f" {there(climb):.5g}{unit} where it ends; here it goes on from {peak:.5g}"
             self.say(DEFECT, self.where(kwargs, begin), text)
-        end = there(total - 1)
-        if end - low > 1e-4 * peak:
-            same = "here too" if abs(end - here(total - 1)) < 1e-3 * peak else "not here"
-            text = f"in UP lr ends at {end:.8g}{unit} and not at {low:g}; {same}"
-            if said != epochs and not self.by_step:
-                text = f"{said:,.0f} epochs to UP while runtime.iter_base is not true: {text}"
-            self.say(DEFECT, where, text)
+        mistaken = f"{said:,.0f} epochs to UP while runtime.iter_base is not true: "
+        mistaken *= said != epochs and last == said * steps
+        if there(total - 1) - low > 1e-4 * peak:
+            text = f"in UP lr ends at {there(total - 1):.8g}{unit} and not at {low:g}"
+            self.say(DEFECT, where, f"{mistaken}{text}, here at {here(total - 1):.4g}{unit}")
+        if not mistaken:
+            self.apart(there, here, where, climb)
+
+    def apart(self, there: Callable, here: Callable, where: str, climb: int) -> None:
+        """Tells the largest difference of UP's lr from ours after the warm-up."""
+        steps, total, peak = self.steps, self.total, self.values.get("lr", 1.0)
+        unit = "" if "lr" in self.values else " x lr"
+        points = [*range(climb, total, math.ceil(total / 5000)), total - 1]
+        most = max(points, key=lambda t: abs(there(t) - here(t)))
+        if (gap := abs(there(most) - here(most)) / peak) > 1e-3:
+            text = f"not reproduced: UP's lr differs by up to {100 * gap:.1f} % of its peak, it is"
+            text += f" {there(most):.5g}{unit} in epoch {most // steps + 1}, here {here(most):.5g}"
+            self.say(MISSING, where, text + unit)
 
     def warmup(self, at: _Node, unit: int | None) -> int:
         """Takes the warm-up and the lr it climbs to; the number of its steps comes back."""
@@ -1118,11 +1187,16 @@ class _Importer:
         steps, where = max(steps, by_epochs), self.where(at, key)
         if key == "warmup_epochs" and unit != 1 and (epochs.is_integer() or not unit):
             self.take("warmup_epochs", epochs, where)
-        elif steps:
+        elif steps > 1:
             self.take("warmup_steps", steps, where)
         factor = self.factor(at)
         kind = self.get(at, "warmup_type", str, "exp")
         ratio = self.get(at, "warmup_ratio", float, -1.0)
+        start = 1 / factor if ratio < 0 else ratio
+        if steps == 1:
+            self.say(DEFECT, where, f"UP never ends one step: lr stays at {start:g} of its target")
+            self.take("lr", self.values.get("lr", 0.1) * start, where, f"{start:g} of its target")
+            return 0
         if kind not in _WARMUPS or (kind == "exp" and ratio == 0 and (steps or epochs)):
             text = "it multiplies from 0" if kind in _WARMUPS else "UP knows no such warm-up"
             self.say(DEFECT, self.where(at, "warmup_type"), f"{text}; linear is taken")
@@ -1131,7 +1205,6 @@ class _Importer:
             why = "UP's default" if "warmup_type" not in at.value else ""
             self.take("warmup", _WARMUPS[kind], self.where(at, "warmup_type"), why)
             why = "UP starts from the file's lr then" if ratio < 0 else ""
-            start = 1 / factor if ratio < 0 else ratio
             self.take("warmup_ratio", start, self.where(at, "warmup_ratio"), why)
         for key in ("warmup_type", "warmup_ratio"):
             if key in at.value and not (steps or epochs):
@@ -1190,8 +1263,13 @@ class _Importer:
         key = re.sub(r"[^a-z0-9.]|transformer|224$", "", plain.lower())
         for part in ("scale", "width_mult", "mode"):
             key += re.sub(r"^1(\.0)?$", "", self.get(kwargs, part, str, ""))
-        if key.startswith("swin") and self.get(kwargs, "window_size", object) == 12:
-            key = key.removesuffix("384") + "384"
+        if key.startswith("swin"):
+            keys, usual = ("embed_dim", "depths", "num_heads"), _SWINS["tiny"]
+            shape = [self.get(kwargs, k, object, u) for k, u in zip(keys, usual, strict=True)]
+            size = next((size for size, own in _SWINS.items() if own == shape), "of no known size")
+            plain = key = f"swin{size}" + "384" * (self.get(kwargs, "window_size", int, 7) == 12)
+            if size not in kind:
+                self.say(DEFECT, where, f"UP goes by kwargs, not by name: Swin {size}, {shape}")
         if key in _TIMM or plain in _TIMM.values():
             take("model", _TIMM.get(key, plain), where)
         else:
@@ -1202,11 +1280,12 @@ class _Importer:
             text = "no whole ResNet-D in UP: 7x7 stem unless deep_stem, a padded pool in shortcuts"
             self.say(DEFECT, where, f"{text}; avg_down is the nearest, deep_stem makes it whole")
         table = {"deep_stem": "deep_stem", "avg_down": "avg_down", "drop_path_rate": "drop_path"}
-        self.put(kwargs, table, take)
+        self.put(kwargs, {**table, "drop_path": "drop_path"}, take)
         self.get(kwargs, "normalize.type", str)
         if take != self.take:
             return
-        if "normalize" not in kwargs.value and key in RESNETS:
+        self.drops(key, kwargs, where)
+        if "normalize" not in kwargs.value and re.match("resnet|mobilenet|efficientnet", key):
             text = "missing: UP freezes every batch norm then; here they are trained"
             self.say(DEFECT, self.where(kwargs, "normalize"), text)
         if frozen := self.get(kwargs, "frozen_layers", [int], [], least=0):
@@ -1214,6 +1293,18 @@ class _Importer:
             take("freeze", names, where := self.where(kwargs, "frozen_layers"))
             if key not in RESNETS:
                 self.say(MISSING, where, "timm names these otherwise; choose modules of the model")
+
+    def drops(self, key: str, kwargs: _Node, where: str) -> None:
+        """What UP's ViTs and Swins drop where the file does not say, and what has no option."""
+        vit = key.startswith(("vit", "deit"))
+        if (vit or key.startswith("swin")) and "drop_path" not in self.values:
+            self.take("drop_path", 0.1 if vit else 0.2, where, "UP's default")
+        if vit:
+            rates = [name for name in kwargs.value if "drop" in name and "path" not in name]
+            text = ", ".join(f"{name} {self.get(kwargs, name, float, 0.1):g}" for name in rates)
+            text = f"dropout and attention dropout in every block, 0.1 but for {text or 'none'}"
+            path = "drop path of every block alike; here it grows from 0 in the first to drop_path"
+            self.say(MISSING, where, f"not reproduced: {text}; {path}")
 
     def loss(self, node: _Node) -> None:
         if isinstance(node.value, list):
@@ -1227,6 +1318,8 @@ class _Importer:
         if name in ("ce", "stce", "label_smooth_ce"):
             self.take("loss", "ce", where)
             self.put(self.block(at, "kwargs"), {"smooth_ratio": "label_smoothing"})
+            if name == "stce" and not self.soft and "dataset" in self.root.value:
+                self.say(DEFECT, where, "UP's stce takes mixed labels alone and fails on these")
             if mixed and (share := self.values.get("label_smoothing")):
                 text = f"mixed labels sum to 1 - {share:g} / classes in UP, and with up_smoothing"
                 self.say(DEFECT, self.where(at, "kwargs.smooth_ratio"), text)
@@ -1237,7 +1330,7 @@ class _Importer:
             self.take("loss", "bce", where, why)
             for knob in ("bce_sum", "bce_shift") if bias else ():
                 self.take(knob, True, self.where(at, "kwargs.bias"))
-            if bias and not mixed:
+            if bias and not self.soft:
                 text = "UP ignores it for labels that are not mixed: the mean over classes"
                 self.say(DEFECT, self.where(at, "kwargs.bias"), text)
         else:
@@ -1326,10 +1419,12 @@ class _Importer:
             text = f"UP's last version ignores {', '.join(old)} and student_weight; without cfgs it"
             self.say(DEFECT, job.where, f"{text} takes an L2 loss of normalised logits")
             kind = self.get(job, "mimic_type", str, "kl")
-        slots = list(self.block(job, "cfgs").children())
-        if len(slots) > 1:
-            self.say(NOTHING, at("cfgs"), "one loss a mimic: the last is taken")
-        for slot in slots:
+        slots = self.block(job, "cfgs")
+        for other in (node for name, node in slots.value.items() if name != "loss"):
+            text = "UP reads the slot `loss` alone: an L2 loss of normalised logits without it"
+            self.note(DEFECT, other, f"{text}, so here")
+        if slots.value:
+            slot = self.block(slots, "loss")
             kind, kwargs = self.get(slot, "type", str, "l2"), self.block(slot, "kwargs")
             where, scale = self.where(slot, "type"), self.get(kwargs, "loss_weight", float, 1.0)
         loss = self.mimic_loss(kind, kwargs, where)

@@ -15,7 +15,7 @@ from workbench.recipe import Recipe
 AUGMENTATION = """
 crop_scale crop_ratio flip brightness contrast saturation hue autoaugment
 randaug_n randaug_m randaug_std randaug_increasing randaug_form
-mixup_alpha cutmix_alpha switch_prob mix_per_sample erase_prob erase_mode erase_count
+mixup_alpha cutmix_alpha switch_prob mix_per_sample mix_prob erase_prob erase_mode erase_count
 """.split()  # the knobs of what these figures show
 
 
