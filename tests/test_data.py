@@ -694,12 +694,47 @@ def test_too_many_open_files_end_in_a_sentence_and_the_loaders_with_it():
     assert done.returncode == 1 and len(told) == 1 and "ulimit -n" in told[0], done.stderr
 
 
+SMALL_MEMORY = r"""
+import sys
+from workbench import data
+from workbench.augmentation import TestTransform
+from workbench.recipe import Recipe
+
+frame = data.open_data(Recipe()).val
+try:
+    for batch in data.eval_batches(frame, TestTransform(64, 64), batch_size=128, workers=2):
+        batch.images.sum()
+except data.DataError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("size", ["1m", "40k"])  # of the second, a batch and a semaphore
+def test_too_little_shared_memory_ends_in_a_sentence(size):
+    """A namespace of its own has a /dev/shm of this size, as a container may have."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*alone, mount], capture_output=True).returncode
+    ):
+        pytest.skip("this machine permits no mount in a namespace of one's own")
+    command = [*alone, f'{mount} && exec "$0" "$@"', sys.executable, "-W", "ignore"]
+    done = subprocess.run(
+        [*command, "-c", SMALL_MEMORY], capture_output=True, text=True, timeout=60
+    )
+    [told] = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert told.startswith("shared memory (/dev/shm) is full") and "workers to 0" in told
+
+
 @pytest.mark.parametrize(
     "error, cause, words",
     [
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), None, "ulimit -n"),
         ("DataLoader worker (pid 7) exited unexpectedly with exit code 24.", None, "ulimit"),
         ("DataLoader worker (pid(s) 7) exited unexpectedly", "with exit code 24.", "ulimit"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "with exit code 28.", "--shm-size"),
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", None, "cache was cut"),
         ("DataLoader worker (pid(s) 7) exited unexpectedly", "signal: Bus error.", "cache was cut"),
         ("DataLoader worker (pid 7) exited unexpectedly with exit code 1. Details", None, None),

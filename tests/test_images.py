@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import struct
+import time
 import warnings
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from conftest import save_noise
 from PIL import Image, ImageFile, ImageOps
 
-from workbench import images
+from workbench import consumer, images
 from workbench.images import ImageError, decode
 
 # 8 x 6 pixels: left half red, right half blue, top row white.
@@ -251,7 +253,7 @@ def test_a_passing_fault_of_the_disk_is_tried_again_and_a_lasting_one_is_named(
             raise OSError(errno.EIO, "Input/output error")
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(images.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Image, "open", stumbling)
     assert decode(path).size == (40, 32)
     left[0] = 100
@@ -263,7 +265,7 @@ def test_too_many_open_files_are_no_fault_of_a_picture(tmp_path, monkeypatch, fa
     def refusing(*arguments):
         raise OSError(fault, os.strerror(fault))
 
-    monkeypatch.setattr(images.os, "open", refusing)
+    monkeypatch.setattr(os, "open", refusing)
     with pytest.raises(OSError, match="open files"):
         decode(save_noise(tmp_path / "x.png", seed=1))
 
@@ -330,7 +332,7 @@ def test_a_box_of_a_jpeg_is_that_box_of_the_whole(tmp_path, kind):
 def decoded_rows(monkeypatch) -> list[int]:
     """Notes the rows that simplejpeg is asked for from here on."""
     rows, decode_jpeg = [], images.simplejpeg.decode_jpeg
-    monkeypatch.setattr(images, "_decode", lambda file: pytest.fail("decoded by Pillow too"))
+    monkeypatch.setattr(consumer, "decode", lambda file: pytest.fail("decoded by Pillow too"))
 
     def noting(raw, **how):
         rows.append(len(how["buffer"]))
@@ -520,7 +522,7 @@ def test_a_jpeg_is_judged_by_its_header_before_it_is_decoded(tmp_path, monkeypat
     scene(40, 3).save(tmp_path / "flat.jpg")
     monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda *a, **k: pytest.fail("decoded"))
     assert reason_of(tmp_path / "flat.jpg") == "too small"
-    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(consumer, "MAX_PIXELS", 1000)
     scene(40, 30).save(tmp_path / "large.jpg")
     assert reason_of(tmp_path / "large.jpg") == "too large"
 
@@ -549,7 +551,62 @@ def test_a_box_of_the_size_asked_for_is_the_very_pixels():
     assert np.shares_memory(images.resize(whole, (5, 5, 25, 25), (20, 20)), whole)
 
 
+def exif_bytes(*entries: tuple[int, int, int, bytes], tail: bytes = b"") -> bytes:
+    """Big-endian EXIF with one directory of (tag, type, count, value or offset)."""
+    rows = b"".join(struct.pack(">HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + rows + bytes(4) + tail
+
+
+TURNED = (0x0112, 3, 1, b"\0\6\0\0")
+DAMAGED_EXIF = {  # -> the orientation that can be read of it
+    "no byte order": (exif_bytes(TURNED).replace(b"MM", b"\xb4M"), 1),
+    "no mark of a TIFF": (exif_bytes(TURNED).replace(b"MM\0*", b"MM\xa5*"), 1),
+    "cut off": (exif_bytes(TURNED)[:20], 1),
+    "a directory beyond the end": (b"Exif\0\0MM\0*\x7f\0\0\0", 1),
+    "an orientation of 99": (exif_bytes((0x0112, 3, 1, b"\0\x63\0\0")), 1),
+    "an orientation of text": (exif_bytes((0x0112, 2, 4, b"six\0")), 1),
+    "another tag of a wrong type": (
+        exif_bytes(TURNED, (0x0142, 2, 16, struct.pack(">I", 38)), tail=b"Model of camera\0"), 6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGED_EXIF)
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_damaged_exif_costs_no_image_and_an_unknown_orientation_is_upright(tmp_path, suffix, kind):
+    exif, orientation = DAMAGED_EXIF[kind]
+    path = tmp_path / f"x.{suffix}"
+    scene(40, 30).save(path, exif=exif, lossless=True)
+    assert exif[6:] in path.read_bytes(), "the file holds the damage"
+    with images.quiet():
+        stored = as_pillow_has_it(path)
+        wanted = np.rot90(stored, -1) if orientation == 6 else stored
+        np.testing.assert_array_equal(pixels(path), wanted)
+        np.testing.assert_array_equal(consumer.read(path), wanted)
+        np.testing.assert_array_equal(consumer.upright(Image.open(path)), wanted)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SyntaxError, RuntimeError, struct.error, ValueError, OverflowError, TypeError, IndexError,
+     AttributeError, KeyError, AssertionError, EOFError, MemoryError, ZeroDivisionError,
+     Image.DecompressionBombError],
+)  # fmt: skip
+def test_whatever_a_decoder_raises_is_an_image_error_in_training_and_in_the_shipped_script(
+    tmp_path, monkeypatch, error
+):
+    def raising(self):
+        raise error("of a damaged file")
+
+    path = save_noise(tmp_path / "x.png", seed=1)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", raising)
+    for read in (decode, consumer.read):
+        with pytest.raises(ImageError, match="of a damaged file"):
+            read(path)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
     assert reason_of(tmp_path / "x.jpg") == "unreadable"
+    with pytest.raises(ImageError, match="unreadable"):
+        consumer.read(tmp_path / "x.jpg")

@@ -16,9 +16,10 @@ PACKAGE = ROOT / "workbench"
 
 # module -> the modules of ours it may import (design, section 2); a level never imports upwards
 LEVEL_0 = """
-recipe runs lamb schedule losses mimic operations images progress consumer
+recipe runs lamb schedule losses mimic operations progress consumer
 """.split()
 LEVEL_1 = {
+    "images": {"consumer"},
     "augmentation": {"images", "operations"},
     "batched": {"operations"},
     "data": {"augmentation", "images", "progress"},
@@ -32,7 +33,17 @@ BELOW_TRAINING = {*LEVEL_0, *LEVEL_1}
 LEVEL_2 = {
     "training": BELOW_TRAINING - {"explain", "consumer"},
     "meter": {"data", "images", "models", "training"},
-    "prediction": {"data", "export", "images", "models", "progress", "recipe", "runs", "training"},
+    "prediction": {
+        "consumer",
+        "data",
+        "export",
+        "images",
+        "models",
+        "progress",
+        "recipe",
+        "runs",
+        "training",
+    },
     "comparison": {"recipe", "runs"},
     "export": {*BELOW_TRAINING, "training", "comparison"},
     "united_perception": {"recipe", "schedule"},

@@ -179,7 +179,7 @@ def test_the_deployment_notebook_packs_a_run_reports_and_answers(tmp_path):
     recipe = Recipe(**SMALL, runs_dir=str(tmp_path / "runs"))
     list(training.fit(recipe, runs.Run(recipe.folder)))
     words = ["-p", "run", str(recipe.folder), "-p", "out", str(tmp_path / "out")]
-    words += ["-p", "int8_points", "100"]
+    words += ["-p", "int8_points", "-100"]  # int8 is left out
     done = subprocess.run(
         papermill("06_deploy.ipynb", tmp_path / "out.ipynb", *words), capture_output=True, text=True
     )
@@ -187,6 +187,11 @@ def test_the_deployment_notebook_packs_a_run_reports_and_answers(tmp_path):
     [package] = (tmp_path / "out").iterdir()
     report = export.read_report(package)
     assert report["pictures"] == 500 and list(report["forms"]) == ["torch", "onnx", "int8"]
+    kept = export.check(package)
+    assert "model.onnx" in kept and "model_int8.onnx" not in kept
+    said = "".join(o.text for c in cells(tmp_path / "out.ipynb") for o in c.get("outputs", [])
+                   if o.output_type == "stream")  # fmt: skip
+    assert "not in the package: int8 loses" in said
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     shown = {c.id: [o for o in c.outputs if "data" in o] for c in executed.cells if "outputs" in c}
     assert "int8" in shown["report"][0].data["text/html"]

@@ -246,10 +246,13 @@ def export(
     int8_points: Annotated[float, typer.Option(help="top-1 that int8 or whole may lose")] = 0.5,
     p: Overrides = [],  # noqa: B006
     check: Annotated[Path | None, typer.Option(help="verify this package instead")] = None,
+    measure: Annotated[bool, typer.Option(help="and its predictions here, on -p data_dir")] = False,
 ) -> None:
     """Pack a run for deployment once its answers were compared, or verify a package.
 
-    workbench export runs/mine-seed0 --int8    workbench export --check mine_1.0.0.tar
+    workbench export runs/mine-seed0 --int8    workbench export --check mine_1.0.0.tar --measure
+
+    Exit code 1 where a form is left out, or where --measure finds other predictions.
     """
     if (run is None) == (check is None):
         raise typer.BadParameter("name a run folder, or --check a package")
@@ -259,6 +262,11 @@ def export(
         meta = exporting.load(check).meta
         print(f"{check}: sound; {meta.model_name} {meta.version}, {meta.model}, ", end="")
         print(f"{len(meta.classes)} classes, {meta.weights} weights of {meta.made['run']}")
+        if measure:
+            report = exporting.measure(check, **_knobs(p))
+            print(exporting.table(report).to_string(float_format="{:.4g}".format))
+            print(*report["problems"], sep="\n")
+            raise typer.Exit(int(bool(report["problems"])))
         return
     block = None
     if kestrel:
@@ -271,8 +279,10 @@ def export(
         run, out, name=name, version=version, weights=weights, pixels=pixels, int8=int8,
         whole=whole, program=program, kestrel=block, int8_points=int8_points, **_knobs(p),
     )  # fmt: skip
-    print(exporting.table(exporting.read_report(path)).to_string(float_format="{:.4g}".format))
-    print(path)
+    report = exporting.read_report(path)
+    print(exporting.table(report).to_string(float_format="{:.4g}".format))
+    print(*(f"not in the package: {text}" for text in report["left_out"].values()), path, sep="\n")
+    raise typer.Exit(int(bool(report["left_out"])))
 
 
 @app.command()

@@ -861,7 +861,9 @@ def _loader(dataset: Dataset, keys: Any, workers: int, pin_memory: bool) -> Iter
     except EOFError:  # a loader that has no file left cannot answer
         told = DataError(_TOO_MANY_FILES)
     except (OSError, RuntimeError) as error:
-        told = lost(error)
+        # The semaphores of a loader lie in shared memory, too, and nothing here writes elsewhere.
+        full = workers and getattr(error, "errno", None) == errno.ENOSPC
+        told = DataError(_NO_SHARED_MEMORY) if full else lost(error)
         if told is None:
             raise
     finally:
@@ -878,14 +880,15 @@ def lost(error: BaseException) -> DataError | None:
     said = f"{error} {error.__cause__}"
     if os.strerror(errno.EMFILE) in said or f"exit code {errno.EMFILE}." in said:  # see _give_up
         return DataError(_TOO_MANY_FILES)
-    if "Bus error" in said:
-        return DataError(
-            "a loader met a bus error: shared memory (/dev/shm) is full, or a file of the cache "
-            "was cut short while it was read; the same command goes on"
-        )
+    if "Bus error" in said or f"exit code {errno.ENOSPC}." in said:
+        return DataError(_NO_SHARED_MEMORY)
     return None
 
 
+_NO_SHARED_MEMORY = (
+    "shared memory (/dev/shm) is full: make it larger (docker run --shm-size) or set workers to 0; "
+    "or a file of the cache was cut short while it was read: the same command goes on"
+)
 _TOO_MANY_FILES = (
     "too many open files: each batch is handed over as four; raise the limit (ulimit -n), or lower "
     "workers"
@@ -920,8 +923,9 @@ def _end_for(parent: int) -> None:
 
 
 def _give_up(error: BaseException) -> None:
-    if os.strerror(errno.EMFILE) in str(error):
-        os._exit(errno.EMFILE)
+    for number in (errno.EMFILE, errno.ENOSPC):  # `lost` knows them by the exit code
+        if os.strerror(number) in str(error):
+            os._exit(number)
     traceback.print_exception(error)
     os._exit(1)
 

@@ -13,6 +13,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -25,6 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
@@ -37,6 +40,7 @@ OPSET = 20
 PLACES = "data_dir train_list train_root val_list val_root class_names verify_data".split()
 TIE = 1e-3  # logits: an answer ahead of the next by less is no answer to defend
 LARGEST = 4 * 2**30  # bytes of a whole package
+SAMPLE = 64  # validation images that the predict.py of a package is run on
 PROBES = 2  # pictures of noise whose logits go with the package
 
 
@@ -306,8 +310,10 @@ def to_int8(onnx: bytes, feeds: list[np.ndarray]) -> tuple[bytes, dict[str, int]
     """An ONNX file in int8, and how many nodes of a kind really compute in it.
 
     onnxruntime's static quantisation: ranges from `feeds` (inputs as the network takes them),
-    weights per channel. Raises ExportError where nothing was quantised: some models come through
-    whole, and as slow as before.
+    weights per channel, from -64 to 64. With 8 bits the sum of two products passes the 16 bits
+    that x86-64 without VNNI adds them in, and is cut: 2 * 255 * 127 = 64770 > 32767, whereas
+    2 * 255 * 64 = 32640. So the integer sums are the same on every processor. Raises ExportError
+    where nothing was quantised: some models come through whole, and as slow as before.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -329,6 +335,7 @@ def to_int8(onnx: bytes, feeds: list[np.ndarray]) -> tuple[bytes, dict[str, int]
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "MaxPool", "Relu", "Clip"],
             per_channel=True,
+            reduce_range=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )
@@ -479,20 +486,69 @@ def latency(answer: Answer, network: Network, seconds: float = 1.0) -> dict[str,
     return found
 
 
-def over_budget(report: Mapping[str, Any], flips: int, int8_points: float) -> list[str]:
+def script(
+    files: Mapping[str, bytes],
+    meta: Mapping[str, Any],
+    frame: pd.DataFrame,
+    see: augmentation.TestTransform,
+    network: Network,
+    answers: Mapping[str, Answer],
+) -> dict[str, Any]:
+    """By form, how far the probabilities that predict.py prints are from those of this process.
+
+    predict.py runs as in a package, on image files. `largest` is 1 where it prints an error.
+    Raises ExportError where it crashes.
+    """
+    [batch] = data.eval_batches(frame, see, batch_size=len(frame))
+    paths, feed = frame.path.iloc[batch.indices.numpy()], network.feed(batch.images)
+    report, shipped = {}, {**files, "meta.json": json.dumps(meta).encode()}
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in shipped.items():
+            (Path(folder) / file).write_bytes(content)
+        for form in (form for form in ("onnx", "int8") if _FILE[form] in files):
+            command = [sys.executable, f"{folder}/predict.py", _FILE[form], *paths]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+            lines = [line.rsplit("\t", 2)[1:] for line in done.stdout.split("\n")[:-1]]
+            if len(lines) != len(paths):
+                last = done.stderr.strip().split("\n")[-1]
+                raise ExportError(f"predict.py of the package crashes: {last}")
+            score = torch.from_numpy(answers[form](feed)).softmax(1).numpy()
+            apart = [  # for the class that is printed, since ties may fall otherwise
+                abs(float(p) - float(its[meta["classes"].index(name)])) if name else 1.0
+                for its, (name, p) in zip(score, lines, strict=True)
+            ]
+            report[form] = {"pictures": len(paths), "largest": max(apart, default=0.0)}
+    return report
+
+
+def over_budget(report: Mapping[str, Any], flips: int) -> list[str]:
     """What a parity report says against shipping, a sentence each."""
     problems = []
     for name, its in report["forms"].items():
-        lost = report["forms"]["torch"]["top1"] - its["top1"]
-        if name in ("int8", "whole"):  # these round otherwise than torch
-            if lost > int8_points:
-                problems.append(f"{name} loses {lost:.2f} points, the budget is {int8_points}")
-        elif its["flips"] - its["ties"] > flips:
+        if name not in ("int8", "whole") and its["flips"] - its["ties"] > flips:
             problems.append(
                 f"{name} answers {its['flips'] - its['ties']} pictures otherwise (beyond ties), "
                 f"the budget is {flips}"
             )
+    for name, its in report["script"].items():
+        if its["largest"] > TIE:
+            problems.append(
+                f"predict.py with {name} is off by a probability of {its['largest']:.2g}"
+            )
     return problems
+
+
+def lossy(report: Mapping[str, Any], int8_points: float) -> dict[str, str]:
+    """The forms that lose more than `int8_points`, as their intervals show, and a sentence each."""
+    found = {}
+    for name in ("int8", "whole"):  # these round otherwise than torch
+        lost = report["forms"].get(name, {}).get("difference")
+        if lost and lost["high"] < -int8_points:
+            found[name] = (
+                f"{name} loses {-lost['points']:.2f} points (95 % interval {-lost['high']:.2f} to "
+                f"{-lost['low']:.2f}), the budget is {int8_points}"
+            )
+    return found
 
 
 # ---- the package
@@ -522,20 +578,14 @@ def package(
     network takes uint8 and normalises itself. `int8` adds a network quantised on `calibration`
     training pictures, `whole` one that resizes and crops too, `program` one for
     torch.export.load. `kestrel` is a `to_kestrel` block. Every form answers the whole validation
-    list; where it differs by more than `flips` pictures beyond ties, or int8 or whole lose more
-    than `int8_points`, no package is written, ExportError is raised, and the report stays beside
-    its place. `overrides` are knobs of PLACES, where the pictures lie now.
+    list, and predict.py a sample of it; where it differs by more than `flips` pictures beyond
+    ties, no package is written, ExportError is raised, and the report stays beside its place. Int8
+    or whole are left out, and named in `left_out` of the report, where the paired interval shows
+    that they lose more than `int8_points`. `overrides` are knobs of PLACES, where the pictures
+    lie now.
     """
     run = runs.Run(run)
     recipe, classes, model, weights = trained_model(run, weights)
-    if strange := sorted(set(overrides) - set(PLACES)):
-        raise ExportError(
-            f"{', '.join(strange)} would change what the run was; allowed are {', '.join(PLACES)}"
-        )
-    try:
-        places = recipe.replace(**overrides)
-    except RecipeError as error:
-        raise ExportError(str(error)) from None
     kestrel = dict(kestrel or {})
     name = name or kestrel.get("model_name") or recipe.name
     version = version or str(kestrel.get("version", "1.0.0"))
@@ -556,36 +606,23 @@ def package(
     categories = _categories(kestrel, classes)
     if (state := run.status()["state"]) != "finished":
         raise ExportError(f"{run.path} is {state}; train it to its end, then pack it")
-    content = data.open_data(places)
-    if content.classes != classes:
-        raise ExportError(
-            f"the data has {len(content.classes)} classes, {run.path} was trained for "
-            f"{len(classes)}, or others in another order"
-        )
     environment = run.environment()
-    val = content.val
-    if places.verify_data:
-        val, _ = data.sound(data.examine(val), "val")
-    known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
-    if known != (then := environment.get("val_data", known)):
-        raise ExportError(
-            f"the validation pictures have changed since {run.path} was trained (fingerprint "
-            f"{then}, now {known}): the accuracy would be another list's; put them back"
-        )
+    train, val, known = _lists(recipe, overrides, classes, run.path, environment.get("val_data"))
     out, stem = Path(out), f"{name}_{version}"
     _place(out, stem)
     network = Network(model, seen).eval()
-    files = {"model.onnx": to_onnx(network)}
+    files = {"model.onnx": to_onnx(network), "predict.py": Path(consumer.__file__).read_bytes()}
     quantised = {}
     if int8:
-        feeds = [f.numpy() for f in _calibration(network, recipe, content.train, calibration)]
+        feeds = [f.numpy() for f in _calibration(network, recipe, train, calibration)]
         files["model_int8.onnx"], quantised = to_int8(files["model.onnx"], feeds)
     if program:
         files["model.pt2"] = to_program(network)
     if whole:
         files["model_whole.onnx"] = to_whole(network, seen)
     answers = _answers(network, files)
-    batches = data.eval_batches(val, training.test_transform(recipe), batch_size=64)
+    see = training.test_transform(recipe)
+    batches = data.eval_batches(val, see, batch_size=64)
     entire = _entire(files["model_whole.onnx"], val) if whole else None
     report, flipped = parity(answers, network, batches, len(val), seconds, entire)
     flipped = val[["file", "list"]].iloc[flipped.row].reset_index(drop=True).join(flipped)
@@ -596,7 +633,11 @@ def package(
         "budget": {"flips": flips, "int8_points": int8_points},
     }  # fmt: skip
     report["run"] = _beside_the_run(run, weights)
-    report["problems"] = over_budget(report, flips, int8_points)
+    report["left_out"] = lossy(report, int8_points)
+    for form in report["left_out"]:
+        del files[_FILE[form]]
+    report["script"] = script(files, meta, _spread(val, SAMPLE), see, network, answers)
+    report["problems"] = over_budget(report, flips)
     if report["problems"]:
         beside = out / f"{stem}.parity.json"
         beside.write_text(json.dumps(report, indent=2) + "\n")
@@ -614,12 +655,44 @@ def package(
         "category_param.json": json.dumps(categories, indent=2, ensure_ascii=False) + "\n",
         "parity.json": json.dumps(report, indent=2) + "\n",
         "recipe.yaml": recipe.yaml(k for k in recipe.changed() if k == "name" or k not in PLACE),
-        "predict.py": Path(consumer.__file__).read_text(encoding="utf-8"),
         "flips.csv": flipped.to_csv(index=False),
         "README.md": card(Meta(**meta), report, recipe, environment["train_images"]),
     }
     files |= {file: text.encode() for file, text in texts.items()}
     return _packed(out / f"{stem}.tar", files)
+
+
+def _lists(
+    recipe: Recipe, overrides: Mapping[str, Any], classes: list[str], of: Path, then: str | None
+) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Both lists of what `of` was trained on, where they lie now, and validation's fingerprint.
+
+    Raises ExportError, also where that is not `then`.
+    """
+    if strange := sorted(set(overrides) - set(PLACES)):
+        raise ExportError(
+            f"{', '.join(strange)} would change what the run was; allowed are {', '.join(PLACES)}"
+        )
+    try:
+        recipe = recipe.replace(**overrides)
+    except RecipeError as error:
+        raise ExportError(str(error)) from None
+    content = data.open_data(recipe)
+    if content.classes != classes:
+        raise ExportError(
+            f"the data has {len(content.classes)} classes, {of} was trained for "
+            f"{len(classes)}, or others in another order"
+        )
+    val = content.val
+    if recipe.verify_data:
+        val, _ = data.sound(data.examine(val), "val")
+    known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
+    if then and known != then:
+        raise ExportError(
+            f"the validation pictures have changed since {of} was trained (fingerprint "
+            f"{then}, now {known}): the accuracy would be another list's; put them back"
+        )
+    return content.train, val, known
 
 
 def _place(out: Path, stem: str) -> None:
@@ -695,11 +768,17 @@ def _calibration(
     network: Network, recipe: Recipe, train: pd.DataFrame, count: int
 ) -> Iterator[torch.Tensor]:
     """Inputs from training pictures as validation sees them, evenly over the list."""
-    rows = np.unique(np.linspace(0, len(train) - 1, min(count, len(train))).astype(int))
-    frame = train.iloc[rows].reset_index(drop=True)
-    for batch in data.eval_batches(frame, training.test_transform(recipe), batch_size=32):
+    for batch in data.eval_batches(
+        _spread(train, count), training.test_transform(recipe), batch_size=32
+    ):
         if len(batch.images):
             yield network.feed(batch.images)
+
+
+def _spread(frame: pd.DataFrame, count: int) -> pd.DataFrame:
+    """At most `count` rows, evenly over the frame."""
+    rows = np.unique(np.linspace(0, len(frame) - 1, min(count, len(frame))).astype(int))
+    return frame.iloc[rows].reset_index(drop=True)
 
 
 def _beside_the_run(run: runs.Run, weights: str) -> dict[str, Any]:
@@ -770,12 +849,14 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
         lines.append(
             f"| {name} | {its['top1']:.2f} | {its['flips']}{ties} | {its['largest']:.2g} | {ms} |"
         )
-    seen = meta.preprocess
+    lines += ["", *(f"Not in the package: {text}." for text in report["left_out"].values())]
+    seen, kept = meta.preprocess, forms.keys() - report["left_out"].keys()
     given = "uint8, 0 to 255" if seen.normalised_inside else (
         "0 to 255 less `pixel_means`, over `pixel_stds` of parameters.json, float32")  # fmt: skip
     others = {
         "int8": "`model_int8.onnx` takes and gives the same in int8: `python predict.py "
-        "model_int8.onnx PICTURE ...`.",
+        "model_int8.onnx PICTURE ...`. Its weights have 7 bits: so its integer sums are exact, and "
+        "the same, on processors with VNNI and without.",
         "whole": "`model_whole.onnx` takes decoded RGB pictures of any one size, uint8 "
         "(n, 3, height, width), and resizes and crops itself.",
         "program": "`model.pt2` is for `torch.export.load`.",
@@ -786,7 +867,7 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
         f"`python predict.py PICTURE ...` needs onnxruntime and Pillow. Short side to "
         f"{seen.resize} pixels ({seen.interpolation}), the centre {seen.size} x {seen.size}, RGB, "
         f"{given}: input `data` (n, 3, {seen.size}, {seen.size}), outputs `score` (a softmax) and "
-        "`logits`.", "", *(text for form, text in others.items() if form in forms), "",
+        "`logits`.", "", *(text for form, text in others.items() if form in kept), "",
         "## Limits", "", "It answers one of its classes for any picture, also for one that shows "
         "none of them. Its accuracy is that on pictures like those of the validation list; on "
         "others it was not measured.", "",
@@ -864,6 +945,37 @@ def load(path: str | Path, form: str = "onnx") -> Package:
     if form == "int8" and "model_int8.onnx" not in files:
         raise PackageError(path, ["it holds no int8 network; export with --int8"])
     return Package(path, files, form)
+
+
+def measure(path: str | Path, seconds: float = 1.0, **overrides: Any) -> dict[str, Any]:
+    """The parity report of a package on this machine, its ONNX network first, as `parity` has it.
+
+    `problems` has a sentence for every form whose predictions are not those of the machine that
+    packed it, ties aside. `overrides` are knobs of PLACES: where the validation list lies here.
+    Raises PackageError and ExportError.
+    """
+    files = check(path)
+    packed, meta = read_report(path), Meta(**json.loads(files["meta.json"]))
+    recipe = Recipe(**yaml.safe_load(files["recipe.yaml"]))
+    network = Network(nn.Identity(), meta.preprocess)
+    _, val, _ = _lists(recipe, overrides, meta.classes, Path(path), packed["data"])
+    answers = _answers(network, {name: its for name, its in files.items() if name != "model.pt2"})
+    del answers["torch"]  # the run's own network is not in the package
+    batches = data.eval_batches(val, training.test_transform(recipe), batch_size=64)
+    report, flips = parity(answers, network, batches, len(val), seconds)
+    report["bytes"] = packed["bytes"]
+    flips = pd.concat([flips, pd.read_csv(io.BytesIO(files["flips.csv"]))])
+    # What both machines saw is there twice, and dropped.
+    apart = flips[flips.margin >= TIE].drop_duplicates(["form", "row", "after"], keep=False)
+    report["problems"] = []
+    for form, its in report["forms"].items():
+        changed, there = apart[apart.form == form].row.nunique(), packed["forms"][form]["top1"]
+        if changed or its["top1"] != there:
+            report["problems"].append(
+                f"{form}: {changed} predictions are not those of the machine that packed it, "
+                f"top-1 {its['top1']:.2f} here and {there:.2f} there"
+            )
+    return report
 
 
 def check(path: str | Path) -> dict[str, bytes]:

@@ -8,52 +8,30 @@ picture, a size is width and height.
 """
 
 import contextlib
-import errno
 import io
 import math
-import os
 import re
-import stat
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import simplejpeg
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.nn import functional as F
+
+from workbench import consumer
+from workbench.consumer import REASONS, UPRIGHT, ImageError  # noqa: F401, for readers of errors
 
 cv2.setNumThreads(0)  # a loader has a process per core; OpenCV's threads do not survive its fork
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .avif".split()
 )
-MIN_SIDE = 4  # pixels; below it a crop or a rotation has nothing to work on
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
-
-# A network file system stumbles; a second look a moment later tells a hiccup from a broken file.
-_PASSING = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR}
-_NOT_THE_FILE = {errno.EMFILE, errno.ENFILE}  # too many are open: no picture is to blame
-
-
-class ImageError(ValueError):
-    """A picture cannot be used. `reason` is one of REASONS, the text adds the detail."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self):
-        return ImageError, (self.reason, self.detail)
-
-
-REASONS = ("missing", "unreadable", "undecodable", "truncated", "too small", "too large")
 
 
 def decode(path: str | Path) -> Image.Image:
@@ -70,7 +48,7 @@ def open(path: str | Path) -> "Pixels | Jpeg":
 
     Raises ImageError, as does asking for the pixels.
     """
-    return _told(path, lambda: _open(path))
+    return consumer.told(path, lambda: _open(path))
 
 
 def picture(image: Any) -> "Pixels | Jpeg":
@@ -159,26 +137,14 @@ class Jpeg:
         except ValueError as error:
             # libjpeg names its first complaint: that the rows cut off are left over is none.
             if not (cut and _LEFT_OVER.search(str(error))):
-                return np.asarray(_told("", lambda: _decode(io.BytesIO(self._raw)))), 1
-        return _UPRIGHT[self._orientation](pixels), scale
+                return consumer.told("", lambda: consumer.decode(io.BytesIO(self._raw))), 1
+        return UPRIGHT[self._orientation](pixels), scale
 
 
 SMOOTH = ("bilinear", "bicubic", "hamming", "lanczos")  # filters that average what they shrink
 # How far a filter looks beyond the edge of a box, in pixels of the smaller picture
 _REACH = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
 _LEFT_OVER = re.compile(r"\d+ extraneous bytes before marker 0xd9")
-
-# How a sensor held the scene, by EXIF's number (EXIF 2.3, 4.6.4) -> the scene upright
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: a[::-1].transpose(1, 0, 2),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: a.transpose(1, 0, 2)[::-1],
-}
 
 
 def resize(
@@ -222,48 +188,14 @@ def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarrow(stored, "RGB", pixels.shape[1::-1])
 
 
-def _told(path: str | Path, read: Callable[[], Any]) -> Any:
-    """What `read` returns; whatever it raises becomes an ImageError with a reason."""
-    for attempt in (1, 2, 3):
-        try:
-            return read()
-        except ImageError:
-            raise
-        except FileNotFoundError:
-            raise ImageError("missing", "no such file") from None
-        except UnidentifiedImageError:
-            detail = "empty file" if Path(path).stat().st_size == 0 else "no known picture format"
-            raise ImageError("undecodable", detail) from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageError("too large", str(error).split(",")[0]) from None
-        except OSError as error:
-            if error.errno in _NOT_THE_FILE:
-                raise
-            if error.errno in _PASSING and attempt < 3:
-                time.sleep(attempt)
-                continue
-            if error.errno is not None:
-                raise ImageError("unreadable", error.strerror or str(error)) from None
-            reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
-            raise ImageError(reason, str(error)) from None
-        except Exception as error:  # damaged files make decoders raise nearly anything
-            raise ImageError("undecodable", f"{type(error).__name__}: {error}") from None
-    raise AssertionError("unreachable")
-
-
 def _open(path: str | Path) -> Pixels | Jpeg:
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):  # a pipe would be waited for
-            raise ImageError("unreadable", "a folder" if stat.S_ISDIR(mode) else "no regular file")
-        if file.read(3) == b"\xff\xd8\xff":
-            file.seek(0)
-            raw = file.readall()
-            if found := _jpeg(raw):
-                return found
-    with Path(path).open("rb") as file:
-        return Pixels(np.asarray(_decode(file)))
+    with consumer.opened(path) as file:
+        is_jpeg = file.raw.read(3) == b"\xff\xd8\xff"
+        file.raw.seek(0)
+        if is_jpeg and (found := _jpeg(file.raw.readall())):
+            return found
+        file.raw.seek(0)
+        return Pixels(consumer.decode(file))
 
 
 def _jpeg(raw: bytes) -> Jpeg | None:
@@ -274,13 +206,13 @@ def _jpeg(raw: bytes) -> Jpeg | None:
         return None
     if space not in ("YCbCr", "Gray"):
         return None
-    _check_size(width, height)
+    consumer.check_size(width, height)
     frame, described = _markers(raw)
     orientation = 1
     if described:
         with Image.open(io.BytesIO(raw)) as image:
-            orientation = image.getexif().get(0x0112, 1)
-    return Jpeg(raw, width, height, frame, orientation if orientation in _UPRIGHT else 1)
+            orientation = consumer.orientation(image)
+    return Jpeg(raw, width, height, frame, orientation)
 
 
 def _markers(raw: bytes) -> tuple[int, bool]:
@@ -304,43 +236,9 @@ def _markers(raw: bytes) -> tuple[int, bool]:
     return 0, True  # fill bytes before a marker, or what else leads astray: Pillow knows
 
 
-def _check_size(width: int, height: int) -> None:
-    if min(width, height) < MIN_SIDE:
-        raise ImageError("too small", f"{width}x{height} pixels, under {MIN_SIDE} on a side")
-    if width * height > MAX_PIXELS:
-        raise ImageError("too large", f"{width}x{height} pixels, over {MAX_PIXELS:,}")
-
-
-def _decode(file: BinaryIO) -> Image.Image:
-    with Image.open(file) as image:
-        _check_size(*image.size)
-        image.load()
-        if image.mode == "I" and image.format == "PPM":  # Pillow has stretched it to 16 bits
-            image = Image.fromarray(np.asarray(image).astype(np.uint16))
-        return to_rgb(ImageOps.exif_transpose(image))
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No warnings from Pillow about damaged metadata: the pixels decide. Not in threads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         yield
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB copy as a person sees it. Raises ImageError where white is not defined."""
-    if image.mode == "RGB":
-        # A PNG may name one colour that is transparent; otherwise these are the pixels.
-        if "transparency" not in image.info:
-            return image.copy() if image.readonly else image
-    elif image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    elif image.mode in ("I", "F"):
-        raise ImageError("undecodable", f"mode {image.mode} pixels have no defined white")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 
-from workbench import data, images, models, runs, training
+from workbench import consumer, data, images, models, runs, training
 from workbench.progress import bar
 from workbench.recipe import Recipe, RecipeError
 
@@ -365,10 +365,9 @@ def one(
     _check_numbers(top)
     if not isinstance(picture, Image.Image):
         picture = images.decode(Path(picture).expanduser())
-    elif min(picture.size) < images.MIN_SIDE:
-        raise images.ImageError("too small", f"{picture.width}x{picture.height} pixels")
     else:
-        picture = images.to_rgb(ImageOps.exif_transpose(picture))
+        consumer.check_size(*picture.size)
+        picture = Image.fromarray(consumer.upright(picture))
     source = _opened(source, "")
     pixels = torch.from_numpy(np.array(source.transform(picture)))
     [(names, values)] = _best(source, pixels.permute(2, 0, 1)[None], top)
