@@ -12,16 +12,18 @@ PARAMS ?= params/digits_baseline.yaml
 .PHONY: demo demo-distillation demo-downstream test test-slow lab bench train venv lint
 
 demo: venv
-	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb params/digits_baseline.yaml
+	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb params/digits_baseline.yaml -p name=demo_digits
 
 demo-distillation: venv
-	$(BIN)/python -m workbench train params/digits_teacher.yaml
-	$(BIN)/python -m workbench notebook notebooks/03_distillation.ipynb params/digits_distillation.yaml
+	$(BIN)/python -m workbench train params/digits_teacher.yaml -p name=demo_teacher
+	$(BIN)/python -m workbench notebook notebooks/03_distillation.ipynb params/digits_distillation.yaml \
+	  -p name=demo_student -p teacher=runs/demo_teacher-seed0
 
 demo-downstream: venv
-	$(BIN)/python -m workbench train params/digits_baseline.yaml
-	$(BIN)/python -m workbench train params/letters_downstream.yaml -p name=letters_scratch -p weights=
-	$(BIN)/python -m workbench notebook notebooks/04_downstream.ipynb params/letters_downstream.yaml
+	$(BIN)/python -m workbench train params/digits_baseline.yaml -p name=demo_digits
+	$(BIN)/python -m workbench train params/letters_downstream.yaml -p name=demo_letters_scratch -p weights=
+	$(BIN)/python -m workbench notebook notebooks/04_downstream.ipynb params/letters_downstream.yaml \
+	  -p name=demo_letters -p weights=runs/demo_digits-seed0
 
 train: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb $(PARAMS) $(SET)

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import run_folder
 from playwright.sync_api import Page, sync_playwright
@@ -259,41 +260,101 @@ def test_a_knob_of_the_augmentations_draws_another_picture_and_its_value_is_copi
     redrawn(page, "try", before)
 
 
-def test_a_training_is_paused_seen_again_in_another_tab_stopped_and_goes_on(page, lab, root):
+def live(root: Path, **knobs: object) -> None:
+    """The notebook 02 as live.ipynb, changed to train for long and write below live/."""
     notebook = (root / "notebooks" / "02_baseline.ipynb").read_text(encoding="utf-8")
-    for old, new in (
-        ('runs_dir = \\"runs\\"', 'runs_dir = \\"live\\"'),
-        ("epochs = 8", "epochs = 500"),
-        ("workers = None", "workers = 0"),
-    ):
-        assert notebook.count(old) == 1
-        notebook = notebook.replace(old, new)
+    for name, value in {
+        "runs_dir": "live",
+        "epochs": 500,
+        "workers": 0,
+        "log_every": 1,
+        **knobs,
+    }.items():
+        notebook, count = re.subn(
+            rf'(?m)^(    "{name} = ).*?(  #)', lambda found, v=value: (
+                found[1] + json.dumps(json.dumps(v))[1:-1] + found[2]), notebook)  # fmt: skip
+        assert count == 1
     (root / "notebooks" / "live.ipynb").write_text(notebook, encoding="utf-8")
+
+
+def step(page: Page) -> int | None:
+    """The step that the live view of a training names."""
+    text = cell(page, "training").inner_text()
+    match = re.search(r"step (\d+) of ([\d,]+): loss .* img/s.* GB of memory", text)
+    return int(match[1]) if match else None
+
+
+def stands_still(page: Page) -> int:
+    """The step at which a training waits, once its number did not change for two seconds."""
+    return _until(lambda: (at := step(page)) and time.sleep(2) or step(page) == at and at, 30)
+
+
+def test_a_training_is_paused_three_times_and_stopped_in_one_page(page, lab, root):
+    live(root, name="paused")
+    open_and_run(page, lab, "live.ipynb")
+    _until(lambda: step(page), 120)
+    view = cell(page, "training")
+    for _ in range(3):
+        view.get_by_role("button", name="Pause").click()
+        paused = stands_still(page)
+        view.get_by_role("button", name="Resume").click()
+        _until(lambda at=paused: step(page) > at, 30)
+    view.get_by_role("button", name="Stop").click()
+    run = runs.Run(root / "live" / "paused-seed0")
+    _until(lambda: run.status()["state"] == "stopped", 60)
+    _until(lambda: f"after step {run.status()['step']} of" in view.inner_text(), 30)
+
+
+def test_a_control_is_followed_at_every_move_while_a_training_runs(page, lab, root):
+    code = """
+import ipywidgets
+from workbench import runs, widgets
+from workbench.recipe import Recipe
+widgets.Explorer(lambda value: [f"it is {value}"], value=ipywidgets.IntSlider(0, 0, 9))
+""", f"""
+recipe = Recipe(epochs=500, workers=0, log_every=1, runs_dir={str(root / "live")!r}, name="beside")
+await widgets.train(recipe, runs.Run(recipe.folder))
+"""  # fmt: skip
+    notebook = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell(text, id=name)
+        for name, text in zip(("slider", "training"), code, strict=True)
+    ])  # fmt: skip
+    # Without it JupyterLab asks which kernel to start.
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, root / "notebooks" / "beside.ipynb")
+    open_and_run(page, lab, "beside.ipynb")
+    _until(lambda: step(page), 120)
+    for value in range(1, 5):
+        cell(page, "slider").locator(".noUi-handle").focus()
+        page.keyboard.press("ArrowRight")
+        _until(lambda v=value: f"it is {v}" in cell(page, "slider").inner_text(), 30)
+    cell(page, "training").get_by_role("button", name="Stop").click()
+    _until(lambda: runs.Run(root / "live" / "beside-seed0").status()["state"] == "stopped", 60)
+    cell(page, "slider").locator(".noUi-handle").focus()
+    page.keyboard.press("Home")
+    _until(lambda: "it is 0" in cell(page, "slider").inner_text(), 30)
+
+
+def test_a_training_is_seen_again_in_another_tab_stopped_and_goes_on(page, lab, root):
+    live(root)
     open_and_run(page, lab, "live.ipynb")
     view = lambda: cell(page, "training")
-    said = lambda: re.search(r"step (\d+) of ([\d,]+): loss .* img/s.* GB of memory",
-                             view().inner_text())  # fmt: skip
-    step = lambda: (match := said()) and int(match[1])
-    first = _until(step, 120)
-    _until(lambda: step() > first, 30)
+    first = _until(lambda: step(page), 120)
+    _until(lambda: step(page) > first, 30)
     curves = picture(page, "training")
     redrawn(page, "training", curves)
 
-    view().get_by_text("Pause", exact=True).click()
-    time.sleep(1)  # the row that was under way
-    paused = step()
-    time.sleep(1.5)
-    assert step() == paused, "nothing moves while it is paused"
-
+    view().get_by_role("button", name="Pause").click()
+    paused = stands_still(page)
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     _until(lambda: "widget-view" in (root / "notebooks" / "live.ipynb").read_text("utf-8"), 30)
     page.goto("about:blank")
     page.goto(lab.format("/lab/tree/notebooks/live.ipynb"), timeout=60_000)
-    _until(lambda: step() == paused, 60, Exception)
-    view().get_by_text("Pause", exact=True).click()
-    _until(lambda: step() > paused, 30)
+    _until(lambda: step(page) == paused, 60, Exception)
+    view().get_by_role("button", name="Resume").click()
+    _until(lambda: step(page) > paused, 30)
 
-    view().get_by_text("Stop", exact=True).click()
+    view().get_by_role("button", name="Stop").click()
     run = runs.Run(root / "live" / "baseline-seed0")
     _until(lambda: run.status()["state"] == "stopped", 60)
     stopped = run.status()["step"]

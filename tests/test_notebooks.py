@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -259,9 +260,9 @@ def test_the_distillation_notebook_judges_teaches_and_compares(tmp_path):
     """Run All as it stands, its teacher first; then the same recipe by name, all finished."""
     shortened(tmp_path, digits_teacher={}, digits_distillation={})
     first = Executed("03_distillation.ipynb", tmp_path)
-    names = "digits_distillation", "digits_distillation_alone", "digits_teacher"
+    names = "demo_student", "demo_student_alone", "demo_teacher"
     student, alone, teacher = (runs.Run(tmp_path / "runs" / f"{name}-seed0") for name in names)
-    source = "runs/digits_teacher-seed0"
+    source = "runs/demo_teacher-seed0"
     own = teacher.metrics().iloc[-1].top1
     assert f"teacher, epoch 2 of 2: top-1 {own:.2f} %" in first.said("checks")
 
@@ -302,7 +303,8 @@ def test_the_distillation_notebook_judges_teaches_and_compares(tmp_path):
 
     before = [contents(run) for run in (student, alone, teacher)]
     params = tmp_path / "params" / "digits_distillation.yaml"
-    again = Executed("03_distillation.ipynb", tmp_path, "-f", str(params))
+    words = ["-p", "name", "demo_student", "-p", "teacher", source]
+    again = Executed("03_distillation.ipynb", tmp_path, "-f", str(params), *words)
     assert again.said("training").startswith("nothing to do: finished: top-1")
     assert (
         "teacher, epoch" not in again.said("checks")
@@ -313,11 +315,11 @@ def test_the_distillation_notebook_judges_teaches_and_compares(tmp_path):
     assert again.figures() == first.figures()
 
 
-def last_value(source: str, names: dict[str, object]) -> object:
-    """What a cell shows: the value of its last expression."""
-    body = ast.parse(source).body
-    exec(compile(ast.Module(body[:-1], []), "cell", "exec"), names)
-    return eval(compile(ast.Expression(body[-1].value), "cell", "eval"), names)
+def last_shown(source: str, names: dict[str, object]) -> object:
+    """What a cell displays last."""
+    shown: list[object] = []
+    exec(source, {**names, "display": shown.append})
+    return shown[-1]
 
 
 def test_without_a_mistake_the_notebooks_say_so_where_the_maps_would_be(tmp_path):
@@ -326,6 +328,7 @@ def test_without_a_mistake_the_notebooks_say_so_where_the_maps_would_be(tmp_path
     list(training.fit(recipe, run))
     none = run.predictions("raw").head(0).merge(content.val[["file", "path"]], on="file")
     names: dict[str, object] = {"recipe": recipe, "run": run, "content": content, "worst": none}
+    names["rival"] = run
     names |= {"copied": none, "device": torch.device("cpu")}
     names["teachers"] = distillation.open_teachers(
         recipe.replace(name="student", teacher=[str(run.path)], epochs=2), content.classes
@@ -333,7 +336,7 @@ def test_without_a_mistake_the_notebooks_say_so_where_the_maps_would_be(tmp_path
     for notebook, count in (("02_baseline", "the 0 mistakes"), ("03_distillation", "on 0 of the")):
         source = {c.id: c.source for c in cells(ROOT / "notebooks" / f"{notebook}.ipynb")}
         exec(source["imports"], names)
-        [words] = [text.get_text() for text in last_value(source["why"], names).axes[0].texts]
+        [words] = [text.get_text() for text in last_shown(source["why"], names).axes[0].texts]
         assert count in words
 
 
@@ -348,7 +351,7 @@ def test_the_distillation_notebook_without_a_teacher_says_what_it_wants():
         exec(source["checks"], names)
 
 
-def test_a_stopped_student_does_not_make_the_notebook_train_the_other_one(tmp_path):
+def test_a_stopped_student_does_not_make_the_notebook_train_the_other_one(tmp_path, capsys):
     source = {c.id: c.source for c in cells(ROOT / "notebooks" / "03_distillation.ipynb")}
     teacher = runs.Run(tmp_path / "teacher")
     list(training.fit(Recipe(**SMALL, runs_dir=str(tmp_path)), teacher))
@@ -360,9 +363,101 @@ def test_a_stopped_student_does_not_make_the_notebook_train_the_other_one(tmp_pa
     names: dict[str, object] = {"recipe": recipe, "run": run}
     exec(source["imports"], names)
     cell = compile(source["alone"], "alone", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    with pytest.raises(runs.RunError, match="student-seed0 is stopped: stopped by leaving .*goes"):
-        asyncio.run(eval(cell, names | {"recipe": recipe, "run": run}))
+    asyncio.run(eval(cell, names | {"recipe": recipe, "run": run}))
+    assert capsys.readouterr().out.startswith("nothing to show yet: stopped by leaving the loop")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student-seed0", "teacher"]
+
+
+@pytest.mark.parametrize("notebook", ["02_baseline", "03_distillation", "04_downstream"])
+def test_after_a_stop_before_the_first_epoch_every_later_cell_says_so(tmp_path, capsys, notebook):
+    teacher = runs.Run(tmp_path / "teacher-seed0")
+    list(training.fit(Recipe(**SMALL, name="teacher", runs_dir=str(tmp_path)), teacher))
+    recipe = Recipe(**SMALL, name="student", runs_dir=str(tmp_path), teacher=[str(teacher.path)])
+    recipe = recipe if notebook.startswith("03") else Recipe(**SMALL, runs_dir=str(tmp_path))
+    run, stop = runs.Run(recipe.folder), threading.Event()
+    for _ in training.fit(recipe, run, stop=stop):
+        stop.set()
+    assert run.status()["state"] == "stopped" and run.metrics().empty
+    code = cells(ROOT / "notebooks" / f"{notebook}.ipynb")
+    later = [c.id for c in code].index("training") + 1
+    names: dict[str, object] = {"recipe": recipe, "run": run, "content": data.open_data(recipe)}
+    exec(code[0].source, names)
+    said = {}
+    for one in code[later:]:
+        ran = compile(one.source, one.id, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if waiting := eval(ran, names):
+            asyncio.run(waiting)
+        said[one.id] = capsys.readouterr().out
+    expected = {"result", "why", "both-curves", "gains", "borrowed", "copied", "confusion"}
+    expected |= {"per-class", "worst", "alone", "rivals"}
+    assert {name for name, text in said.items() if "nothing to show yet" in text} == (
+        expected & {c.id for c in code})  # fmt: skip
+    assert "nothing to show yet: stopped by the stop event after step" in said["result"]
+    assert "stopped by the stop event" in said["next"]
+
+
+def test_run_all_of_04_meets_no_run_of_another_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.recipe.ROOT", tmp_path)
+    for name in ("digits_baseline", "demo_digits", "letters_downstream", "demo_letters"):
+        other = Recipe(name=name, epochs=3)
+        other.folder.mkdir(parents=True)
+        other.write(other.folder / "recipe.yaml")
+        (other.folder / "last.pt").touch()
+    names: dict[str, object] = {}
+    for one in cells(ROOT / "notebooks" / "04_downstream.ipynb")[:3]:
+        exec(one.source, names)
+    assert not (names["before"].folder / "last.pt").exists()
+    assert not (names["recipe"].folder / "last.pt").exists()
+    assert names["recipe"].weights == str(names["before"].folder.relative_to(tmp_path))
+
+
+def test_the_newest_run_that_can_be_packed_is_packed(tmp_path):
+    recipe = Recipe(**{**SMALL, "epochs": 1}, runs_dir=str(tmp_path))
+    run = runs.Run(recipe.folder)
+    list(training.fit(recipe, run))
+    for name in ("a word", "gone", "lost"):  # each finished later than the one before
+        shutil.copytree(run.path, tmp_path / f"{name}-seed0")
+    Recipe(**{**SMALL, "epochs": 1}, name="a word").write(tmp_path / "a word-seed0" / "recipe.yaml")
+    gone = Recipe(dataset="files", data_dir=str(tmp_path / "gone"), name="gone")
+    gone.write(tmp_path / "gone-seed0" / "recipe.yaml")
+    (tmp_path / "lost-seed0" / "last.pt").unlink()
+    for later, path in enumerate([run.path, *(tmp_path / f"{n}-seed0" for n in (
+        "a word", "gone", "lost"))]):  # fmt: skip
+        os.utime(path / "status.json", (later, later))
+    assert export.newest(tmp_path).path == run.path
+    shutil.rmtree(run.path)
+    with pytest.raises(export.ExportError, match="no finished run in .* can be packed"):
+        export.newest(tmp_path)
+
+
+def commanded(root: Path, *words: str) -> subprocess.CompletedProcess:
+    """`workbench notebook 02_baseline` on small digits, its runs below that root."""
+    path = root / "params.yaml"
+    path.write_text(json.dumps(SMALL))
+    command = [sys.executable, "-m", "workbench", "notebook"]
+    command += [ROOT / "notebooks" / "02_baseline.ipynb", path, *words]
+    places = {"WORKBENCH_ROOT": str(root), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **places})
+
+
+def test_the_notebook_command_prints_counts_a_line_per_epoch_and_the_result(tmp_path):
+    """Under a name that papermill would take for a number; then a start that fails."""
+    done = commanded(tmp_path, "-p", "name=1_000", "-p", "model=test_resnet")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    run = runs.Run(tmp_path / "runs" / "1_000-seed0")
+    assert run.status()["state"] == "finished" and run.file("02_baseline.ipynb").exists()
+    lines = done.stdout.splitlines()
+    assert all(lines), "no blank lines"
+    assert "Executing" not in done.stdout and "WARNING" not in done.stdout
+    assert len([x for x in lines if x.startswith("324 training and 500 validation")]) == 1
+    assert [x.split()[1] for x in lines if x.startswith("epoch ")] == ["1", "2"]
+    assert lines.count(run.status()["message"]) >= 1 and lines.count(f"run folder: {run.path}") == 1
+    assert "-p name=1_000 -p model=test_resnet -p seed=1" in lines[-1]
+
+    words = "-p", "name=1_000", "-p", "dataset=files", "-p", "data_dir=nowhere"
+    failed = commanded(tmp_path, *words)
+    assert failed.returncode == 1 and "nowhere" in failed.stderr
+    assert "finished: top-1" not in failed.stdout and "last checkpoint" not in failed.stderr
 
 
 @pytest.fixture
@@ -400,8 +495,7 @@ def test_the_downstream_notebook_checks_starts_and_transfers(tmp_path, unequal_l
     shortened(tmp_path, digits_baseline={}, letters_downstream=knobs)
     first = Executed("04_downstream.ipynb", tmp_path)
     run, source = (
-        runs.Run(tmp_path / "runs" / f"{n}-seed0")
-        for n in ("letters_downstream", "digits_baseline")
+        runs.Run(tmp_path / "runs" / f"{n}-seed0") for n in ("demo_letters", "demo_digits")
     )
     assert f"digits, epoch 2 of 2: top-1 {source.metrics().top1[1]:.2f} %" in first.said("start")
 
@@ -448,7 +542,8 @@ def test_the_downstream_notebook_checks_starts_and_transfers(tmp_path, unequal_l
 
     before = contents(run)
     params = tmp_path / "params" / "letters_downstream.yaml"
-    again = Executed("04_downstream.ipynb", tmp_path, "-f", str(params))
+    words = ["-p", "name", "demo_letters", "-p", "weights", "runs/demo_digits-seed0"]
+    again = Executed("04_downstream.ipynb", tmp_path, "-f", str(params), *words)
     assert again.said("training").startswith("nothing to do: finished: top-1")
     assert contents(run) == before and again.figures() == first.figures()
 

@@ -98,6 +98,24 @@ def test_every_problem_stands_in_one_error(tmp_path):
 # ---- types and ranges
 
 
+@pytest.mark.parametrize("text", ["007", "1e3", "1_000", "None", "20261126", "yes", "0x10", "1.0"])
+def test_a_text_option_takes_the_text_as_it_is_written(tmp_path, text):
+    path = written(tmp_path, f"name: {text}\nfreeze: [layer1, {text}]\nteacher: {text}\n")
+    recipe = Recipe.read(path)
+    assert (recipe.name, recipe.teacher) == (text, [text])
+    assert recipe.freeze == ["layer1", text]
+    given = Recipe.read(written(tmp_path, ""), name=text, freeze=f"[layer1, {text}]")
+    assert (given.name, given.freeze) == (text, ["layer1", text])
+    recipe.write(tmp_path / "again.yaml")
+    assert Recipe.read(tmp_path / "again.yaml") == recipe
+
+
+def test_a_whole_number_that_papermill_made_of_a_text_is_that_text():
+    assert Recipe.collect({"name": 20261126}).name == "20261126"
+    [problem] = problems(name=1000.0)
+    assert "use -r in place of papermill's -p" in problem
+
+
 @pytest.mark.parametrize(
     "key, value",
     [
@@ -114,22 +132,22 @@ def test_every_problem_stands_in_one_error(tmp_path):
         ("lr", None),
         ("lr", {"peak": 1}),
         ("lr", [0.1]),
-        ("name", 5),
+        ("name", 5.0),
         ("model", None),
         ("milestones", "soon"),
         ("milestones", [1.5]),
         ("milestones", "[30, sixty]"),
         ("milestones", "[30"),
-        ("train_list", [1]),
+        ("train_list", [1.5]),
         ("mean", "0.5"),
         ("mean", [0.5, 0.5]),
         ("std", [0.5] * 4),
         ("optimizer", "lion"),
-        ("teacher", 3),
+        ("teacher", True),
         ("teacher_weight", "heavy"),
         ("teacher_mean", [0.5, "grey", 0.5]),
         ("mimic_loss", "hinton"),
-        ("freeze", 1),
+        ("freeze", None),
         ("layer_decay", "half"),
         ("interpolation", "area"),
         ("device", "gpu"),

@@ -21,7 +21,7 @@ import torch
 
 from workbench import runs, training
 from workbench.recipe import Recipe
-from workbench.runs import Run, RunError, finished, follow, newest, replacing, table
+from workbench.runs import Run, RunError, finished, follow, replacing, table, unused_name
 
 # Children are forked in milliseconds from a process that has imported everything.
 _server = multiprocessing.get_context("forkserver")
@@ -536,13 +536,15 @@ def test_finished_runs_are_found_by_what_their_record_says(tmp_path):
     assert finished(tmp_path / "nowhere", recipe="abc") == []
 
 
-def test_the_newest_run_is_the_one_that_finished_last(tmp_path):
-    for i, name in enumerate(["c-seed0", "a-seed0", "b-seed0"]):
-        os.utime(ended(tmp_path, name) / "status.json", (i, i))
-    ended(tmp_path, "d-seed0", state="running")
-    assert newest(tmp_path).path.name == "b-seed0"
-    with pytest.raises(RunError, match="no finished run in .*; make demo trains one"):
-        newest(tmp_path / "nowhere")
+def test_a_name_is_free_or_holds_a_run_of_the_same_recipe(tmp_path):
+    recipe = Recipe(name="demo", runs_dir=str(tmp_path))
+    assert unused_name(recipe) == recipe
+    for name, epochs in (("demo-seed0", 3), ("demo_2-seed0", 4)):
+        path = ended(tmp_path, name, recipe=recipe.replace(epochs=epochs).fingerprint)
+        assert unused_name(recipe) == recipe.replace(name=name.removesuffix("-seed0")), "no work"
+        (path / "last.pt").touch()
+        assert unused_name(recipe.replace(epochs=epochs)).folder == path
+    assert unused_name(recipe).name == "demo_2_2"
 
 
 @pytest.mark.parametrize("state", ["running", "stopped", "failed", "new"])

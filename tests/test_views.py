@@ -397,13 +397,13 @@ def until(true, seconds: float = 20) -> None:
 
 def test_pause_waits_and_stop_ends_the_waiting(tmp_path):
     view, rows = widgets.Live(runs.Run(tmp_path)), Gate(5)
-    view.pausing.value = True
+    view.pausing.click()
     thread = threading.Thread(target=view._take, args=[rows])
     thread.start()
     until(lambda: rows.given == 1)
     time.sleep(0.2)
     assert rows.given == 1, "nobody asks for the next row"
-    view.pausing.value = False
+    view.pausing.click()
     thread.join(20)
     assert rows.given == 5 and rows.closed
     assert view.stopping.disabled and view.pausing.disabled

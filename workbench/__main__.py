@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -117,22 +118,27 @@ def notebook(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise runs.RunError(f"cannot write {folder}: {error.strerror}; choose runs_dir") from None
-    output = folder / notebook.name
-    values = [word for text in p for word in ("-p", *text.split("=", 1))]
-    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-f", str(params)]
-    command += [*values, "-k", "python3", "--no-progress-bar", "--log-output"]
+    output, run = folder / notebook.name, runs.Run(folder)
+    # The checked recipe itself: papermill would read numbers into `name=007` or `name: 1_000`.
+    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3"]
+    command += ["-y", recipe.yaml(recipe.changed()), "--no-progress-bar", "--stdout-file", "-"]
     print(f"papermill {notebook} -> {output}", flush=True)
-    code = subprocess.run(command).returncode
-    status = runs.Run(folder).status()
-    print(f"\n{status['message'] or status['state']}\nrun folder: {folder}")
-    if status["state"] == "stopped":
+    before = run.status()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:  # papermill's own, and kernel's
+        code = subprocess.run(command, stderr=log).returncode
+        log.seek(0)
+        trace = log.read().rpartition("papermill.exceptions.")[2]
+    status = run.status()
+    trained = status != before  # else the status is that of an earlier start
+    if code:
+        print(trace, "the same command goes on from the last checkpoint" * trained, file=sys.stderr)
+    if trained and status["state"] == "stopped":
         raise typer.Exit(STOPPED)
     if code:
-        print("the same command goes on from the last checkpoint")
         sys.exit(code)
     words = " ".join(f"-p {text}" for text in [*p, f"seed={recipe.seed + 1}"])
-    print(f"next: look at {output} (make lab)")
-    print(f"      workbench notebook {notebook} {params} {words}   # how much is luck?")
+    print(f"to look at: {output} (make lab)")
+    print(f"how much is luck: workbench notebook {notebook} {params} {words}")
 
 
 @app.command("check-data")

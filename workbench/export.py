@@ -9,6 +9,7 @@ is resized and cropped, hashes, the recipe, and the accuracy measured on the who
 The binary form of the closed toolkit that read those packages is out of reach.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -186,6 +187,20 @@ def trained_model(
     if file != "last.pt":
         raise ExportError(f"{run.path} has lost last.pt: its last epoch cannot be packed")
     return recipe, classes, model, weights
+
+
+def newest(root: str | Path) -> runs.Run:
+    """The run below `root` that finished last of those that can be packed: all it needs is there.
+
+    Raises ExportError where there is none.
+    """
+    found = runs.finished(root)
+    for run in sorted(found, key=lambda run: run.file("status.json").stat().st_mtime, reverse=True):
+        with contextlib.suppress(ExportError, data.DataError, OSError):
+            recipe, classes, *_ = trained_model(run)
+            if data.open_data(recipe).classes == classes and re.fullmatch(r"[\w.-]+", recipe.name):
+                return run
+    raise ExportError(f"no finished run in {root} can be packed; make demo trains one")
 
 
 class Network(nn.Module):

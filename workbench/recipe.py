@@ -345,6 +345,8 @@ class Recipe(BaseModel):
 PLACE = frozenset(
     key for key, field in Recipe.model_fields.items() if field.json_schema_extra["place"]
 ) | {"name"}
+# Options whose values are text: a number that is given for one is text too.
+TEXT = frozenset(k for k, f in Recipe.model_fields.items() if f.annotation in (str, list[str]))
 
 
 def read_params(path: str | Path) -> dict[str, Any]:
@@ -356,7 +358,8 @@ def read_params(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        near = difflib.get_close_matches(Path(path).name, _siblings(Path(path)), n=1)
+        siblings = [p.name for p in Path(path).parent.glob("*.y*ml")]
+        near = difflib.get_close_matches(Path(path).name, siblings, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
         raise RecipeError([f"cannot be read: {error}{hint}"], str(path)) from None
     if len(text) > 100_000:
@@ -374,10 +377,6 @@ def read_params(path: str | Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}  # `on:` is a boolean to YAML
 
 
-def _siblings(path: Path) -> list[str]:
-    return [p.name for p in path.parent.glob("*.y*ml")]
-
-
 def _yaml_value(text: str) -> Any:
     """What YAML text holds. Raises ValueError, whatever PyYAML makes of hostile text."""
     try:
@@ -389,7 +388,10 @@ def _yaml_value(text: str) -> Any:
 
 
 class _FlatLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases (no billion laughs), with an error on doubled keys."""
+    """PyYAML's safe loader without aliases (no billion laughs), with an error on doubled keys.
+
+    Numbers and booleans of text options stay as they are written: `name: 007`.
+    """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -399,12 +401,17 @@ class _FlatLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, value in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, list | dict) or key in seen:
                 line = key_node.start_mark.line + 1
                 raise yaml.YAMLError(f"line {line}: {key!r} stands twice or is no plain name")
             seen.add(key)
+            if key in TEXT:
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    implicit = self.resolve(yaml.ScalarNode, one.value, (True, False))
+                    if one.tag == implicit and implicit.endswith((":int", ":float", ":bool")):
+                        one.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 
@@ -511,45 +518,41 @@ def _nearest(key: str) -> str:
 
 def _understood(value: Any, annotation: Any) -> Any:
     """YAML 1.1 and the command line give `3e-4`, `true` or `[1, 2]` as text; read what it means."""
-    kinds = set(get_args(annotation)) | {annotation}
+    kinds = [*get_args(annotation), annotation]
     if isinstance(value, tuple):
         value = list(value)
     if isinstance(value, str) and value.strip().lower() in ("none", "null") and type(None) in kinds:
         return None
-    if _is_list(annotation):
+    if getattr(annotation, "__origin__", None) is list:
         if isinstance(value, str) and value.strip().startswith("["):
-            try:
-                value = _yaml_value(value)
+            try:  # text in it stays as it is written, as under a text option
+                text = annotation == list[str]
+                value = _yaml_value(f"teacher: {value}")["teacher"] if text else _yaml_value(value)
             except ValueError:
                 return value
-        inner = get_args(annotation)[0]
         if not isinstance(value, list):
             value = [value]  # `train_list: meta/train.txt` is a list of one
-        return [_understood(item, _base(inner)) for item in value]
+        return [_understood(item, kinds[0]) for item in value]
     if isinstance(value, str) and bool in kinds and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
-    if isinstance(value, str) and kinds & {int, float}:
+    if isinstance(value, str) and (int in kinds or float in kinds):
         try:
             number = float(value)
         except ValueError:
             return value
         return int(number) if int in kinds and number.is_integer() else number
+    if annotation is str and type(value) is int:  # papermill's -p makes a number of 20261126
+        return str(value)
     if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
         return int(value)
     return value
 
 
-def _base(annotation: Any) -> Any:
-    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
-
-
-def _is_list(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is list
-
-
 def _sentence(key: str, came: Any, item: dict[str, Any]) -> str:
     """What came and what is allowed, for one pydantic error."""
     text = item["msg"][0].lower() + item["msg"][1:]
+    if item["type"] == "string_type":
+        text += "; put it in quotes, or use -r in place of papermill's -p"
     where = (
         f" at position {item['loc'][1]}" if len(item["loc"]) > 1 and item["loc"][1] != key else ""
     )

@@ -136,11 +136,14 @@ class Run:
             status["state"] = "interrupted"
         return status
 
-    def check_finished(self) -> None:
-        """Raises RunError, with what to do next, where the run did not finish."""
+    def has_results(self, finished: bool = False) -> bool:
+        """Whether it was evaluated, or has `finished`; prints "nothing to show yet" where not."""
         status = self.status()
-        if status["state"] != "finished":
-            raise RunError(f"{self.path} is {status['state']}: {status['message']}")
+        evaluated = self.file("predictions.parquet").exists()
+        if (status["state"] == "finished") if finished else evaluated:
+            return True
+        print(f"nothing to show yet: {status['message'] or f'{self.path} is ' + status['state']}")
+        return False
 
     def unevaluated(self) -> bool:
         """Whether this is a run that has no predictions yet."""
@@ -453,11 +456,12 @@ def finished(root: str | Path, **environment: Any) -> list[Run]:
     return found
 
 
-def newest(root: str | Path) -> Run:
-    """The run below `root` that finished last. Raises RunError where none did."""
-    if found := finished(root):
-        return max(found, key=lambda run: run.file("status.json").stat().st_mtime)
-    raise RunError(f"no finished run in {root}; make demo trains one")
+def unused_name(recipe: Any) -> Any:
+    """The recipe, with _2 after its name as often as that folder holds a run of another recipe."""
+    run = Run(recipe.folder)
+    if not run.file("last.pt").exists() or run.environment().get("recipe") == recipe.fingerprint:
+        return recipe
+    return unused_name(recipe.replace(name=f"{recipe.name}_2"))
 
 
 def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import html
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ import pandas as pd
 import psutil
 import torch
 import traitlets
+from IPython import get_ipython
 from IPython.display import Javascript, display
 from tqdm.auto import tqdm
 
@@ -138,10 +139,11 @@ class Live(View):
         self.stopping = ipywidgets.Button(
             description="Stop", tooltip="ends it at the next step, with a checkpoint to go on from"
         )
-        self.pausing = ipywidgets.ToggleButton(
+        self.pausing = ipywidgets.Button(
             description="Pause", tooltip="waits before the next row", disabled=elsewhere
         )
         self.stopping.on_click(self._stop)
+        self.pausing.on_click(self._pause)
         buttons = ipywidgets.HBox([self.bar, self.pausing, self.stopping])
         super().__init__([self.start, buttons, self.line, self.curves])
 
@@ -149,9 +151,11 @@ class Live(View):
         """Shows itself and then the rows, which a thread asks for, until they end."""
         display(self)
         work = asyncio.ensure_future(asyncio.to_thread(self._take, rows))
+        kernel = getattr(get_ipython(), "kernel", None)
         try:
-            while not work.done():  # awake now and then: a signal may have met another thread
-                await asyncio.sleep(0.2)
+            with _answered(kernel) if kernel else contextlib.nullcontext():
+                while not work.done():  # awake now and then: a signal may have met another thread
+                    await asyncio.sleep(0.2)
         except asyncio.CancelledError:  # Interrupt; a second one does not wait for the step
             self._stop()
         await work
@@ -160,7 +164,7 @@ class Live(View):
         try:
             for row in rows:
                 self.show(row)
-                while self.pausing.value and not self._stopped():
+                while self.pausing.description == "Resume" and not self._stopped():
                     time.sleep(0.05)
         finally:
             self.stopping.disabled = self.pausing.disabled = True
@@ -187,6 +191,10 @@ class Live(View):
     def _stopped(self) -> bool:
         return self.stop.is_set() or self.run.file("STOP").exists()
 
+    def _pause(self, _: Any) -> None:  # a Button: its clicks need no status, see _answered
+        paused = self.pausing.description == "Resume"
+        self.pausing.description = "Pause" if paused else "Resume"
+
     def _stop(self, _: Any = None) -> None:
         self.stop.set()
         self.stopping.disabled = True
@@ -203,6 +211,27 @@ class Live(View):
 
     def _on_paper(self) -> dict[str, str]:
         return {"image/png": base64.b64encode(self.curves.value).decode()}
+
+
+@contextlib.contextmanager
+def _answered(kernel: Any) -> Iterator[None]:
+    """Publishes idle for the comm messages that ipykernel handles while an async cell runs.
+
+    ipykernel itself does not, and the front end holds back the next state of a widget until it has
+    seen idle for the one before: a slider would be heard once. Clicks of a Button are not states.
+    """
+    handle, cell = kernel.shell_handlers["comm_msg"], kernel.get_parent("shell")
+
+    def answer(stream: Any, ident: Any, message: dict[str, Any]) -> None:
+        handle(stream, ident, message)
+        for state, parent in (("idle", message), ("busy", cell)):  # the cell is still running
+            kernel.session.send(kernel.iopub_socket, "status", {"execution_state": state}, parent)
+
+    kernel.shell_handlers["comm_msg"] = answer
+    try:
+        yield
+    finally:
+        kernel.shell_handlers["comm_msg"] = handle
 
 
 def _memory() -> str:
@@ -409,7 +438,8 @@ def _control(name: str, value: Any) -> ipywidgets.ValueWidget:
         return ipywidgets.Checkbox(value, **how)
     if isinstance(value, str):
         return ipywidgets.Dropdown(options=get_args(field.annotation), value=value, **how)
-    low, high = _REACH.get(name) or (_limit(field, "ge"), _limit(field, "le"))
+    ends = (getattr(m, at) for at in ("ge", "le") for m in field.metadata if hasattr(m, at))
+    low, high = _REACH.get(name) or ends
     if isinstance(value, list):
         low, high = min(low, *value), max(high, *value)
         return ipywidgets.FloatRangeSlider(value=value, min=low, max=high, step=0.01, **how)
@@ -418,10 +448,6 @@ def _control(name: str, value: Any) -> ipywidgets.ValueWidget:
         return ipywidgets.IntSlider(value, low, high, **how)
     step = 0.1 if high > 4 else 0.01
     return ipywidgets.FloatSlider(value=value, min=low, max=high, step=step, **how)
-
-
-def _limit(field: Any, name: str) -> Any:
-    return next(getattr(m, name) for m in field.metadata if hasattr(m, name))
 
 
 def _value(control: ipywidgets.ValueWidget) -> Any:
