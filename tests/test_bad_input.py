@@ -21,7 +21,7 @@ from conftest import CLASSES, save_noise, write_list
 from PIL import Image
 from torch.nn import functional as F
 
-from workbench import data, models, runs, training
+from workbench import data, doctor, models, runs, training, widgets
 from workbench.data import DataError
 from workbench.models import ModelError
 from workbench.recipe import PLACE, Recipe, RecipeError
@@ -169,6 +169,36 @@ class RunsCode:
 
 
 FOLDERS = {"train_list": [], "val_list": []}  # class folders instead of lists
+
+
+def named(world, there, here, **changes):
+    """The run knows classes by these names, the data now call them otherwise."""
+    path = world / "runs" / "first-seed0" / "environment.json"
+    environment = json.loads(path.read_text())
+    path.write_text(json.dumps({**environment, "classes": there.split()}))
+    write_list(world / "pictures" / "names.txt", *here.split())
+    return {"class_names": "names.txt", **changes}
+
+
+def resumed(world, **changes):
+    """A longer training from the run."""
+    return {"resume_from": str(world / "runs" / "first-seed0"), "epochs": 3, **changes}
+
+
+def shifted(world, **changes):
+    """Every label of both lists is the next one."""
+    for side, files in (("train", TRAIN), ("val", VAL)):
+        rows = [f"{file} {(CLASSES.index(file[0]) + 1) % 3}" for file in files]
+        write_list(world / "pictures" / f"{side}.txt", *rows)
+    return changes
+
+
+def renamed(world, **changes):
+    """A class folder has another name, which changes the order of the classes."""
+    for side in ("train", "val"):
+        (world / "pictures" / side / "a").rename(world / "pictures" / side / "z")
+    return {**changes, **FOLDERS}
+
 
 # kind of bad input: (builder of the input, error, words of its message)
 REFUSED = {
@@ -513,6 +543,41 @@ REFUSED = {
         RunError,
         ["data changed", "first-seed0"],
     ),
+    "resuming after a class was renamed": (
+        lambda w: resumed(w, **named(w, "cat dog emu", "cat dog owl")),
+        RunError,
+        ["first-seed0", "'emu' there, 'owl' here"],
+    ),
+    "resuming after classes changed places": (
+        lambda w: resumed(w, **named(w, "cat dog emu", "dog cat emu")),
+        RunError,
+        ["first-seed0", "'cat' there, 'dog' here; 'dog' there, 'cat' here"],
+    ),
+    "resuming after numbers changed places": (
+        lambda w: resumed(w, **named(w, "0 1 2", "1 0 2")),
+        RunError,
+        ["first-seed0", "'0' there, '1' here"],
+    ),
+    "resuming after class folders were renamed": (
+        lambda w: named(w, "a b c", "") and renamed(w, **resumed(w)),
+        RunError,
+        ["first-seed0", "'a' there, 'b' here"],
+    ),
+    "resuming after labels changed places": (
+        lambda w: shifted(w, **resumed(w)),
+        TrainingError,
+        ["first-seed0", "6 of 6 validation images have another label"],
+    ),
+    "a list whose folders have the names of other classes": (
+        lambda w: named(w, "a b c", "b a c", name="new"),
+        DataError,
+        ["folder 'a' have label 0", "class 0 is 'b'"],
+    ),
+    "one class": (
+        lambda w: listed(w, "a/0.png 0") or listed(w, "a/0.png 0", val_list=["train.txt"]),
+        DataError,
+        ["one class"],
+    ),
     "another label since the run started": (
         lambda w: first_row(w, "a/0.png 1"),
         RunError,
@@ -535,6 +600,46 @@ def test_it_is_refused_in_words_and_an_existing_run_loses_nothing(world, kind):
     assert record(world / "runs" / "first-seed0") == before
     assert not (world / "runs" / "new-seed0" / "last.pt").exists()
     assert not (world / "ran").exists()  # no code from a file
+
+
+def test_a_run_goes_on_only_with_its_own_class_names(world):
+    """Its own folder, begun and finished; the pictures are the same, their names are not."""
+    write_list(world / "pictures" / "names.txt", "cat", "dog", "emu")
+    recipe = small(world, name="named", class_names="names.txt", epochs=1)
+    train(recipe)
+    write_list(world / "pictures" / "names.txt", "dog", "cat", "emu")
+    for state in ("finished", "stopped"):
+        run = runs.Run(recipe.folder)
+        with run.writing():
+            run.set_status(state)
+        with pytest.raises(RunError, match="'cat' there, 'dog' here"):
+            train(recipe)
+
+
+def test_training_and_the_doctor_name_what_was_passed_over_and_empty_classes(world):
+    (world / "pictures/train/d").mkdir()
+    (world / "pictures/train/a/notes.txt").touch()
+    recipe = small(world, name="new", epochs=1, **FOLDERS)
+    recipe.write(world / "recipe.yaml")
+    run = train(recipe)
+    shown = run.environment()
+    assert "1 files or folders passed over: a/notes.txt (no image)" in shown["passed_over"]
+    assert shown["without_pictures"] == ["d"]
+    lines = io.StringIO()
+    with contextlib.redirect_stdout(lines):
+        progress = widgets.Progress(run)
+        progress.show({"kind": "step", "step": 1, "steps": 3, "epoch": 0, "lr": 0.1, "loss": 1.0,
+                       "seconds": 1.0, "images_per_second": 1.0})  # fmt: skip
+        progress.close()
+    assert "a/notes.txt (no image)" in lines.getvalue()
+    done = command("doctor", world / "recipe.yaml")
+    assert "a/notes.txt (no image)" in done.stdout
+    assert "1 of 4 classes have no training image" in done.stdout
+
+
+def test_the_doctor_refuses_one_class():
+    with pytest.raises(DataError, match="there is 1 class"):
+        doctor.examine(Recipe(), images=10, classes=1)
 
 
 def test_at_least_thirty_six_kinds_are_tried():

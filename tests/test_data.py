@@ -151,6 +151,122 @@ def test_an_absolute_entry_inside_its_root_is_at_home(tmp_path):
     assert not frame.outside[0] and frame.path[0] == f"{tmp_path}/a.png"
 
 
+def line_by_line(path: Path, root: Path) -> pd.DataFrame:
+    """A slow reference for lists without faults."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.startswith('{"'):
+            entry = json.loads(line)
+            file, label = entry["filename"], entry["label"]
+            label = label[0] if isinstance(label, list) else label
+        elif line.strip():
+            file, _, label = line.rpartition(" ")
+        else:
+            continue
+        inside = os.path.abspath(root / file).startswith(f"{root}/")
+        rows.append((file, int(label), os.path.join(root, file), 0, not inside))
+    return pd.DataFrame(rows, columns=["file", "label", "path", "list", "outside"])
+
+
+ODD = ["a b/c  d.png", "猫/1.png", "../x.png", "/etc/x.png", "a/../b.png", "a/..b/c.png", "./a",
+       "a/.", "/x/../y", "a//b.png", ".", "..", "/", "猫", "a.", "\u00a0x", "0x1f", "{a",
+       "é.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [[], *([name] for name in ODD), ODD])
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_list_is_read_as_line_by_line(tmp_path, form, odd):
+    files = [*(f"n{i % 7}/image {i}.JPEG" for i in range(40)), *odd, f"{tmp_path}/inside.png"]
+    labels = np.random.default_rng(0).permutation(len(files)).tolist()
+    if form == "text":
+        rows = [f"{file} {label}" for file, label in zip(files, labels, strict=True)]
+    else:
+        pairs = zip(files, labels, strict=True)
+        rows = [json.dumps({"filename": file, "label": label, "x": [1]}) for file, label in pairs]
+    path = write_list(tmp_path / "list.txt", *rows, "", "")
+    frame = data.read_list(path, tmp_path)
+    pd.testing.assert_frame_equal(frame, line_by_line(path, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "row, label",
+    [
+        ("a +5", 5), ("a ٣", 3), ('{"filename": "a", "label": [4]}', 4),
+        ('{"filename": "a", "label": "6"}', 6), ('{"filename": " a", "label": -2}', -2),
+    ],
+)  # fmt: skip
+def test_an_unusual_row_changes_no_other(tmp_path, row, label):
+    form = '{{"filename": "n/{0}.png", "label": {0}}}' if row.startswith("{") else "n/{0}.png {0}"
+    rows = [form.format(i) for i in range(20)]
+    alone, mixed = listed(tmp_path, *rows), listed(tmp_path, *rows[:9], row, *rows[9:])
+    assert mixed.label.tolist() == [*range(9), label, *range(9, 20)]
+    pd.testing.assert_frame_equal(mixed.drop(index=9).reset_index(drop=True), alone)
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["a 0x1f", "a 0000000001", "\u00a0 1",
+     '{"filename": "a", "label": 1} {"filename": "b", "label": 2}',
+     '{"filename": "\\u0000", "label": 1}', '{"filename": "\\ud800", "label": 1}',
+     '{"filename": "a", "label": 1e0}', '{"filename": "a", "label": 9999999999}'],
+)  # fmt: skip
+def test_what_the_fast_reader_would_take_is_refused_all_the_same(tmp_path, row):
+    good = '{"filename": "n/a.png", "label": 0}' if row.startswith("{") else "n/a.png 0"
+    with pytest.raises(DataError, match="line 2: "):
+        listed(tmp_path, good, row, good)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_line_of_a_plain_list_is_read_in_python(tmp_path, monkeypatch, form):
+    """Ten times as fast that way: a trace counts the calls."""
+    rows = [(f"n{i % 10}/{i}.jpg", i % 10) for i in range(5000)]
+    line = '{{"filename": "{}", "label": {}}}' if form == "json" else "{} {}"
+    path = write_list(tmp_path / "list.txt", *(line.format(*row) for row in rows))
+    data.read_list(path, tmp_path)
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    frame = data.read_list(path, tmp_path)
+    sys.setprofile(None)
+    assert len(frame) == 5000 and calls < 5000
+
+
+CAFE, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # NFC and NFD
+
+
+def test_accents_are_compared_in_one_form_and_found_on_the_disk_in_the_other(tmp_path):
+    for side, name in (("train", CAFE), ("val", DECOMPOSED)):
+        for folder in (name, "tea"):
+            (tmp_path / side / folder).mkdir(parents=True)
+            save_noise(tmp_path / side / folder / f"{name}.png", len(side))
+    found = opened(tmp_path)
+    assert found.classes == [CAFE, "tea"] and found.val.label.tolist() == [0, 1]
+    assert found.train.file.tolist() == found.val.file.tolist()
+    assert all(os.path.exists(path) for path in [*found.train.path, *found.val.path])
+    for name in (CAFE, DECOMPOSED):
+        write_list(tmp_path / "list.txt", f"{name}/{name}.png 0", f"tea/{name}.png 1")
+        for side in ("train", "val"):
+            frame = data.read_list(tmp_path / "list.txt", tmp_path / side)
+            assert frame.file.tolist() == found.val.file.tolist()
+            assert (data.examine(frame, cache=False, progress=False).problem == "").all()
+
+
+def test_folders_of_one_name_in_two_forms_are_one_class(tmp_path):
+    for i, name in enumerate((CAFE, DECOMPOSED, "tea")):
+        for side in ("train", "val"):
+            (tmp_path / side / name).mkdir(parents=True)
+            save_noise(tmp_path / side / name / f"{i}.png", [i, side == "val"])
+    write_list(tmp_path / "names.txt", "tea", DECOMPOSED)
+    assert opened(tmp_path).train.label.tolist() == [0, 0, 1]
+    found = opened(tmp_path, class_names="names.txt")
+    assert found.classes == ["tea", CAFE]
+    assert dict(zip(found.train.file, found.train.label, strict=True))[f"{CAFE}/0.png"] == 1
+
+
 # ---- a recipe's data
 
 
@@ -246,6 +362,152 @@ def test_class_names_come_from_a_file_and_must_be_as_many_as_the_classes(picture
         opened(pictures, class_names="none.txt", **knobs)
     with pytest.raises(DataError, match="class folders differ"):
         opened(pictures, class_names="names.txt")
+
+
+def renamed(pictures: Path, *names: str) -> None:
+    for side in ("train", "val"):
+        for old, new in zip(CLASSES, names, strict=True):
+            (pictures / side / old).rename(pictures / side / new)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"val_fraction": 0.34}])
+def test_labels_of_class_folders_follow_the_file_of_names(pictures, knobs):
+    renamed(pictures, "1", "10", "2")
+    write_list(pictures / "names.txt", "1", "2", "10")
+    found = opened(pictures, class_names="names.txt", **knobs)
+    assert found.classes == ["1", "2", "10"]
+    for frame in (found.train, found.val):
+        assert [found.classes[label] for label in frame.label] == [
+            file.split("/")[0] for file in frame.file
+        ]
+
+
+def test_a_list_whose_folders_are_classes_of_another_label_is_refused(pictures):
+    renamed(pictures, "1", "10", "2")
+    for side in ("train", "val"):  # labels in the order of the sorted folders
+        rows = [f"{c}/{i}.png {n}" for n, c in enumerate(("1", "10", "2")) for i in range(2)]
+        write_list(pictures / f"{side}.txt", *rows)
+    write_list(pictures / "names.txt", "1", "2", "10")
+    lists = dict(train_list="train.txt", val_list="val.txt", class_names="names.txt")
+    with pytest.raises(DataError, match="train: .*'10' have label 1, and class 1 is '2'"):
+        opened(pictures, **lists)
+    with pytest.raises(DataError, match="val: .*'10' have label 1"):  # folders beside a list
+        opened(pictures, **{**lists, "train_list": []})
+    write_list(pictures / "names.txt", "1", "10", "2")
+    assert opened(pictures, **lists).classes == ["1", "10", "2"]
+    write_list(pictures / "names.txt", "one", "ten", "two")  # names that no folder has
+    assert opened(pictures, **lists).classes == ["one", "ten", "two"]
+
+
+def test_a_wrong_label_here_and_there_is_no_other_order(pictures):
+    knobs = with_lists(pictures)
+    rows = (pictures / "train.txt").read_text().replace("a/0.png 0", "a/0.png 2").splitlines()
+    write_list(pictures / "train.txt", *rows)
+    write_list(pictures / "names.txt", *CLASSES)
+    assert opened(pictures, class_names="names.txt", **knobs).train.label[0] == 2
+
+
+def test_a_blank_line_among_class_names_is_refused(pictures):
+    write_list(pictures / "names.txt", "cat", "", "dog")
+    with pytest.raises(DataError, match="line 2 is blank"):
+        opened(pictures, class_names="names.txt", **with_lists(pictures))
+
+
+FORMATS = {"a.jp2": "JPEG2000", "b.mpo": "JPEG", "c.heic": "PNG", "d": "WEBP", "e.image": "GIF"}
+
+
+def test_what_decodes_is_read_whatever_its_suffix_and_the_rest_is_named(pictures):
+    for side in ("train", "val"):
+        for i, (name, form) in enumerate(FORMATS.items()):
+            picture = Image.open(save_noise(pictures / "noise.png", [i, side == "val"]))
+            picture.save(pictures / side / "a" / name, form)
+    (pictures / "noise.png").unlink()
+    junk = {".DS_Store": "hidden", "Thumbs.db": "no image", "notes.json": "no image"}
+    for name in junk:
+        (pictures / "train/a" / name).write_bytes(b"{}")
+    (pictures / "train/.git").mkdir()
+    (pictures / "train/list.txt").touch()
+    found = opened(pictures)
+    assert set(FORMATS) < {Path(file).name for file in found.train.file}
+    assert (data.examine(found.train, cache=False, progress=False).problem == "").all()
+    named = {file: why for side, file, why in found.passed if side == "train"}
+    assert named == {**{f"a/{name}": why for name, why in junk.items()},
+                     ".git": "hidden", "list.txt": "in no class folder"}  # fmt: skip
+    assert data.passed_over(found.passed).startswith("5 files or folders passed over: ")
+    rows = findings(pictures)
+    assert set(rows.file[rows.finding == "passed over"]) == set(named)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX only")
+def test_a_name_that_is_no_text_is_named_in_text(pictures):
+    Path(os.fsdecode(os.fsencode(pictures / "train/a") + b"/caf\xe9.txt")).touch()
+    found = opened(pictures)
+    assert found.passed == [("train", "a/caf\\udce9.txt", "no image")]
+    assert "caf" in data.passed_over(found.passed).encode().decode()
+
+
+def test_a_folder_that_cannot_be_listed_is_named(pictures, monkeypatch):
+    (pictures / "train/a/closed").mkdir()
+    scan = os.scandir
+
+    def closed(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert opened(pictures).passed == [("train", "a/closed", "unreadable: Permission denied")]
+
+
+@pytest.mark.parametrize(
+    "link, target", [("a/loop", "."), ("a/up", ".."), ("a/other", "../b"), ("a/far", "../../val/c"),
+                     ("all", "."), ("alias", "a"), ("z", "b"), ("above", "..")]
+)  # fmt: skip
+def test_a_link_to_a_folder_brings_no_image_twice_or_under_another_class(pictures, link, target):
+    before = opened(pictures)
+    (pictures / "train" / link).symlink_to(target)
+    found = opened(pictures)
+    assert found.classes == before.classes
+    pd.testing.assert_frame_equal(found.train, before.train)
+    assert [(side, file) for side, file, _ in found.passed] == [("train", link)]
+
+
+def test_class_folders_and_images_may_be_links(pictures, tmp_path):
+    before = opened(pictures)
+    (pictures / "train/a").rename(tmp_path / "elsewhere")
+    (pictures / "train/a").symlink_to(tmp_path / "elsewhere")
+    image = pictures / "train/b/0.png"
+    image.rename(tmp_path / "image.png")
+    image.symlink_to(tmp_path / "image.png")
+    found = opened(pictures)
+    pd.testing.assert_frame_equal(found.train, before.train)
+    assert found.passed == []
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "Test", "extra")])
+def test_folders_of_splits_are_no_classes(pictures, names):
+    for name, old in zip(names, ("train", "val", "train"), strict=False):
+        shutil.copytree(pictures / old, pictures / "root" / name)
+    with pytest.raises(DataError, match="are splits, not classes"):
+        opened(pictures, train_root="root", val_fraction=0.5)
+
+
+def test_what_an_archiver_leaves_is_no_class(pictures):
+    shutil.copytree(pictures / "train/a", pictures / "train/__MACOSX/a")
+    found = opened(pictures)
+    assert found.classes == list(CLASSES) and len(found.train) == 18
+    assert found.passed == [("train", "__MACOSX", "hidden")]
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_one_class_is_an_error_of_the_data(pictures, lists):
+    knobs = with_lists(pictures) if lists else {}
+    for side in ("train", "val"):
+        write_list(pictures / f"{side}.txt", "a/0.png 0", "a/1.png 0")
+        for name in ("b", "c"):
+            shutil.rmtree(pictures / side / name)
+    with pytest.raises(DataError, match="one class"):
+        opened(pictures, **knobs)
 
 
 def test_the_number_of_classes_is_counted_or_given(pictures):

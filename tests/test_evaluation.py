@@ -1,6 +1,7 @@
 """The predictions table and its numbers against torch and scikit-learn."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import CLASSES
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
 
-from workbench import data, evaluation
+from workbench import data, evaluation, plots
 from workbench.augmentation import TestTransform
 from workbench.data import Batch
 from workbench.recipe import Recipe
@@ -134,6 +135,51 @@ def test_per_class_counts_hits_and_the_most_frequent_mistake():
     assert table.images.tolist() == [4, 2, 0, 1]
     np.testing.assert_array_equal(table.top1, [25.0, 100.0, np.nan, 0.0])
     assert table["mistaken for"].tolist() == ["c", "", "", "a"]
+
+
+def guesses(classes: int, images: int) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, classes, images)
+    answer = np.where(rng.random(images) < 0.5, label, rng.integers(0, classes, images))
+    return pd.DataFrame({"label": label, "class1": answer.astype(np.int32)})
+
+
+@pytest.mark.parametrize("classes, images", [(3, 400), (5, 20), (40, 600)])
+def test_per_class_follows_from_scikit_learns_confusion(classes, images):
+    frame, names = guesses(classes, images), [f"class {i}" for i in range(classes)]
+    table = evaluation.per_class(frame, names)
+    counts = confusion_matrix(frame.label, frame.class1, labels=range(classes))
+    assert table.images.tolist() == counts.sum(1).tolist()
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(table.top1, 100 * np.diag(counts) / counts.sum(1))
+    wrong = counts - np.diag(np.diag(counts))
+    mistakes = [names[row.argmax()] if row.any() else "" for row in wrong]
+    assert table["mistaken for"].tolist() == mistakes
+
+
+def test_ten_thousand_classes_take_memory_for_the_images_and_classes_alone():
+    frame, names = guesses(10_450, 20_000), [f"class {i}" for i in range(10_450)]
+    tracemalloc.start()
+    table = evaluation.per_class(frame, names)
+    part = evaluation.confusion(frame, names, most=30)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # a table of all pairs has 874e6 bytes
+    assert table.images.sum() == 20_000 and part.shape == (30, 30)
+    of = np.array([names.index(name) for name in part.index])
+    counts = confusion_matrix(frame.label, frame.class1, labels=of)
+    np.testing.assert_array_equal(part, counts)
+
+
+def test_the_classes_confused_most_are_the_ones_with_most_mistakes():
+    frame, names = guesses(12, 900), [f"class {i}" for i in range(12)]
+    whole, part = (evaluation.confusion(frame, names, most=most) for most in (None, 4))
+    wrong = whole.to_numpy() - np.diag(np.diag(whole))
+    most = sorted(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:4])
+    np.testing.assert_array_equal(part, whole.iloc[most, most])
+    one, two = (plots.confusion(table, most=4).axes[0] for table in (whole, part))
+    assert one.get_title() == two.get_title() == "the 4 of 12 classes confused most"
+    np.testing.assert_array_equal(one.images[0].get_array(), two.images[0].get_array())
 
 
 def test_mistakes_are_the_wrong_answers_most_confident_first():

@@ -623,6 +623,9 @@ def test_a_to_kestrel_block_decides_names_types_and_categories(trained, tmp_path
     low, high = json.loads(its["category_param.json"]).values()
     assert (low["feature_start"], low["feature_end"]) == (0, 3)
     assert (high["feature_start"], high["feature_end"], high["calculator"]) == (4, 9, "max")
+    block["class_label"]["high"]["labels"].reverse()
+    with pytest.raises(ExportError, match="class_label names the classes of the run in another"):
+        export.package(trained.path, tmp_path / "other", kestrel=block)
     block["class_label"]["high"]["labels"].pop()
     with pytest.raises(ExportError, match="class_label names 9 labels, the network has 10 scores"):
         export.package(trained.path, tmp_path, kestrel=block)

@@ -676,3 +676,22 @@ def test_after_evaluating_every_part_is_in_the_mode_it_was_in(ends):
         if ends:
             raise ends
     assert {name: part.training for name, part in model.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, same",
+    [
+        (None, ["cat", "dog"], True),
+        (["0", "1"], ["cat", "dog"], True),
+        (["cat", "dog"], ["dog", "cat"], False),
+        (["0", "1"], ["1", "0"], False),
+        ([str(i) for i in range(11)], sorted(str(i) for i in range(11)), False),
+    ],
+)
+def test_the_same_names_in_another_order_are_other_classes(theirs, ours, same):
+    assert models.same_classes(theirs, ours) is same
+
+
+def test_the_classes_of_a_run_come_composed(tmp_path):
+    (tmp_path / "environment.json").write_text(json.dumps({"classes": ["cafe\u0301"]}))
+    assert models.run_classes(tmp_path) == ["caf\u00e9"]

@@ -263,6 +263,27 @@ def test_folders_come_sorted_without_hidden_files_each_once_whatever_links_say(p
     assert found == [*(f"{i}.png" for i in range(7)), "below/0.png", "below/1.jpg", "below.png"]
 
 
+def test_what_a_folder_holds_beside_images_is_named(photos):
+    Image.open(photos / "0.png").save(photos / "a.jp2", "JPEG2000")
+    shutil.copy(photos / "0.png", photos / "no suffix")
+    for name in (".DS_Store", "Thumbs.db", "notes.json"):
+        (photos / name).write_bytes(b"{}")
+    (photos / "up").symlink_to("..")
+    passed = []
+    found = {entry.file for entry in prediction.find([photos], passed)}
+    assert {"a.jp2", "no suffix"} < found and not any(file.startswith("up/") for file in found)
+    assert {os.path.relpath(path, photos): why for path, why in passed} == {
+        ".DS_Store": "hidden", "Thumbs.db": "no image", "notes.json": "no image",
+        "up": "a link to a folder",
+    }  # fmt: skip
+
+
+def test_a_list_finds_files_in_the_other_form_of_their_accents(photos):
+    shutil.copy(photos / "0.png", photos / "cafe\u0301.png")
+    [entry] = prediction.find([write_list(photos / "list.txt", "caf\u00e9.png")])
+    assert entry.file == "caf\u00e9.png" and os.path.exists(entry.path)
+
+
 def test_lists_of_both_kinds_start_from_their_folder_and_may_carry_labels(photos):
     plain = write_list(photos / "plain.txt", "0.png", "", "below/0.png 17", "a b.png", "a b.png -1")
     objects = write_list(

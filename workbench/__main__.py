@@ -183,14 +183,18 @@ def doctor(
 ) -> None:
     """Say what a recipe will do, and what speaks against it, before it trains."""
     recipe = _recipe(params, p)
+    import numpy as np
+
     from workbench import data
     from workbench import doctor as rules
 
     counts = None
     if images is None or classes is None:
         content = data.open_data(recipe)
-        counts = content.train.label.value_counts().tolist()
         images, classes = len(content.train), len(content.classes)
+        counts = np.bincount(content.train.label, minlength=classes).tolist()
+        if content.passed:
+            print(data.passed_over(content.passed))
     for finding in rules.examine(recipe, images=images, classes=classes, counts=counts):
         print(finding)
     if recipe.teacher and counts:
@@ -306,8 +310,9 @@ def predict(
 
     The same command goes on where it was interrupted. List files name a picture a line.
     """
-    from workbench import prediction
+    from workbench import data, prediction
 
+    passed: list[tuple[str, str]] = []
     opened = prediction.open_source(source, weights)
     print(f"answers by {opened}", flush=True)
     counts = prediction.write(
@@ -318,7 +323,10 @@ def predict(
         batch_size=batch_size,
         workers=workers,
         pictures=pictures,
+        passed=passed,
     )
+    if passed:
+        print(data.passed_over(passed))
     print(f"{sum(counts.values()):,} pictures: {counts.get('', 0):,} answered in {out}")
     for reason, count in counts.items():
         if reason:

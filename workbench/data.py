@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
@@ -33,6 +34,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
@@ -49,11 +53,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Data:
-    """Both sides of a data set: frames with COLUMNS, and the class names by label."""
+    """Both sides of a data set: frames with COLUMNS, and the class names by label, in NFC.
+
+    passed: (side, file, why) of what lies in the class folders and was passed over.
+    """
 
     train: pd.DataFrame
     val: pd.DataFrame
     classes: list[str]
+    passed: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 # ---- lists
@@ -71,7 +79,7 @@ def open_data(recipe: Any, *, strict: bool = True) -> Data:
         root = {"digits": digits, "letters": letters}[recipe.dataset]()
         sources = {s: ([root / "meta" / f"{s}.txt"], [root / s]) for s in ("train", "val")}
         names = (root / "classes.txt").read_text(encoding="utf-8").split()
-    frames, folders = {}, None
+    frames, folders, passed = {}, None, []
     for side, (lists, roots) in sources.items():
         if lists:
             frames[side] = pd.concat(
@@ -82,9 +90,16 @@ def open_data(recipe: Any, *, strict: bool = True) -> Data:
                 ignore_index=True,
             )
         else:
-            frames[side], folders = read_folders(roots, folders)
+            frames[side], folders, left = read_folders(roots, folders)
+            passed += [(side, *entry) for entry in left]
     if recipe.dataset == "files":
         names = _class_names(recipe, folders)
+    for side, (lists, _) in sources.items():
+        if lists and names:
+            _check_names(side, frames[side], names)
+        elif not lists:  # labels follow the file of class names
+            place = {name: i for i, name in enumerate(names)}
+            frames[side]["label"] = np.array([place[f] for f in folders])[frames[side].label]
     if recipe.val_fraction:
         frames["train"], frames["val"] = hold_out(frames["train"], recipe.val_fraction)
     if "val" not in frames:
@@ -99,13 +114,18 @@ def open_data(recipe: Any, *, strict: bool = True) -> Data:
             f"label {count - 1} of {top.file[top.label.idxmax()]!r} makes {count:,} classes of "
             f"{pictures:,} pictures; mend the list, or say num_classes if that is meant"
         )
+    if count < 2:
+        raise DataError(
+            f"there is one class, {(names or ['0'])[0]!r}, and a classifier needs two or more; "
+            "train_root is to hold a folder per class, a list labels from 0 on"
+        )
     if names and len(names) != count:
         raise DataError(f"num_classes is {count} but there are {len(names)} class names")
     for side, frame in frames.items() if strict else ():
         _check_entries(side, frame, count, recipe.outside_root)
     if recipe.fraction < 1:
         frames["train"] = subset(frames["train"], recipe.fraction)
-    return Data(frames["train"], frames["val"], names or [str(i) for i in range(count)])
+    return Data(frames["train"], frames["val"], names or [str(i) for i in range(count)], passed)
 
 
 def _files_sources(recipe: Any) -> dict[str, tuple[list[Path], list[Path]]]:
@@ -140,12 +160,32 @@ def _class_names(recipe: Any, folders: list[str] | None) -> list[str] | None:
         names = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"class_names {str(path)!r} cannot be read: {error}") from None
-    names = [name.strip() for name in names]
+    names = [unicodedata.normalize("NFC", name.strip()) for name in names]
     while names and not names[-1]:
         names.pop()
+    if "" in names:
+        raise DataError(
+            f"class_names {str(path)!r}: line {names.index('') + 1} is blank; remove it"
+        )
     if folders is not None and sorted(names) != sorted(folders):
         raise DataError(f"class_names {str(path)!r} and the class folders differ; leave it out")
     return names
+
+
+def _check_names(side: str, frame: pd.DataFrame, names: list[str]) -> None:
+    """Raises DataError where a folder is named as a class, and most of it has another label."""
+    some = frame.iloc[:: len(frame) // 100_000 + 1]
+    folders = some.file.map(lambda file: os.path.basename(os.path.dirname(file)))
+    known = folders.isin(names)
+    pairs = pd.DataFrame({"folder": folders[known], "label": some.label[known]})
+    for (folder, label), share in (
+        pairs.groupby("folder").label.value_counts(normalize=True).items()
+    ):
+        if share > 0.5 and 0 <= label < len(names) and names[label] != folder:
+            raise DataError(
+                f"{side}: entries in folder {folder!r} have label {label}, and class {label} is "
+                f"{names[label]!r}; put the class names in the order of the labels"
+            )
 
 
 def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFrame:
@@ -154,8 +194,9 @@ def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFra
     imagenet:   relative/path with spaces.jpg 17      split at the last space
     custom_cls: {"filename": "a.jpg", "label": 17}    one JSON object a line
 
-    Returns COLUMNS; `path` is file below root (an absolute file stays as it is). Blank lines are
-    passed over. Raises DataError that quotes the first bad lines and counts the rest.
+    Returns COLUMNS; `path` is file below root (an absolute file stays as it is), with accents as
+    on the disk, `file` has them in NFC. Blank lines are passed over. Raises DataError that quotes
+    the first bad lines and counts the rest.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -163,28 +204,88 @@ def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFra
         raise DataError(f"list {str(path)!r} is not there") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"list {str(path)!r} cannot be read: {error}") from None
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise DataError(f"list {str(path)!r} is empty")
-    parse = _parse_custom_cls if lines[0][1].lstrip().startswith("{") else _parse_imagenet
-    files, labels, bad = [], [], []
-    for n, line in lines:
+    is_json = text.lstrip().startswith("{")
+    files, labels = _plain_rows(text, is_json) or _rows(str(path), text, is_json)
+    paths, outside = _placed(files, str(root))
+    columns = {"file": pc.utf8_normalize(files, form="NFC"), "label": labels, "path": paths}
+    frame = pa.table(columns).to_pandas()
+    frame["list"], frame["outside"] = number, outside
+    return frame
+
+
+_ROW = pa.schema({"filename": pa.large_string(), "label": pa.int64()})
+
+
+def _plain_rows(text: str, is_json: bool) -> tuple[Any, Any] | None:
+    """Files and labels of a list, fast; None where a row is unusual or not allowed."""
+    lines = pc.split_pattern(pa.scalar(text, pa.large_string()), "\n").values
+    lines = lines.filter(pc.not_equal(lines, ""))
+    try:
+        if is_json:
+            options = pa.json.ParseOptions(_ROW, unexpected_field_behavior="ignore")
+            table = pa.json.read_json(pa.BufferReader(text.encode()), parse_options=options)
+            files, labels = (table[name].combine_chunks() for name in _ROW.names)
+            whole = pc.and_(pc.starts_with(lines, "{"), pc.ends_with(lines, "}"))
+            plain = len(table) == len(lines) and pc.all(whole).as_py()
+        else:
+            parts = pc.split_pattern(lines, " ", max_splits=1, reverse=True)
+            files, labels = (pc.list_element(parts, i) for i in (0, 1))
+            digits = pc.and_(pc.ascii_is_decimal(labels), pc.less(pc.binary_length(labels), 10))
+            plain = "\0" not in text and pc.all(digits).as_py()
+            labels = labels.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+    blank = pc.or_(pc.utf8_is_space(files), pc.equal(files, ""))
+    blank = pc.or_(blank, pc.match_substring(files, "\0")) if is_json else blank
+    allowed = pc.and_not(pc.and_(pc.greater_equal(labels, 0), pc.less(labels, 10**9)), blank)
+    return (files, labels) if plain and pc.all(allowed, skip_nulls=False).as_py() else None
+
+
+def _rows(path: str, text: str, is_json: bool) -> tuple[Any, Any]:
+    """Files and labels of any list, line by line. Raises DataError."""
+    parse = _parse_custom_cls if is_json else _parse_imagenet
+    rows, bad = [], []
+    for n, line in enumerate(text.split("\n"), 1):
         try:
-            file, label = parse(line.rstrip("\r"))
+            rows += [parse(line)] if line.strip() else []
         except ValueError as error:
             bad.append(f"line {n}: {error}")
-            continue
-        files.append(file)
-        labels.append(label)
     if bad:
         more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise DataError(f"list {str(path)!r}:\n  " + "\n  ".join(bad[:5]) + more)
-    root = str(root)
-    paths = [os.path.join(root, file) for file in files]
-    frame = pd.DataFrame({"file": files, "label": np.array(labels, np.int64), "path": paths})
-    frame["list"] = number
-    frame["outside"] = [not _inside(p, root) for p in paths]
-    return frame
+        raise DataError(f"list {path!r}:\n  " + "\n  ".join(bad[:5]) + more)
+    if not rows:
+        raise DataError(f"list {path!r} is empty")
+    files, labels = zip(*rows, strict=True)
+    return pa.array(files, pa.large_string()), pa.array(labels, pa.int64())
+
+
+def _placed(files: Any, root: str) -> tuple[Any, np.ndarray]:
+    """Where the entries of a list lie, and which of them outside its root."""
+    join, end = (pa.scalar(part, pa.large_string()) for part in (os.path.join(root, ""), ""))
+    whole, inside = (
+        pc.starts_with(files, p) for p in ("/", os.path.join(os.path.abspath(root), ""))
+    )
+    paths = pc.if_else(whole, files, pc.binary_join_element_wise(join, files, end))
+    accents = pc.not_equal(*(pc.utf8_normalize(files, form=form) for form in ("NFC", "NFD")))
+    # The text of most entries shows where they lie; the others are looked at one by one.
+    odd = pc.or_(accents, pc.and_not(whole, inside))
+    odd = pc.or_(odd, pc.or_(pc.ends_with(files, "."), pc.ends_with(files, "/")))
+    if b".." in files.buffers()[2].to_pybytes():  # cheaper than a look at each, which few need
+        odd = pc.or_(odd, pc.match_substring(files, ".."))
+    found = [on_disk(os.path.join(root, file)) for file in files.filter(odd).to_pylist()]
+    outside = odd.to_numpy(zero_copy_only=False)
+    outside[outside] = [not _inside(path, root) for path in found]
+    return pc.replace_with_mask(paths, odd, pa.array(found, pa.large_string())), outside
+
+
+def on_disk(path: str) -> str:
+    """The path with composed or decomposed accents, whichever is there; else unchanged."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    head, tail = os.path.split(path)
+    head = on_disk(head) if tail else head
+    forms = (os.path.join(head, unicodedata.normalize(form, tail)) for form in ("NFC", "NFD"))
+    return next(filter(os.path.lexists, forms), path)
 
 
 def _parse_imagenet(line: str) -> tuple[str, int]:
@@ -216,7 +317,7 @@ def _parse_custom_cls(line: str) -> tuple[str, int]:
         label = label[0]
     if isinstance(label, str) and re.fullmatch(r"[+-]?\d{1,9}", label):
         label = int(label)
-    if not isinstance(file, str) or not file or "\0" in file:
+    if not isinstance(file, str) or not file or "\0" in file or not _is_text(file):
         raise ValueError(f"filename {file!r} is no file name")
     if isinstance(label, bool) or not isinstance(label, int) or abs(label) > 10**9:
         raise ValueError(f"label {label!r} is no whole number")
@@ -233,45 +334,110 @@ def _inside(path: str, root: str) -> bool:
     return os.path.abspath(path).startswith(root if root.endswith(os.sep) else root + os.sep)
 
 
+_JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
 def read_folders(
     roots: Sequence[str | Path], classes: list[str] | None = None
-) -> tuple[pd.DataFrame, list[str]]:
-    """Pictures in class folders (root/<class>/**), and the class names, sorted.
+) -> tuple[pd.DataFrame, list[str], list[tuple[str, str]]]:
+    """Images in class folders (root/<class>/**), the class names, sorted, and what is passed over.
 
     With `classes` given (those of the training side) labels follow them; another folder name is an
-    error. Files without a picture's suffix are left out, hidden ones too.
+    error. Which files are images `image_files` says.
     """
     found: list[tuple[str, str, str, int]] = []
-    seen: set[str] = set()
+    passed: list[tuple[str, str]] = []
+    names, seen = set(), set()
     for number, root in enumerate(map(str, roots)):
-        for name in sorted(os.listdir(root)):
-            if name.startswith(".") or not os.path.isdir(os.path.join(root, name)):
-                continue
-            seen.add(name)
-            for folder, below, files in os.walk(os.path.join(root, name), followlinks=True):
-                below[:] = sorted(b for b in below if not b.startswith("."))
-                for file in sorted(files):
-                    if file.startswith(".") or Path(file).suffix.lower() not in images.SUFFIXES:
-                        continue
-                    path = os.path.join(folder, file)
-                    if not _is_text(path):
-                        raise DataError(f"{os.fsencode(path)!r} is no UTF-8 file name; rename it")
-                    found.append((os.path.relpath(path, root), name, path, number))
+        top = os.path.realpath(root)
+        for folder in sorted(os.listdir(root)):
+            path, name = os.path.join(root, folder), unicodedata.normalize("NFC", folder)
+            real = os.path.realpath(path)
+            again = real in seen or _inside(real, top) or f"{top}/".startswith(f"{real}/")
+            if why := _hidden(folder) or ("in no class folder" if not os.path.isdir(path) else ""):
+                passed.append((folder, why))
+            elif os.path.islink(path) and again:
+                passed.append((folder, "a link to a folder that is read already"))
+            else:
+                seen.add(real)
+                names.add(name)
+                files, left = image_files(path, root)
+                passed += left
+                found += [(_name(file, root), name, file, number) for file in files]
+    names = sorted(names)
+    if len(splits := [name for name in names if name.lower() in _SPLITS]) > 1:
+        raise DataError(f"folders {splits} are splits, not classes; name them train_root, val_root")
     if not found:
         raise DataError(
             f"no pictures in class folders below {[str(r) for r in roots]}; wanted "
             "<root>/<class name>/<picture>, or a list file in train_list and val_list"
         )
-    names = sorted(seen)
     if classes is not None:
-        if extra := sorted(seen - set(classes)):
+        if extra := sorted(set(names) - set(classes)):
             raise DataError(f"class folders {extra[:8]} of validation are not in training")
         names = classes
+    passed = [(name.encode("utf-8", "backslashreplace").decode(), why) for name, why in passed]
     label = {name: i for i, name in enumerate(names)}
     frame = pd.DataFrame(found, columns=["file", "class", "path", "list"])
     frame["label"] = frame.pop("class").map(label).astype(np.int64)
     frame["outside"] = False
-    return frame[[*COLUMNS, "outside"]], names
+    return frame[[*COLUMNS, "outside"]], names, passed
+
+
+def image_files(top: str, root: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Paths of the images below a folder; what is passed over, named from `root`, and why.
+
+    A file is an image by its suffix (images.SUFFIXES), or by its content where Pillow knows it.
+    Hidden files are passed over, and links to folders, so that each folder is read once.
+    """
+    found: list[str] = []
+    passed: list[tuple[str, str]] = []
+    leave = lambda path, why: passed.append((os.path.relpath(path, root), why))
+    closed = lambda error: leave(error.filename, f"unreadable: {error.strerror}")
+    for folder, below, files in os.walk(top, onerror=closed):
+        kept, folders = [], set(below)
+        for path in (os.path.join(folder, name) for name in sorted(below + files)):
+            name, suffix = os.path.basename(path), os.path.splitext(path)[1].lower()
+            if why := _hidden(name):
+                leave(path, why)
+            elif name in folders:
+                leave(path, "a link to a folder") if os.path.islink(path) else kept.append(name)
+            elif suffix in images.SUFFIXES or _known(path):
+                found.append(path)
+            else:
+                leave(path, "no image")
+        below[:] = kept
+    return found, passed
+
+
+def _hidden(name: str) -> str:
+    return "hidden" if name.startswith(".") or name.lower() in _JUNK else ""
+
+
+def _name(path: str, root: str) -> str:
+    """The entry of a file in a frame. Raises DataError."""
+    if not _is_text(path):
+        raise DataError(f"{os.fsencode(path)!r} is no UTF-8 file name; rename it")
+    return unicodedata.normalize("NFC", os.path.relpath(path, root))
+
+
+def _known(path: str) -> bool:
+    """Whether Pillow can open a file, whatever its name."""
+    try:
+        with images.quiet(), Image.open(path if os.path.isfile(path) else ""):
+            return True
+    except Exception:  # damaged files make decoders raise nearly anything
+        return False
+
+
+def passed_over(passed: Sequence[tuple]) -> str:
+    """A sentence that counts and names files passed over: tuples that end in file and why."""
+    if not passed:
+        return ""
+    named = ", ".join(f"{file} ({why})" for *_, file, why in passed[:5])
+    more = f" and {len(passed) - 5:,} more" if len(passed) > 5 else ""
+    return f"{len(passed):,} files or folders passed over: {named}{more}"
 
 
 def _is_text(path: str) -> bool:
@@ -445,12 +611,13 @@ def report(data: Data, *, cache: bool = True, progress: bool = True) -> pd.DataF
     """Everything `check-data` finds, a row each: finding, side, file, label, detail.
 
     Findings: images.REASONS, "label out of range", "outside root", "class without pictures",
-    "duplicate" (the same bytes twice on a side; detail says where, and whether labels differ) and
-    "in train and validation". Empty when there is nothing to say.
+    "passed over" (detail says why), "duplicate" (the same bytes twice on a side; detail says where,
+    and whether labels differ) and "in train and validation". Empty when there is nothing to say.
     """
     rows: list[tuple[str, str, str, Any, str]] = []
     sides = {"train": data.train, "val": data.val}
     examined = {s: examine(f, cache=cache, progress=progress) for s, f in sides.items()}
+    rows += [("passed over", side, file, -1, why) for side, file, why in data.passed]
     for side, frame in examined.items():
         for r in frame[frame.problem != ""].itertuples():
             rows.append((r.problem, side, r.file, r.label, r.detail))

@@ -50,6 +50,8 @@ def examine(
     pictures, ModelError for a model that does not exist.
     """
     models.check_name(recipe.model)
+    if classes < 2:
+        raise data.DataError(f"there is {classes} class, and a classifier needs two or more")
     per_epoch = data.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
     if per_epoch == 0:
         raise training.TrainingError(
@@ -70,6 +72,9 @@ def examine(
         for rule, source in _EVIDENCE
         if (text := rule(recipe, per_epoch, steps, classes))
     ]
+    if counts is not None and 0 in counts:
+        text = f"{list(counts).count(0):,} of {classes:,} classes have no training image"
+        warnings.append(Finding("warning", f"{text}; workbench check-data names them", "the data"))
     if shrunk == 0:
         text = f"train_resize {recipe.train_resize} shrinks none of {images:,} training pictures"
         warnings.append(Finding("warning", f"{text}; leave it out", "their sizes"))

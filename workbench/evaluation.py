@@ -74,22 +74,40 @@ def summary(predictions: pd.DataFrame) -> dict[str, float | int]:
     }
 
 
-def confusion(predictions: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
-    """Counts, a row per true class and a column per predicted one."""
-    table = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(table, (predictions.label.to_numpy(), predictions.class1.to_numpy()), 1)
-    return pd.DataFrame(table, index=classes, columns=classes)
+def confusion(
+    predictions: pd.DataFrame, classes: list[str], most: int | None = None
+) -> pd.DataFrame:
+    """Counts, a row per true class and a column per predicted one; of the `most` confused alone.
+
+    attrs has the images of each row over all columns, and the number of all classes.
+    """
+    label, answer = predictions.label.to_numpy(), predictions.class1.to_numpy()
+    images = np.bincount(label, minlength=len(classes))
+    kept = np.arange(len(classes))
+    if most is not None and most < len(classes):
+        wrong = np.concatenate([label[label != answer], answer[label != answer]])
+        errors = np.bincount(wrong, minlength=len(classes))
+        kept = np.sort(np.argsort(-errors, kind="stable")[:most])
+    shown = np.isin(label, kept) & np.isin(answer, kept)
+    table = np.zeros((len(kept), len(kept)), np.int64)
+    np.add.at(table, tuple(np.searchsorted(kept, x[shown]) for x in (label, answer)), 1)
+    names = [classes[i] for i in kept]
+    frame = pd.DataFrame(table, index=names, columns=names)
+    frame.attrs = {"images": images[kept].tolist(), "classes": len(classes)}
+    return frame
 
 
 def per_class(predictions: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
     """class, images, top1 in percent (nan without pictures) and its most frequent mistake."""
-    table = confusion(predictions, classes)
-    counts = table.sum(axis=1).to_numpy()
-    hits = np.diag(table)
-    with np.errstate(invalid="ignore"):
-        top1 = 100 * hits / np.where(counts, counts, np.nan)
-    wrong = table.to_numpy() - np.diag(hits)
-    mistake = [classes[j] if wrong[i, j] else "" for i, j in enumerate(wrong.argmax(axis=1))]
+    label, answer = predictions.label.to_numpy(np.int64), predictions.class1.to_numpy(np.int64)
+    counts, hits = (np.bincount(x, minlength=len(classes)) for x in (label, label[label == answer]))
+    pairs = label[label != answer] * len(classes) + answer[label != answer]
+    pairs, times = np.unique(pairs, return_counts=True)
+    mistake = np.full(len(classes), "", object)
+    # The last one stays: the most frequent, of equal ones the lowest class number.
+    for pair in pairs[np.lexsort((-pairs, times))].tolist():
+        mistake[pair // len(classes)] = classes[pair % len(classes)]
+    top1 = 100 * hits / np.where(counts, counts, np.nan)
     return pd.DataFrame({"class": classes, "images": counts, "top1": top1, "mistaken for": mistake})
 
 

@@ -751,6 +751,12 @@ def _categories(kestrel: Mapping[str, Any], classes: list[str]) -> dict[str, Any
     """
     wanted = kestrel.get("class_label") or {"classes": {"labels": classes}}
     found, start = {}, 0
+    labels = [str(label) for its in wanted.values() for label in its["labels"]]
+    if labels != classes and sorted(labels) == sorted(classes):
+        raise ExportError(
+            f"class_label names the classes of the run in another order, first {labels[:4]} for "
+            f"{classes[:4]}; put them in the order of the run"
+        )
     for name, its in wanted.items():
         if strange := sorted(set(its) - {"labels", "calculator"}):
             raise ExportError(f"class_label.{name}: {', '.join(strange)} cannot be packed")

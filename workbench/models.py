@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,20 +324,25 @@ def heads(model: nn.Module) -> tuple[str, ...]:
 
 
 def run_classes(path: Path) -> list[str] | None:
-    """The class names that a run folder, or a file in one, was trained for; else None."""
+    """The class names, in NFC, that a run folder, or a file in one, was trained for; else None."""
     folder = path if path.is_dir() else path.parent
     try:
-        return json.loads((folder / "environment.json").read_text())["classes"]
+        names = json.loads((folder / "environment.json").read_text())["classes"]
+        return [unicodedata.normalize("NFC", name) for name in names]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def same_classes(theirs: list[str] | None, ours: list[str]) -> bool:
-    """Whether two lists may name the same classes: unknown and bare numbers name anything."""
+    """Whether two lists may name the same classes: unknown and bare numbers name anything.
+
+    The same names in another order are other classes.
+    """
     if theirs is None or theirs == ours:
         return True
     bare = [str(i) for i in range(len(ours))]
-    return len(theirs) == len(ours) and bare in (theirs, ours)
+    same_size = len(theirs) == len(ours)
+    return same_size and bare in (theirs, ours) and sorted(theirs) != sorted(ours)
 
 
 @contextlib.contextmanager

@@ -487,7 +487,8 @@ def confusion(table: pd.DataFrame, most: int = 30) -> Figure:
     size = min(9.0, 2.2 + 0.28 * len(part))
     figure = Figure(size + 1.2, size)
     ax = figure.subplots()
-    shares = part.to_numpy() / np.maximum(1, table.sum(axis=1).to_numpy()[keep, None])
+    images = np.array(table.attrs.get("images", table.sum(axis=1)))[keep, None]
+    shares = part.to_numpy() / np.maximum(1, images)
     shown = ax.imshow(100 * shares, cmap="cividis", vmin=0, vmax=100)
     figure.colorbar(shown, ax=ax, label="share of the true class (%)", shrink=0.8)
     ax.set_xticks(range(len(part)), part.columns, rotation=90, fontsize=8)
@@ -499,8 +500,8 @@ def confusion(table: pd.DataFrame, most: int = 30) -> Figure:
             if count:
                 ink = "black" if shares[i, j] > 0.55 else "white"
                 ax.text(j, i, count, ha="center", va="center", fontsize=8, color=ink)
-    if len(part) < len(table):
-        ax.set_title(f"the {len(part)} of {len(table)} classes confused most", fontsize=9)
+    if len(part) < (of := table.attrs.get("classes", len(table))):
+        ax.set_title(f"the {len(part)} of {of} classes confused most", fontsize=9)
     return figure
 
 

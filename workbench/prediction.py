@@ -136,11 +136,13 @@ class Picture(NamedTuple):
 LISTS = (".txt", ".jsonl")
 
 
-def find(inputs: Sequence[str | Path]) -> list[Picture]:
+def find(
+    inputs: Sequence[str | Path], passed: list[tuple[str, str]] | None = None
+) -> list[Picture]:
     """The pictures that inputs name, in their order; none is read yet.
 
-    An input is a picture (any file), a folder (all below it with images.SUFFIXES, sorted, hidden
-    ones left out, each folder once however links lead to it) or a list: .txt with a path a line, a
+    An input is a picture (any file), a folder (data.image_files, sorted; what that passes over is
+    appended to `passed`, with the reason) or a list: .txt with a path a line, a
     label after the last space is passed over; .jsonl with {"filename": path} a line. A list's
     paths start from its folder. Absolute ones may lie anywhere; one that leaves the folder by
     `..` gets an error. One input's pictures are named from it on; of several inputs names begin
@@ -151,9 +153,10 @@ def find(inputs: Sequence[str | Path]) -> list[Picture]:
     if twice := [path for path, count in Counter(given).items() if count > 1]:
         raise PredictionError(f"input {twice[0]!r} is given twice; leave one out")
     found: list[Picture] = []
+    passed = [] if passed is None else passed
     for path in given:
         if os.path.isdir(path):
-            entries = _in_folder(path)
+            entries = _in_folder(path, passed)
         elif not os.path.exists(path):
             raise PredictionError(f"input {path!r} is not there; name pictures, folders or lists")
         elif path.lower().endswith(LISTS):
@@ -190,26 +193,13 @@ def _irregular(path: str) -> str:
     return "" if stat.S_ISREG(mode) else "unreadable: no regular file"
 
 
-def _in_folder(root: str) -> list[Picture]:
-    found: list[Picture] = []
-    seen: set[tuple[int, int]] = set()
-
-    def closed(error: OSError) -> None:
-        name = os.path.relpath(error.filename, root)
-        found.append(Picture(name, error.filename, f"unreadable: {error.strerror}"))
-
-    for folder, below, files in os.walk(root, followlinks=True, onerror=closed):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for file in files:
-            if not file.startswith(".") and Path(file).suffix.lower() in images.SUFFIXES:
-                path = os.path.join(folder, file)
-                found.append(Picture(os.path.relpath(path, root), path, _irregular(path)))
-    return sorted(found, key=lambda entry: entry.file.split(os.sep))
+def _in_folder(root: str, passed: list[tuple[str, str]]) -> list[Picture]:
+    files, left = data.image_files(root, root)
+    named = [(os.path.relpath(path, root), path, _irregular(path)) for path in files]
+    closed = [entry for entry in left if entry[1].startswith("unreadable")]
+    named += [(name, os.path.join(root, name), why) for name, why in closed]
+    passed += [(_text(os.path.join(root, n)), why) for n, why in left if (n, why) not in closed]
+    return [Picture(*entry) for entry in sorted(named, key=lambda entry: entry[0].split(os.sep))]
 
 
 def _in_list(path: str) -> list[Picture]:
@@ -229,7 +219,7 @@ def _in_list(path: str) -> list[Picture]:
             os.fsencode(file)
         except (ValueError, RecursionError) as error:
             raise PredictionError(f"list {path!r}, line {number}: {error}; mend it") from None
-        where = os.path.join(root, file)
+        where = data.on_disk(os.path.join(root, file))
         inside = os.path.abspath(where).startswith(root.rstrip(os.sep) + os.sep)
         error = _irregular(where)
         if not inside and not os.path.isabs(file):
@@ -287,12 +277,14 @@ def write(
     workers: int | None = None,
     pictures: str | Path | None = None,
     weights: str = "",
+    passed: list[tuple[str, str]] | None = None,
 ) -> dict[str, int]:
     """Writes what `predict` returns to a .csv, .jsonl or .parquet file, which must not exist.
 
-    Interrupted, the same call goes on. Returns how many pictures had which reason not to be read,
-    most frequent first; "" counts the answered ones. Raises PredictionError, also when the files
-    left by an interrupted call are of other inputs, weights or arguments, or in use.
+    Interrupted, the same call goes on; `passed` is find's. Returns how many pictures had which
+    reason not to be read, most frequent first; "" counts the answered ones. Raises PredictionError,
+    also when the files left by an interrupted call are of other inputs, weights or arguments, or
+    in use.
     """
     _check_numbers(top, batch_size, workers)
     out = Path(out).expanduser()
@@ -304,7 +296,7 @@ def write(
     exists = PredictionError(f"{out} exists and is not replaced; move it, or choose another out")
     if os.path.lexists(out) and not partial.exists():
         raise exists
-    found = find(inputs)
+    found = find(inputs, passed)
     targets = _targets(found, inputs, pictures)
     source = _opened(source, weights)
     places = "\n".join(f"{entry.file}\0{os.path.abspath(entry.path)}" for entry in found)

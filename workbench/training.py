@@ -509,12 +509,35 @@ def _check_pictures(recipe: Any, run: runs.Run, prepared: data.Data | None) -> N
             train, val = (data.sound(data.examine(f), s)[0] for f, s in ((train, ""), (val, "")))
     except (data.DataError, OSError):
         return  # the pictures are gone; the run is finished all the same
+    _check_classes(run, content)
     now = data.fingerprint(data.Data(train, val, content.classes))
     if before.get("data", now) != now:
         raise runs.RunError(
             f"{run.path} is finished, and the pictures have changed since: {len(train):,} for "
             f"training and {len(val):,} for validation now, {before.get('train_images')} and "
             f"{before.get('val_images')} then, or others; give this run another name"
+        )
+
+
+def _check_classes(run: runs.Run, content: data.Data) -> None:
+    """Raises RunError or TrainingError where a run was trained for other classes or labels."""
+    theirs, ours = models.run_classes(run.path), content.classes
+    if not models.same_classes(theirs, ours):
+        pairs = [f"{a!r} there, {b!r} here" for a, b in zip(theirs, ours, strict=False) if a != b]
+        raise runs.RunError(
+            f"{run.path} was trained for {len(theirs)} classes and the data have {len(ours)}, or "
+            f"others in another order: {'; '.join(pairs[:5])}; put them back, or give this run "
+            "another name and start from `weights`"
+        )
+    with contextlib.suppress(runs.RunError, OSError, ValueError, KeyError):  # without a table
+        both = content.val.merge(run.predictions(), on=["list", "file"], suffixes=("", "_there"))
+        other = both[both.label != both.label_there]
+        if 2 * len(other) <= len(both):
+            return
+        raise TrainingError(
+            f"{len(other):,} of {len(both):,} validation images have another label than in "
+            f"{run.path}, first {other.file.iloc[0]!r}: {other.label_there.iloc[0]} there, "
+            f"{other.label.iloc[0]} here; put the labels back, or start from `weights`"
         )
 
 
@@ -568,6 +591,8 @@ def _train(
     borrowed = state is None
     if state is None and recipe.resume_from:
         state = resumed_state(recipe)
+    if state is not None:
+        _check_classes(runs.Run(ROOT / recipe.resume_from) if borrowed else run, content)
     started = None
     if state is None:  # else weights need not even be there any more
         model, started = starting_model(recipe, content.classes)
@@ -630,6 +655,7 @@ def _train(
         if recipe.train_resize and recipe.verify_data
         else None,
         "in_both": int(val.digest.isin(train.digest).sum()) if recipe.verify_data else None,
+        "passed_over": data.passed_over(content.passed),
         "without_pictures": [c for i, c in enumerate(content.classes) if i not in trained],
         "start": said,
     }

@@ -260,6 +260,8 @@ def _start_line(run: runs.Run, row: dict[str, Any]) -> str:
         line += f"\n{e['teacher_cache']}"
     if left_out := len(run.quarantine()):
         line += f"\n{left_out:,} pictures left out, named in quarantine.csv"
+    if e.get("passed_over"):
+        line += f"\n{e['passed_over']}"
     if e.get("in_both"):
         line += f"\n{e['in_both']:,} validation pictures are in training too; workbench check-data"
     if e.get("without_pictures"):
