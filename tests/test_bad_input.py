@@ -403,12 +403,12 @@ REFUSED = {
     "batches of one with batch norm": (
         lambda w: {"batch_size": 1},
         TrainingError,
-        ["one picture", "batch norm", "another batch_size"],
+        ["one image", "batch norm", "batch_size to 2 or more"],
     ),
     "last batch of one with batch norm": (
         lambda w: {"batch_size": 17},
         TrainingError,
-        ["18 pictures, batch_size 17", "drop_last: true"],
+        ["18 images, batch_size 17", "drop_last: true"],
     ),
     "batch larger than the data with drop_last": (
         lambda w: {"batch_size": 19, "drop_last": True},

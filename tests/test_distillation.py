@@ -214,7 +214,8 @@ def test_a_run_is_a_teacher_with_its_ema_weights_at_its_own_pictures(school, tmp
     run = runs.Run(school / "runs/teacher-seed0")
     assert teacher.top1 == run.metrics().ema_top1.iloc[-1] > 50
     assert str(teacher).endswith(
-        f"test_resnet at 24 pixels, top-1 {teacher.top1:.2f} % in its own run"
+        f"test_resnet at 24 pixels, top-1 {teacher.top1:.2f} % in its own run "
+        f"({run.choose_weights()[1]})"
     )
     assert (teacher.loss, teacher.smoothing, teacher.weight) == ("ce", 0.0, 1.0)
 

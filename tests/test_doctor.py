@@ -143,7 +143,7 @@ WARNED = [
         {**LAMB, "loss": "bce", "bce_threshold": 0.2, "label_smoothing": 0.1},
         {"label_smoothing": 0.0},
     ),
-    ("moves by 70 of 64 pixels", {**KNOWN, "image_size": 64, "randaug_n": 2},
+    ("covers 3/4 of their pixels", {**KNOWN, "image_size": 64, "randaug_n": 2},
      {"randaug_form": "timm"}),
     ("is another or none", {"dataset": "letters", "flip": 0.5}, {"flip": 0.0}),
     ("its error rises below 16", {**KNOWN, "micro_batch_size": 8}, {"micro_batch_size": 32}),
@@ -156,6 +156,8 @@ WARNED = [
     ("over the 8 pictures of a forward", {**KNOWN, "teacher": "a", "mimic_loss": "dist",
      "micro_batch_size": 8}, {"mimic_loss": "kl"}),
     ("a tenth or a hundredth", {**KNOWN, "lr": 0.5, "weights": "a.pt"}, {"lr": 0.04}),
+    ("[0.5, 0.5, 0.5] where its weights", {**KNOWN, "model": "vit_tiny_patch16_224",
+     "pretrained": True, "lr": 0.01}, {"mean": [0.5] * 3, "std": [0.5] * 3}),
     ("these start at random", {**KNOWN, "freeze": ["conv1"]}, {"pretrained": True}),
     ("these start at random", {**KNOWN, "probe_epochs": 5}, {"weights": "a.pt", "lr": 0.01}),
 ]  # fmt: skip
@@ -517,3 +519,30 @@ def test_every_rule_about_teachers_has_a_row_that_earns_it():
             rule(Recipe(**{**KL, **knobs}), SimpleNamespace(**{**GOOD, **row}))
             for _, row, knobs, _ in OF_TEACHERS
         ), rule.__name__
+
+
+# ---- what augmentation leaves of an image
+
+
+@pytest.mark.parametrize("form, size", [("up", 32), ("up", 224), ("timm", 32)])
+def test_an_image_is_lost_where_it_is_moved_further_than_its_side(form, size):
+    """By the draws alone: one operation of magnitude 7 moves by 70 pixels, or by 45 % of 0.7."""
+    knobs = {"randaug_n": 1, "randaug_m": 7.0, "randaug_std": 0.0, "randaug_form": form}
+    knobs |= {"image_size": size, "val_resize": size}
+    recipe = Recipe(**knobs)
+    transform = training.train_transform(recipe)
+    drawn = [transform.draw(np.random.default_rng(i), size, size)["randaug"] for i in range(200)]
+    moved = [
+        any(op.startswith("translate") and abs(value) >= 0.75 * size for op, value, *_ in ops)
+        for ops in drawn
+    ]
+    assert doctor.lost_share(recipe) == np.mean(moved)
+    told = said("warning", **knobs)
+    assert ("covers 3/4 of their pixels" in told) == (form == "up" and size == 32)
+    assert (np.mean(moved) > 0.03) == (form == "up" and size == 32)
+
+
+def test_an_average_longer_than_the_training_is_warned_of():
+    told = said("warning", {"images": 164 * 32, "classes": 10}, epochs=1, batch_size=32,
+                ema_decay=0.9999)  # fmt: skip
+    assert "EMA with decay 0.9999 has a half-life of 6,931 steps of 164" in told

@@ -24,7 +24,7 @@ LEVEL_1 = {
     "batched": {"operations"},
     "data": {"augmentation", "images", "progress"},
     "cache": {"data", "images", "progress"},
-    "models": {"recipe"},
+    "models": {"recipe", "runs"},
     "distillation": {"mimic", "models", "recipe", "runs"},
     "evaluation": {"data", "models"},
     "explain": {"models"},
@@ -164,6 +164,7 @@ DISTRIBUTION = {
     "IPython": "ipykernel",
     "psutil": "ipykernel",
     "nbclient": "papermill",
+    "huggingface_hub": "timm",
 }
 
 

@@ -1,5 +1,6 @@
 """Models against timm, torchvision and the published counts; weights from wherever they lie."""
 
+import argparse
 import contextlib
 import copy
 import json
@@ -8,6 +9,8 @@ import pickle
 import re
 import time
 
+import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -695,3 +698,158 @@ def test_the_same_names_in_another_order_are_other_classes(theirs, ours, same):
 def test_the_classes_of_a_run_come_composed(tmp_path):
     (tmp_path / "environment.json").write_text(json.dumps({"classes": ["cafe\u0301"]}))
     assert models.run_classes(tmp_path) == ["caf\u00e9"]
+
+
+# ---- image sizes a model takes
+
+
+@pytest.mark.parametrize(
+    "name, built, size, option, words",
+    [
+        ("test_vit", 40, 40, "image_size", ["test_vit", "image_size 40", "patch size (16)", "160"]),
+        ("test_vit_relpos", 32, 48, "val_image_size", ["val_image_size 48", "set it to 32"]),
+        (
+            "test_convnext",
+            16,
+            16,
+            "image_size",
+            ["test_convnext", "image_size 16", "set it to 160"],
+        ),
+    ],
+)
+def test_a_size_the_model_does_not_take_is_named_with_one_it_takes(
+    name, built, size, option, words
+):
+    with meta():
+        model = create(name, 3, image_size=built)
+        takes = built if option == "val_image_size" else model.default_cfg["input_size"][-1]
+        with pytest.raises(ModelError) as caught:
+            models.check_size(model, size, option, takes)
+        assert all(word in str(caught.value) for word in words), caught.value
+        own = create(name, 3, image_size=takes)
+        models.check_size(own, takes, option, takes)
+
+
+# ---- layouts that other trainers leave
+
+EMA = {k: v + 1 if v.is_floating_point() else v for k, v in tiny(seed=1).state_dict().items()}
+LAYOUTS = {
+    "compiled.pt": lambda t: {f"_orig_mod.{k}": v for k, v in t.items()},
+    "compiled_ddp.pt": lambda t: {"model": {f"module._orig_mod.{k}": v for k, v in t.items()}},
+    "lightning.ckpt": lambda t: {"state_dict": {f"model.{k}": v for k, v in t.items()}},
+    "lightning_net.ckpt": lambda t: {
+        "state_dict": {**{f"net.{k}": v for k, v in t.items()}, "criterion.weight": torch.ones(3)}
+    },
+    "timm_train.pth.tar": lambda t: {"state_dict": t, "args": argparse.Namespace(lr=0.1)},
+    "numpy_scalar.pt": lambda t: {"state_dict": t, "best": np.float64(3), "n": np.int64(2)},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_other_trainers_save_is_loaded_whole(tmp_path, name):
+    source, model = tiny(seed=1), tiny(seed=2)
+    torch.save(LAYOUTS[name](source.state_dict()), tmp_path / name)
+    result = load(model, tmp_path / name)
+    assert same(model, source) and not result.anew
+    assert result.ignored == (["criterion.weight"] if "net" in name else [])
+
+
+def test_the_average_of_timms_trainer_is_preferred_as_timm_does(tmp_path):
+    state = tiny(seed=1).state_dict()
+    averaged = {f"module.{k}": v for k, v in EMA.items()}
+    torch.save({"state_dict": state, "state_dict_ema": averaged}, tmp_path / "timm.pth.tar")
+    ours, theirs = tiny(seed=2), tiny(seed=3)
+    load(ours, tmp_path / "timm.pth.tar")
+    timm.models.load_checkpoint(theirs, tmp_path / "timm.pth.tar")
+    assert same(ours, theirs) and not same(ours, tiny(seed=1))
+
+
+def test_a_file_that_holds_the_model_twice_is_refused(tmp_path):
+    both = {f"{p}.{k}": v for p in ("student", "teacher") for k, v in EMA.items()}
+    torch.save(both, tmp_path / "both.pt")
+    assert "'student.' and 'teacher.'" in str(unchanged_by(tiny(), tmp_path / "both.pt"))
+
+
+class Stranger:
+    pass
+
+
+def test_objects_of_other_programs_are_named_in_one_plain_sentence(tmp_path):
+    torch.save({"state_dict": tiny().state_dict(), "extra": Stranger()}, tmp_path / "x.ckpt")
+    told = str(unchanged_by(tiny(), tmp_path / "x.ckpt"))
+    assert "Stranger" in told and told.endswith("save its state dict alone")
+    assert "\x1b" not in told and "\n" not in told and len(told) < 300
+
+
+# ---- another image size
+
+
+def resampled_by_timm(name: str, file, **options) -> dict[str, torch.Tensor]:
+    """What timm's own loader makes of a file for a model of another image size."""
+    overlay = {"file": str(file), "num_classes": 3}
+    model = timm.create_model(
+        name, num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay, **options
+    )
+    return model.state_dict()
+
+
+def test_position_embeddings_are_resampled_as_timm_resamples_its_own(tmp_path):
+    source, model = (create("test_vit", 3, image_size=s, seed=s) for s in (32, 64))
+    torch.save(source.state_dict(), tmp_path / "vit.pt")
+    result = load(model, tmp_path / "vit.pt")
+    wanted = resampled_by_timm("test_vit", tmp_path / "vit.pt", img_size=64)
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    assert result.anew == {} and result.ignored == []
+    why = "file has (1, 5, 64), model (1, 17, 64)"
+    assert f"1 of them resampled: pos_embed ({why})" in str(result)
+    assert ["pos_embed", "resampled", why] in result.table().values.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # timm's own
+def test_tables_of_relative_positions_are_resampled_too(tmp_path):
+    name, small = "swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": (1, 1)}
+    small |= {"num_heads": (1, 2), "num_classes": 3}
+    torch.manual_seed(0)
+    source = timm.create_model(name, img_size=56, window_size=7, **small)
+    model = timm.create_model(name, img_size=64, window_size=8, **small)
+    torch.save(source.state_dict(), tmp_path / "swin.pt")
+    result = load(model, tmp_path / "swin.pt")
+    del small["num_classes"]
+    wanted = resampled_by_timm(name, tmp_path / "swin.pt", img_size=64, window_size=8, **small)
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    resampled = [k for k, why in result.loaded.items() if why]
+    assert len(resampled) == 2 and all(k.endswith("bias_table") for k in resampled)
+
+
+# ---- published weights without a network
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """Hugging Face at a closed port, with an empty cache; returns the cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_published_weights_without_a_network_are_one_sentence_at_once(no_network, caplog):
+    start = time.monotonic()
+    with pytest.raises(ModelError) as caught:
+        create("test_resnet", 3, pretrained=True)
+    assert time.monotonic() - start < 5
+    told = str(caught.value)
+    words = ["test_resnet", "timm/test_resnet.r160_in1k", str(no_network), "name it in weights"]
+    assert all(word in told for word in words) and "\n" not in told
+    assert not caplog.records
+
+
+def test_published_weights_in_the_cache_need_no_network(no_network):
+    source = timm.create_model("test_resnet")
+    repository = no_network / "models--timm--test_resnet.r160_in1k"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    save_file(source.state_dict(), repository / "snapshots" / "abc" / "model.safetensors")
+    start = time.monotonic()
+    model = create("test_resnet", 1000, pretrained=True)
+    assert time.monotonic() - start < 5 and same(model, source)

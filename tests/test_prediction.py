@@ -122,7 +122,8 @@ def test_the_answers_are_those_of_the_runs_own_validation(trained, weights):
 
 def test_without_a_last_checkpoint_the_best_weights_answer_and_say_so(run):
     source = prediction.open_source(run.path)
-    assert str(source) == f"{run.path}/last.pt, ema weights, 10 classes"
+    measured = run.choose_weights("ema")[1]
+    assert str(source) == f"{run.path}/last.pt, ema weights ({measured}), 10 classes"
     before = source.fingerprint
     assert prediction.open_source(run.path, "raw").fingerprint != before
     run.file("last.pt").unlink()

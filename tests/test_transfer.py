@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_training import _server, assert_same_run, assert_same_tensors, train
 from timm.optim import param_groups_layer_decay
 
-from workbench import data, models, runs, training
+from workbench import data, distillation, export, models, prediction, runs, training
 from workbench.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -634,3 +634,150 @@ def test_from_digits_to_letters_beats_a_start_from_scratch_at_the_same_budget(tm
     ]
     moved = train(letters(tmp_path, lr=0.1, weights=str(digits.path), **knobs)).metrics()
     assert moved.top1.iloc[-1] > max(scratch)
+
+
+# ---- which weights of a run
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory) -> runs.Run:
+    """A run whose EMA has hardly left the initial weights, as far below the raw ones."""
+    knobs = {"epochs": 2, "nesterov": True, "ema_decay": 0.9999, "workers": 0, "val_every": 2}
+    run = train(Recipe(name="late", runs_dir=str(tmp_path_factory.mktemp("late")), **knobs))
+    measured = run.metrics().iloc[-1]
+    assert measured.top1 - measured.ema_top1 > 30
+    return run
+
+
+def figures(run: runs.Run) -> str:
+    last = run.metrics().iloc[-1]
+    return f"top-1 raw {last.top1:.2f} %, EMA {last.ema_top1:.2f} %"
+
+
+def is_raw(model: torch.nn.Module, run: runs.Run) -> bool:
+    tensors = run.load_checkpoint()["model"]
+    return all(torch.equal(v, tensors[k]) for k, v in model.state_dict().items() if counts_not(k))
+
+
+DIGITS = [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize("file", ["", "last.pt"])
+def test_weights_of_a_run_are_the_raw_ones_where_its_average_is_far_worse(tmp_path, late, file):
+    recipe = Recipe(name="on", runs_dir=str(tmp_path), weights=str(late.path / file), lr=0.01)
+    model, started = training.starting_model(recipe, DIGITS)
+    assert is_raw(model, late) and f"[model, {figures(late)}]" in str(started)
+
+
+def test_export_and_predict_take_the_raw_weights_too_and_respect_a_choice(late):
+    assert is_raw(export.trained_model(late)[2], late)
+    source = prediction.open_source(late.path)
+    assert is_raw(source.model, late)
+    assert str(source).endswith(f"last.pt, raw weights ({figures(late)}), 10 classes")
+    assert not is_raw(export.trained_model(late, "ema")[2], late)
+    assert f"ema weights ({figures(late)})" in str(prediction.open_source(late.path, "ema"))
+
+
+def test_a_teacher_is_the_better_of_its_weights_with_its_own_figure(tmp_path, late):
+    recipe = Recipe(teacher=[str(late.path)], mimic_loss=["kl"], runs_dir=str(tmp_path))
+    [teacher] = distillation.open_teachers(recipe, DIGITS)
+    assert is_raw(teacher.model, late) and teacher.top1 == late.metrics().top1.iloc[-1]
+    assert figures(late) in str(teacher)
+
+
+@pytest.mark.parametrize(
+    "raw, ema, images, taken",
+    [
+        (99.4, 10.0, 500, "raw"),
+        (90.0, 92.0, 500, "ema"),
+        (90.0, 89.0, 500, "ema"),  # 5 of 500 images may be luck
+        (90.0, 89.0, 50_000, "raw"),  # 500 of 50,000 are not
+        (100.0, 0.0, 3, "raw"),
+        (100.0, 100.0, 3, "ema"),
+        (None, None, None, "raw"),  # a run that began and was not validated yet
+    ],
+)
+def test_an_average_is_taken_unless_it_is_worse_beyond_luck(tmp_path, raw, ema, images, taken):
+    row = {"epoch": [1], "top1": [raw], "ema_top1": [ema], "val_images": [images]}
+    pd.DataFrame(row).to_csv(tmp_path / "metrics.csv", index=False)
+    pd.DataFrame({"step": [1]}).to_csv(tmp_path / "steps.csv", index=False)
+    assert runs.Run(tmp_path).choose_weights()[0] == taken
+    assert runs.Run(tmp_path).choose_weights("ema")[0] == "ema"
+    if raw is not None and 0 < ema < raw < 100:
+        p, q = raw / 100, ema / 100  # the same by simulation of two independent lists
+        drawn = np.random.default_rng(0).binomial(images, [p, q], (20_000, 2)) / images
+        assert (taken == "raw") == (p - q > 2 * (drawn[:, 0] - drawn[:, 1]).std())
+
+
+# ---- normalised as the weights were trained
+
+
+def test_another_normalisation_than_that_of_the_weights_is_said_with_both(tmp_path, digits):
+    other = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    for source in (digits.path, digits.file("best.safetensors")):
+        recipe = letters(tmp_path, weights=str(source), **other)
+        told = str(training.starting_model(recipe, [str(i) for i in range(26)])[1])
+        for key, value in other.items():
+            assert f"{key} is {value}, and {digits.recipe()[key]} where its weights" in told
+    assert training.other_normalization(letters(tmp_path, weights=str(digits.path))) == ""
+    onward = letters(tmp_path, resume_from=str(digits.path), **other)
+    assert "mean is [0.0, 0.0, 0.0]" in training.other_normalization(onward)
+
+
+def test_published_weights_are_normalised_as_timm_says(tmp_path):
+    recipe = letters(tmp_path, model="vit_tiny_patch16_224", pretrained=True)
+    published = timm.get_pretrained_cfg(recipe.model)
+    told = training.other_normalization(recipe)
+    assert f"{recipe.mean}, and {list(published.mean)}" in told
+    fitting = recipe.replace(mean=list(published.mean), std=list(published.std))
+    assert training.other_normalization(fitting) == ""
+
+
+def test_a_weights_file_in_a_run_folder_teaches_at_the_normalisation_of_its_run(tmp_path, digits):
+    knobs = {"teacher_model": ["test_resnet"], "mimic_loss": ["kl"], "runs_dir": str(tmp_path)}
+    source = str(digits.file("best.safetensors"))
+    recipe = Recipe(teacher=[source], mean=[0.1] * 3, std=[0.9] * 3, **knobs)
+    [teacher] = distillation.open_teachers(recipe, DIGITS)
+    assert (teacher.mean, teacher.std) == (digits.recipe()["mean"], digits.recipe()["std"])
+
+
+# ---- sizes, of images and of batches
+
+
+def test_a_validation_size_the_model_does_not_take_is_told_before_the_first_step(
+    tmp_path, pictures
+):
+    places = {"data_dir": str(pictures), "runs_dir": str(tmp_path)}
+    sizes = {"image_size": 32, "val_image_size": 48, "val_resize": 48}
+    recipe = Recipe(**TINY | sizes, **places, model="test_vit_relpos")
+    with pytest.raises(models.ModelError, match="test_vit_relpos does not take val_image_size 48"):
+        train(recipe)
+    assert runs.Run(recipe.folder).steps().empty
+
+
+SINGLE = [  # 18 images: what leaves a forward with one of them, and what the advice makes of it
+    ({"batch_size": 1}, {"batch_size": 2}),
+    ({"batch_size": 17}, {}),
+    ({"batch_size": 6, "micro_batch_size": 1}, {"micro_batch_size": 2}),
+    ({"batch_size": 4, "micro_batch_size": 3}, {"micro_batch_size": 2}),
+    ({"batch_size": 5, "micro_batch_size": 2}, {"micro_batch_size": None}),
+]
+
+
+@pytest.mark.parametrize("knobs, advice", SINGLE)
+def test_the_advice_against_forwards_of_one_image_helps(tmp_path, pictures, knobs, advice):
+    places = {"data_dir": str(pictures), "runs_dir": str(tmp_path)}
+    recipe = Recipe(**TINY | knobs, **places, epochs=1)
+    with pytest.raises(training.TrainingError) as caught:
+        train(recipe)
+    told = str(caught.value)
+    assert "set drop_last: true and batch_size to 2 or more" in told
+    assert "no micro_batch_size or one that is 2 or more and divides it" in told
+    run = train(recipe.replace(**advice, drop_last=True))
+    assert run.status()["state"] == "finished"
+
+
+def test_frozen_norms_take_a_single_image(tmp_path, pictures):
+    places = {"data_dir": str(pictures), "runs_dir": str(tmp_path)}
+    run = train(Recipe(**TINY | {"batch_size": 1}, **places, epochs=1, freeze=NORMS))
+    assert run.status()["state"] == "finished"

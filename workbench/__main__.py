@@ -185,12 +185,13 @@ def doctor(
     recipe = _recipe(params, p)
     import numpy as np
 
-    from workbench import data
+    from workbench import data, training
     from workbench import doctor as rules
 
     counts = None
     if images is None or classes is None:
         content = data.open_data(recipe)
+        training.create_model(recipe, len(content.classes))  # checks its image sizes
         images, classes = len(content.train), len(content.classes)
         counts = np.bincount(content.train.label, minlength=classes).tolist()
         if content.passed:
@@ -245,7 +246,7 @@ def export(
     / "packages",
     name: Annotated[str, typer.Option(help="of the package; the run's if not given")] = "",
     version: Annotated[str, typer.Option(help="in the file's name; 1.0.0 if not given")] = "",
-    weights: Annotated[str, typer.Option(help="raw or ema; ema where the run keeps it")] = "",
+    weights: Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")] = "",
     pixels: Annotated[bool, typer.Option(help="the network takes uint8 and normalises")] = False,
     int8: Annotated[bool, typer.Option(help="add a quantised network")] = False,
     whole: Annotated[bool, typer.Option(help="add a network that resizes and crops too")] = False,
@@ -267,6 +268,7 @@ def export(
     if (run is None) == (check is None):
         raise typer.BadParameter("name a run folder, or --check a package")
     from workbench import export as exporting
+    from workbench import runs
 
     if check:
         meta = exporting.load(check).meta
@@ -291,6 +293,9 @@ def export(
     )  # fmt: skip
     report = exporting.read_report(path)
     print(exporting.table(report).to_string(float_format="{:.4g}".format))
+    kind, measured = runs.Run(run).choose_weights(weights)
+    if measured:
+        print(f"{kind} weights; {measured} in the run's own validation")
     print(*(f"not in the package: {text}" for text in report["left_out"].values()), path, sep="\n")
     raise typer.Exit(int(bool(report["left_out"])))
 
@@ -304,7 +309,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="pictures at once")] = 64,
     workers: Annotated[int | None, typer.Option(help="processes that read pictures")] = None,
     pictures: Annotated[Path | None, typer.Option(help="folder for annotated pictures")] = None,
-    weights: Annotated[str, typer.Option(help="raw or ema; ema where the run kept it")] = "",
+    weights: Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")] = "",
 ) -> None:
     """Name the best classes of pictures in a table. Exit code 1 if none could be read.
 

@@ -54,11 +54,13 @@ class Teacher:
     loss: str | None = None  # ce or bce, where its training is known
     smoothing: float | None = None  # of its labels
     top1: float | None = None  # percent, where its own run says so
+    measured: str = ""  # of both kinds of weights of its own run
     state: str = "finished"  # of its own run
     digest: str = ""  # of all its tensors
 
     def __str__(self) -> str:
         own = "" if self.top1 is None else f", top-1 {self.top1:.2f} % in its own run"
+        own += f" ({self.measured})" if self.measured else ""
         own += "" if self.state == "finished" else f", which is {self.state}"
         return f"{self.source}: {self.name} at {self.image_size} pixels{own}"
 
@@ -121,8 +123,7 @@ def _open(
     std: list[float] | None,
 ) -> Teacher:
     path = ROOT / Path(source).expanduser()
-    known: dict[str, Any] = {"image_size": recipe.image_size, "mean": recipe.mean}
-    known["std"] = recipe.std
+    known, options = {key: getattr(recipe, key) for key in ("image_size", "mean", "std")}, {}
     if name and not path.exists() and not timm.is_model(source):
         raise DistillationError(f"teacher {source}: there is no such file, {path}")
     if name and not path.is_file():
@@ -132,15 +133,17 @@ def _open(
             "'' among several"
         )
     if path.is_dir():
-        name, known, teacher = _of_run(path, source, classes)
+        name, known, options = _of_run(path, source, classes)
     elif path.exists():
         if not name:
             raise DistillationError(
                 f"teacher {source} is a weights file; say which model it is of in teacher_model"
             )
-        teacher = _build(name, len(classes), image_size or recipe.image_size)
+        known |= models.run_pixels(path)
     else:
-        name, known, teacher = _of_timm(source, classes, image_size)
+        name, known, options = _of_timm(source, classes)
+    size = known["image_size"] if path.is_dir() else image_size or known["image_size"]
+    teacher = models.create(name, len(classes), image_size=size, **options)
     if path.exists():
         _fill(teacher, source, name, classes)
     chosen = {"image_size": image_size, "mean": mean, "std": std}
@@ -149,7 +152,8 @@ def _open(
     return Teacher(source, name, teacher, weight=weight, digest=_digest(teacher), **known)
 
 
-def _of_run(path: Path, source: str, classes: list[str]) -> tuple[str, dict[str, Any], nn.Module]:
+def _of_run(path: Path, source: str, classes: list[str]) -> tuple[str, dict, dict]:
+    """timm's name, how it wants its images, and options of models.create."""
     run = runs.Run(path)
     theirs = models.run_classes(path)
     if not models.same_classes(theirs, classes):
@@ -166,16 +170,14 @@ def _of_run(path: Path, source: str, classes: list[str]) -> tuple[str, dict[str,
         raise DistillationError(f"teacher {source}: recipe.yaml names no {error}") from None
     metrics = run.metrics()
     if len(metrics):
-        # Weights load as EMA where the run kept one, so its figure is the one that belongs to them.
+        kind, known["measured"] = run.choose_weights()  # as models.load does
         last = metrics.iloc[-1]
-        top1 = last.get("ema_top1", last.get("top1"))
+        top1 = last.get("ema_top1" if kind == "ema" else "top1", last.get("top1"))
         known["top1"] = None if top1 is None or np.isnan(top1) else float(top1)
-    return name, known, _build(name, len(classes), known["image_size"], **options)
+    return name, known, options
 
 
-def _of_timm(
-    source: str, classes: list[str], image_size: int | None
-) -> tuple[str, dict[str, Any], nn.Module]:
+def _of_timm(source: str, classes: list[str]) -> tuple[str, dict, dict]:
     if not timm.is_model(source):
         near = difflib.get_close_matches(source, timm.list_models(), n=3, cutoff=0.5)
         raise DistillationError(
@@ -194,13 +196,8 @@ def _of_timm(
             f"teacher {source} ends in {published.num_classes} classes and the data have "
             f"{len(classes)}; train it on them first (pretrained: true) and name that run"
         )
-    size = published.input_size[-1]
-    known = {"image_size": size, "mean": list(published.mean), "std": list(published.std)}
-    return source, known, _build(source, len(classes), image_size or size, pretrained=True)
-
-
-def _build(name: str, classes: int, image_size: int, **options: Any) -> nn.Module:
-    return models.create(name, classes, image_size=image_size, **options)
+    known = {key: list(getattr(published, key)) for key in ("mean", "std")}
+    return source, known | {"image_size": published.input_size[-1]}, {"pretrained": True}
 
 
 def _fill(teacher: nn.Module, source: str, name: str, classes: list[str]) -> None:
@@ -209,7 +206,7 @@ def _fill(teacher: nn.Module, source: str, name: str, classes: list[str]) -> Non
     loaded = models.load(teacher, source, classes=classes, force=True)
     head = models.heads(teacher)
     body = {tensor: why for tensor, why in loaded.anew.items() if not tensor.startswith(head)}
-    if body and all(why.startswith("file has") for why in body.values()) and "pos" in "".join(body):
+    if any(loaded.loaded.values()):
         raise DistillationError(
             f"teacher {source} was trained at another image size ({loaded}); set "
             "teacher_image_size to that of its training"

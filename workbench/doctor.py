@@ -9,9 +9,8 @@ is refused for it.
 
 import contextlib
 import math
-import statistics
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -314,13 +313,9 @@ def _first_batches(recipe: Any, content: data.Data) -> Any:
     return data.batches(
         content.train,
         training.train_transform(recipe),
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
+        **training.draw_order(recipe),
         steps=range(per_epoch),
         micro_batch_size=min(recipe.micro_batch_size or 256, 256),
-        drop_last=recipe.drop_last,
-        repeated_aug=recipe.repeated_aug,
-        class_balance=recipe.class_balance,
     )
 
 
@@ -335,18 +330,6 @@ def _step_shares(
     """The part of forward and backward of one batch that each teacher takes, median of three."""
     device = images.device
 
-    def timed(work: Any) -> float:
-        seconds = []
-        for _ in range(4):  # the first one warms up
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[1:])
-
     def learn() -> None:
         with models.evaluating(kd.student):  # the norms' statistics are not to move
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -358,8 +341,8 @@ def _step_shares(
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             teacher.model(teacher.view(images, recipe.mean, recipe.std))
 
-    each = [timed(lambda t=t: teach(t)) for t in kd.teachers]
-    whole = timed(learn) + sum(each)
+    each = [models.median_seconds(lambda t=t: teach(t), device) for t in kd.teachers]
+    whole = models.median_seconds(learn, device) + sum(each)
     return [seconds / whole for seconds in each]
 
 
@@ -460,10 +443,8 @@ _TEACHER_EVIDENCE = [
 
 
 def _small(recipe: Any) -> bool:
-    name = recipe.model
-    return name.startswith(
-        ("resnet10", "resnet14", "resnet18", "test_", "mobilenet", "regnetx_002")
-    )
+    names = "resnet10 resnet14 resnet18 test_ mobilenet regnetx_002".split()
+    return recipe.model.startswith(tuple(names))
 
 
 def _from_scratch(recipe: Any) -> bool:
@@ -585,14 +566,23 @@ def _least_share(recipe: Any, classes: int) -> float:
     return (recipe.bce_threshold - s / classes) / (1 - s)
 
 
-def _shift_out_of_sight(recipe, per_epoch, steps, classes):
-    far = 10 * recipe.randaug_m
-    return (
-        recipe.randaug_n > 0
-        and recipe.randaug_form == "up"
-        and far > 0.45 * recipe.image_size
-        and f"RandAugment in UP's form moves by {far:.0f} of {recipe.image_size} pixels; "
-        "randaug_form: timm moves by at most 45 % of the side"
+def lost_share(recipe: Any, draws: int = 200) -> float:
+    """The share of training images of noise of which one colour covers 3/4 after augmentation."""
+    if not (recipe.randaug_n or recipe.autoaugment or recipe.brightness or recipe.contrast):
+        return 0.0
+    size = recipe.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    transform = replace(training.train_transform(recipe), on_device=False)
+    seen = (transform(noise, np.random.default_rng(i)).reshape(-1, 3) for i in range(draws))
+    most = [np.bincount((pixels >> 3) @ np.array([1024, 32, 1])).max() for pixels in seen]
+    return float(np.mean(np.array(most) > 0.75 * size**2))
+
+
+def _nothing_left(recipe, per_epoch, steps, classes):
+    return (share := lost_share(recipe)) >= 0.01 and (
+        f"augmentation leaves little or nothing of {share:.0%} of the training images: one colour "
+        "covers 3/4 of their pixels or more; make it milder, or take randaug_form: timm, which "
+        "moves by at most 45 % of the side (up by randaug_m times 10 pixels at any image_size)"
     )
 
 
@@ -685,7 +675,8 @@ _EVIDENCE = [
     (_weak_pull, "the formula; timm's bce_sum and UP's bias exist for it"),
     (_short_mixing, "arXiv 1812.01187, section 5"),
     (_smoothing_and_threshold, "the formula; timm thresholds after smoothing"),
-    (_shift_out_of_sight, "United Perception's table: 10 M pixels at magnitude M"),
+    (_nothing_left, "200 draws of this recipe's augmentation on an image of noise"),
+    (lambda r, *_: training.other_normalization(r), "its run's recipe; timm's pretrained_cfg"),
     (_mirrored_writing, "b and d, 2 and its mirror image"),
     (_small_norm_batch, "arXiv 1803.08494, figure 1"),
     (_short_of_the_end, _UP),

@@ -4,18 +4,25 @@ model = create("resnet50", num_classes=196)
 print(load(model, "runs/imagenet-seed0"))     # what was loaded, made anew, ignored
 """
 
+import argparse
 import contextlib
 import difflib
 import json
 import re
 import statistics
+import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import huggingface_hub
+import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -23,7 +30,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from workbench import ROOT
+from workbench import ROOT, runs
 
 
 class ModelError(ValueError):
@@ -60,31 +67,57 @@ def create(
         options["drop_path_rate"] = drop_path
     if timm.get_pretrained_cfg(name) and timm.get_pretrained_cfg(name).fixed_input_size:
         options["img_size"] = image_size
-    with torch.random.fork_rng(devices=[]):
+    hub = huggingface_hub.constants
+    offline = pretrained and (hub.HF_HUB_OFFLINE or not _online())
+    with torch.random.fork_rng(devices=[]), mock.patch.object(hub, "HF_HUB_OFFLINE", offline):
         torch.default_generator.manual_seed(seed)  # timm draws on the CPU
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except TypeError as error:
             raise ModelError(f"{name} does not take these options: {error}") from None
         except Exception as error:
+            why, published = _line(error), timm.get_pretrained_cfg(name)
             if not pretrained:
-                raise ModelError(f"{name} cannot be built: {error}") from None
+                told = f"{name} at image_size {image_size} cannot be built: {why}"
+                raise ModelError(told) from None
             raise ModelError(
-                f"the published weights of {name} could not be had "
-                f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); fetch the file "
-                "elsewhere and name it in weights, or set pretrained: false"
+                f"the published weights of {name}, {published and published.hf_hub_id}, are not in "
+                f"{hub.HF_HUB_CACHE} and could not be fetched ({why}); fetch the file elsewhere "
+                "and name it in weights, or set pretrained: false"
             ) from None
+
+
+def _online() -> bool:
+    """Whether Hugging Face answers within 5 s: its own downloads would try for a minute."""
+    with contextlib.suppress(Exception):
+        address = huggingface_hub.constants.ENDPOINT
+        return bool(huggingface_hub.get_session().head(address, timeout=5))
+    return False
+
+
+def _line(error: Exception) -> str:
+    """Its type and first sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0].rstrip(".")
 
 
 def check_name(name: str) -> None:
     """Raises ModelError, with the nearest names, where timm has no such model."""
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:6] or _near(name)
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:6]
+        near = near or difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.5)
         raise ModelError(f"timm has no model {name!r}; close names: {', '.join(near) or 'none'}")
 
 
-def _near(name: str) -> list[str]:
-    return difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.5)
+def check_size(model: nn.Module, size: int, option: str, takes: int) -> None:
+    """A forward of a blank image of `size` pixels. Raises ModelError, naming a size it takes."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    except Exception as error:
+        raise ModelError(
+            f"{model.default_cfg['architecture']} does not take {option} {size} ({_line(error)}); "
+            f"set it to {takes}, or to another size that the model takes"
+        ) from None
 
 
 def parameters(model: nn.Module) -> int:
@@ -139,16 +172,21 @@ def cost(
 def _speed(model: nn.Module, picture: torch.Tensor, batch: int, seconds: float) -> float:
     stream = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *picture.shape[1:], generator=stream).to(picture)
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    return batch / median_seconds(lambda: model(images), images.device, seconds)
+
+
+def median_seconds(work: Callable[[], Any], device: torch.device, least: float = 0.0) -> float:
+    """The median of calls for `least` seconds, at least three, after one to warm up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     times: list[float] = []
-    model(images)
-    while len(times) < 3 or sum(times) < seconds:
-        wait()
+    work()
+    while len(times) < 3 or sum(times) < least:
+        wait(device)
         start = time.perf_counter()
-        model(images)
-        wait()
+        work()
+        wait(device)
         times.append(time.perf_counter() - start)
-    return batch / statistics.median(times)
+    return statistics.median(times)
 
 
 @dataclass
@@ -156,9 +194,10 @@ class Loaded:
     """What became of every tensor when weights were loaded; str() is the sentence to print."""
 
     source: str
-    loaded: list[str] = field(default_factory=list)
+    loaded: dict[str, str] = field(default_factory=dict)  # the model's -> how, where resampled
     anew: dict[str, str] = field(default_factory=dict)  # the model's, left at initial values -> why
     ignored: list[str] = field(default_factory=list)  # the file's
+    note: str = ""
 
     def __str__(self) -> str:
         text = f"{self.source}: {len(self.loaded)} tensors loaded"
@@ -167,13 +206,15 @@ class Loaded:
             text += f"; {len(listed)} made anew: {_some(listed)}"
         if self.ignored:
             text += f"; {len(self.ignored)} in the file ignored: {_some(self.ignored)}"
-        return text
+        if listed := [f"{name} ({why})" for name, why in self.loaded.items() if why]:
+            text += f"; {len(listed)} of them resampled: {_some(listed)}"
+        return text + (f"; {self.note}" if self.note else "")
 
     def table(self) -> pd.DataFrame:
-        """A row per tensor: tensor, fate (made anew, ignored or loaded), why."""
+        """A row per tensor: tensor, fate (made anew, ignored, resampled or loaded), why."""
         rows = [(name, "made anew", why) for name, why in self.anew.items()]
         rows += [(name, "ignored", "not in the model") for name in self.ignored]
-        rows += [(name, "loaded", "") for name in self.loaded]
+        rows += [(n, "resampled" if why else "loaded", why) for n, why in self.loaded.items()]
         return pd.DataFrame(rows, columns=["tensor", "fate", "why"])
 
 
@@ -186,9 +227,10 @@ def load(
 ) -> Loaded:
     """Loads what fits from a run folder or a weights file into the model, and says what.
 
-    Understood: a run folder (EMA weights where the run kept them), safetensors, a plain state
-    dict, {"model": ...}, {"state_dict": ...} or {"ema"/"state_dict_ema": ...} (preferred), with
-    or without `module.`, in timm's, torchvision's or UP's names. The classifier of a run that was
+    Understood: a run folder (EMA weights as runs.Run.choose_weights says), safetensors, a plain
+    state dict, {"model": ...}, {"state_dict": ...} or {"ema"/"state_dict_ema": ...} (preferred),
+    with or without a prefix (`module._orig_mod.`), in timm's, torchvision's or UP's names.
+    Position embeddings of another image size are resampled. The classifier of a run that was
     trained for other `classes` is made anew. Raises ModelError for a file that cannot be read,
     holds other Python objects or nan, or (without `force`) whose tensors fit less than half of
     what is not the classifier.
@@ -196,7 +238,7 @@ def load(
     path = ROOT / Path(source).expanduser()
     label, tensors = read_weights(path)
     strange = classes is not None and not same_classes(run_classes(path), classes)
-    tensors = _renamed(tensors)
+    tensors = _renamed(label, tensors, model.state_dict())
     if any(name.startswith("backbone.") for name in tensors):
         label += " (United Perception's names, tried as they are and as its ResNets'; those of its"
         label += " other networks are missing here: rename them to timm's)"
@@ -226,20 +268,23 @@ def _take(
     wanted = [name for name in own if not name.endswith("num_batches_tracked")]
     head = heads(model)
     result = Loaded(label)
-    take = {}
+    take, fitted = {}, None
     for name in wanted:
         if name not in tensors:
             result.anew[name] = "not in the file"
         elif tensors[name].shape != own[name].shape:
+            fitted = _resampled(model, tensors) if fitted is None else fitted
             came, want = tuple(tensors[name].shape), tuple(own[name].shape)
-            result.anew[name] = f"file has {came}, model {want}"
+            fits = not name.startswith(head) and name in fitted and fitted[name].shape == want
+            (result.loaded if fits else result.anew)[name] = f"file has {came}, model {want}"
+            take |= {name: fitted[name]} if fits else {}
         elif strange and name.startswith(head):
             result.anew[name] = "the file's classes are others"
         elif not torch.isfinite(tensors[name]).all():
             raise ModelError(f"{label}: {name} holds nan or infinity; the file is of no use")
         else:
             take[name] = tensors[name]
-            result.loaded.append(name)
+            result.loaded[name] = ""
     result.ignored = [name for name in tensors if name not in own]
     body = [name for name in wanted if not name.startswith(head)]
     fits = sum(name in take for name in body)
@@ -251,6 +296,20 @@ def _take(
         )
     model.load_state_dict(take, strict=False)
     return result
+
+
+def _resampled(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as timm's own filter fits them to the model: position embeddings and tables."""
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        return adapt(dict(tensors), model)  # many models have none, and it wants its own model's
+    return {}
+
+
+# What trainers save beside tensors and what is data alone: arguments, numbers of numpy.
+_NUMBER = np.float64().__reduce__()[0]
+_SAFE = [argparse.Namespace, np.dtype, *{type(np.dtype(c)) for c in "?bBhHiIlLqQefd"}]
+_SAFE += [(_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 def read_weights(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
@@ -272,20 +331,25 @@ def read_weights(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
         except Exception as error:
             raise ModelError(f"{path} is no readable safetensors file: {error}") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_SAFE):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        why = str(error).split("\n")[0][:200]
+        objects = ", ".join(re.findall(r"GLOBAL (\S+)", str(error)))
+        why = f"holds Python objects: {objects}" if objects else "is truncated or no PyTorch file"
         raise ModelError(
-            f"{path} is truncated, no PyTorch file, or holds Python objects beside tensors, which "
-            f"are not run here ({type(error).__name__}: {why}); save its state dict as safetensors"
+            f"{path} {why}; objects beside tensors are not run here, save its state dict alone"
         ) from None
-    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):
+    keys, measured = ("ema", "state_dict_ema", "model_ema", "model", "state_dict"), ""
+    if path.name == "last.pt" and isinstance(content, Mapping) and content.get("ema"):
+        kind, measured = runs.Run(path.parent).choose_weights()
+        keys, measured = keys[3:] if kind == "raw" else keys, measured and f", {measured}"
+    for key in keys:
         inner = content.get(key) if isinstance(content, Mapping) else None
         if isinstance(inner, Mapping):
-            keys = ("ema_state_dict", "state_dict", "model")  # the first is United Perception's
-            deeper = next((inner[k] for k in keys if k in inner), inner)
+            below = ("ema_state_dict", "state_dict", "model")  # the first is United Perception's
+            deeper = next((inner[k] for k in below if k in inner), inner)
             if tensors := _tensors(deeper):
-                return f"{path} [{key}]", tensors
+                return f"{path} [{key}{measured}]", tensors
     if isinstance(content, Mapping) and (tensors := _tensors(content)):
         return str(path), tensors
     held = list(content) if isinstance(content, Mapping) else type(content).__name__
@@ -300,27 +364,44 @@ def _tensors(mapping: Any) -> dict[str, torch.Tensor]:
 
 # United Perception: backbone.layer0.0 is the stem's convolution(s), layer0.1 its norm.
 _UP_NAMES = (
-    (re.compile(r"^backbone\.layer0\.0\."), "conv1."),
-    (re.compile(r"^backbone\.layer0\.1\."), "bn1."),
-    (re.compile(r"^backbone\."), ""),
-    (re.compile(r"^head\.classifier\."), "fc."),
+    (re.compile(r"\bbackbone\.layer0\.0\."), "conv1."),
+    (re.compile(r"\bbackbone\.layer0\.1\."), "bn1."),
+    (re.compile(r"\bbackbone\."), ""),
+    (re.compile(r"\bhead\.classifier\."), "fc."),
 )
 
 
-def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without `module.`, UP's turned into timm's (torchvision's ResNets share those)."""
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    if any(name.startswith("backbone.layer0.") for name in tensors):
+def _renamed(
+    label: str, tensors: Mapping[str, torch.Tensor], own: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Tensors by the model's own names: without the prefix below which most are, UP's as timm's.
+
+    torchvision's ResNets share those. Two such prefixes (student and teacher) are a ModelError.
+    """
+    if any("backbone.layer0." in name for name in tensors):
         for pattern, name in _UP_NAMES:
             tensors = {pattern.sub(name, key): value for key, value in tensors.items()}
-    return dict(tensors)
+    starts = [(name, m.end()) for name in tensors for m in re.finditer(r"^|\.", name)]
+    found = Counter(name[:end] for name, end in starts if name[end:] in own).most_common(2)
+    if sum(2 * count > len(own) for _, count in found) == 2:
+        both = " and ".join(repr(prefix) for prefix, _ in found)
+        raise ModelError(f"{label} holds the model twice, below {both}; save the one you want")
+    prefix = found[0][0] if found else ""
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def heads(model: nn.Module) -> tuple[str, ...]:
     """What the names of the classifier's tensors begin with: ("fc.",), or two for a DeiT's."""
     names = getattr(model, "default_cfg", {}).get("classifier", "fc")
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def run_pixels(path: Path) -> dict[str, Any]:
+    """image_size, mean and std of the recipe of a run folder, or of a file in one; else empty."""
+    with contextlib.suppress(runs.RunError):
+        recipe = runs.Run(path if path.is_dir() else path.parent).recipe()
+        return {k: recipe[k] for k in ("image_size", "mean", "std") if k in recipe}
+    return {}
 
 
 def run_classes(path: Path) -> list[str] | None:

@@ -81,8 +81,8 @@ class _RunSource:
 def open_source(path: str | Path, weights: str = "") -> Source:
     """The network of a run folder, or of a deployment package (a .tar file).
 
-    Of a run the last epoch answers (last.pt; without it best.safetensors), with EMA weights where
-    the run kept them; `weights` "raw" or "ema" insists on one. Raises PredictionError.
+    Of a run the last epoch answers (last.pt; without it best.safetensors), with weights as
+    runs.Run.choose_weights says; `weights` "raw" or "ema" insists on one. Raises PredictionError.
     """
     path = Path(path).expanduser()
     if weights not in ("", "raw", "ema"):
@@ -113,7 +113,8 @@ def open_source(path: str | Path, weights: str = "") -> Source:
         state = run.status()["state"]
     except (RecipeError, runs.RunError, models.ModelError) as error:
         raise PredictionError(f"{path} cannot answer: {error}") from None
-    about = f"{path / file}, {kind} weights"
+    measured = run.choose_weights(kind)[1]
+    about = f"{path / file}, {kind} weights" + (f" ({measured})" if measured else "")
     about += "" if state == "finished" else f", of a run that is {state}"
     return _RunSource(about, recipe, classes, model)
 

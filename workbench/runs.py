@@ -20,6 +20,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import socket
 import tempfile
@@ -183,6 +184,19 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """A row per log_every steps, empty before the first."""
         return self._frame("steps.csv")
+
+    def choose_weights(self, asked: str = "") -> tuple[str, str]:
+        """Which of raw and ema weights to take, and the last top-1 of both.
+
+        `asked` where it names one. Else ema, unless its top-1 was below raw's by more than two
+        standard errors of a difference of proportions, or the run began and validated none yet.
+        """
+        rows = self.metrics().reindex(columns=["top1", "ema_top1", "val_images"]).dropna()
+        if rows.empty:
+            return asked or ("ema" if self.steps().empty else "raw"), ""
+        raw, ema, images = rows.iloc[-1]
+        worse = raw - ema > 2 * math.sqrt((raw * (100 - raw) + ema * (100 - ema)) / images)
+        return asked or ("raw" if worse else "ema"), f"top-1 raw {raw:.2f} %, EMA {ema:.2f} %"
 
     def quarantine(self) -> pd.DataFrame:
         """The pictures that could not be read: list, file, label, reason."""

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 import torch.distributed as dist
 from timm.models import group_parameters
@@ -86,6 +87,12 @@ def _randaug(recipe: Any) -> augmentation.RandAugment:
     if recipe.randaug_form == "timm":
         return kind.timm(recipe.randaug_n, recipe.randaug_m, recipe.randaug_std, recipe.mean)
     return kind(recipe.randaug_n, recipe.randaug_m, recipe.randaug_std)
+
+
+def draw_order(recipe: Any) -> dict[str, Any]:
+    """Which images a step shows, as arguments of data.batches and data.Sampler."""
+    names = "seed batch_size drop_last repeated_aug class_balance".split()
+    return {name: getattr(recipe, name) for name in names}
 
 
 def test_transform(recipe: Any) -> augmentation.TestTransform:
@@ -169,9 +176,13 @@ def loss_function(recipe: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.T
 
 
 def create_model(recipe: Any, num_classes: int) -> nn.Module:
-    """The recipe's model at the initial weights of its seed."""
+    """The recipe's model at its seed's initial weights. Raises ModelError, also for its sizes."""
     options = {"drop_path": recipe.drop_path, "dropout": recipe.dropout, "seed": recipe.seed}
-    return models.create(recipe.model, num_classes, **_form(recipe), **options)
+    model = models.create(recipe.model, num_classes, **_form(recipe), **options)
+    models.check_size(model, recipe.image_size, "image_size", model.default_cfg["input_size"][-1])
+    if recipe.val_image_size:
+        models.check_size(model, recipe.val_image_size, "val_image_size", recipe.image_size)
+    return model
 
 
 def trained(
@@ -179,8 +190,8 @@ def trained(
 ) -> tuple[nn.Module, str, str]:
     """The recipe's model as a run left it, in evaluation mode; raw or ema; the file it is from.
 
-    Of the last checkpoint, without one of the best validated epoch; EMA weights where the run keeps
-    them, unless `weights` names a kind. Raises RunError, also for nan, or weights that do not fit.
+    Of the last checkpoint, without one of the best validated epoch; kind is Run.choose_weights's
+    where the run keeps both. Raises RunError, also for nan, or weights that do not fit.
     """
     state = run.load_checkpoint()
     if state is not None and not isinstance(state, dict):
@@ -193,7 +204,8 @@ def trained(
         kept = {"raw": None, "ema": None, kind: tensors}
     else:
         raise runs.RunError(f"{run.path} holds no weights yet (last.pt); train it first")
-    kind = weights or ("ema" if kept["ema"] else "raw")
+    only = "ema" if kept["ema"] else "raw"
+    kind = run.choose_weights(weights)[0] if all(kept.values()) else weights or only
     if not kept.get(kind):
         have = " and ".join(name for name, tensors in kept.items() if tensors) or "none"
         raise runs.RunError(f"{run.file(file)} keeps no {kind} weights; it has {have}")
@@ -224,10 +236,25 @@ def starting_model(recipe: Any, classes: list[str]) -> tuple[nn.Module, models.L
     model = create_model(recipe, len(classes))
     if recipe.weights:
         force = recipe.force_weights
-        return model, models.load(model, recipe.weights, classes=classes, force=force)
-    if recipe.pretrained:
-        return model, models.load_published(model, recipe.model, **_form(recipe))
-    return model, None
+        loaded = models.load(model, recipe.weights, classes=classes, force=force)
+    elif recipe.pretrained:
+        loaded = models.load_published(model, recipe.model, **_form(recipe))
+    else:
+        return model, None
+    loaded.note = other_normalization(recipe)
+    return model, loaded
+
+
+def other_normalization(recipe: Any) -> str:
+    """Where mean and std are not those with which the starting weights were trained; else empty."""
+    ours = theirs = {"mean": recipe.mean, "std": recipe.std}
+    if source := recipe.weights or recipe.resume_from:
+        theirs = models.run_pixels(ROOT / Path(source).expanduser()) or ours
+    elif recipe.pretrained and (published := timm.get_pretrained_cfg(recipe.model)):
+        theirs = {key: list(getattr(published, key)) for key in ours}
+    told = "{} is {}, and {} where its weights were trained"
+    differ = [told.format(k, ours[k], theirs[k]) for k in ours if ours[k] != theirs[k]]
+    return " and ".join(differ)
 
 
 def create_optimizer(
@@ -567,8 +594,21 @@ def _train(
     precision = pick_precision(recipe.precision, device)
     workers = pick_workers(recipe.workers, team.local_world)
 
-    # Data: lists, every picture read once (cached), the unreadable set aside by name.
     content = prepared or data.open_data(recipe)
+    # The model first: whether it can train is known before every image is read.
+    state = run.load_checkpoint()
+    borrowed = state is None
+    if state is None and recipe.resume_from:
+        state = resumed_state(recipe)
+    if state is not None:
+        _check_classes(runs.Run(ROOT / recipe.resume_from) if borrowed else run, content)
+    started = None
+    if state is None:  # else weights need not even be there any more
+        model, started = starting_model(recipe, content.classes)
+    else:
+        model = create_model(recipe, len(content.classes))
+
+    # Data: lists, every picture read once (cached), the unreadable set aside by name.
     train, val, quarantined = content.train, content.val, []
     if recipe.verify_data:
         if not team.first:
@@ -586,29 +626,18 @@ def _train(
         )
     steps = recipe.epochs * steps_per_epoch
 
-    # Model, optimizer and where they start.
-    state = run.load_checkpoint()
-    borrowed = state is None
-    if state is None and recipe.resume_from:
-        state = resumed_state(recipe)
-    if state is not None:
-        _check_classes(runs.Run(ROOT / recipe.resume_from) if borrowed else run, content)
-    started = None
-    if state is None:  # else weights need not even be there any more
-        model, started = starting_model(recipe, content.classes)
-    else:
-        model = create_model(recipe, len(content.classes))
-    smallest = _smallest_part(len(train), recipe, team.world)
-    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if smallest == 1 and norms:
-        raise TrainingError(
-            "the last forward of an epoch would hold one picture, which batch norm cannot "
-            f"normalise ({len(train)} pictures, batch_size {recipe.batch_size}); set drop_last: "
-            "true or another batch_size"
-        )
     said = f"drawn from seed {recipe.seed}" if started is None else str(started)
     frozen = [models.module(model, name) for name in recipe.freeze]
     _wake(model, frozen)
+    batch_norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = any(m.training for m in batch_norms)
+    if norms and _smallest_part(len(train), recipe, team.world) == 1:
+        raise TrainingError(
+            "a forward would hold one image, which batch norm cannot normalise "
+            f"({len(train)} images, batch_size {recipe.batch_size}, micro_batch_size "
+            f"{recipe.micro_batch_size}); set drop_last: true and batch_size to 2 or more, with no "
+            "micro_batch_size or one that is 2 or more and divides it"
+        )
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
@@ -758,13 +787,9 @@ def _train(
     reader = data.batches(
         train,
         train_transform(recipe),
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
+        **draw_order(recipe),
         steps=range(progress.step, steps),
         micro_batch_size=recipe.micro_batch_size,
-        drop_last=recipe.drop_last,
-        repeated_aug=recipe.repeated_aug,
-        class_balance=recipe.class_balance,
         rank=team.rank,
         world=team.world,
         workers=workers,
@@ -1075,15 +1100,7 @@ def _quarantine(
 
 def _not_finite(run: runs.Run | None, train: Any, recipe: Any, step: int, loss: float) -> None:
     """Names the step and its pictures. The weights are spoilt from there on: nothing is saved."""
-    sampler = data.Sampler(
-        train.label,
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
-        drop_last=recipe.drop_last,
-        repeated_aug=recipe.repeated_aug,
-        class_balance=recipe.class_balance,
-    )
-    rows, _ = sampler.rows(step)
+    rows, _ = data.Sampler(train.label, **draw_order(recipe)).rows(step)
     batch = train.iloc[rows]
     if run is not None:
         run.save_frame("nonfinite.csv", batch[["file", "label"]].assign(step=step))
@@ -1132,13 +1149,9 @@ def first_pictures(
         data.batches(
             content.train,
             train_transform(recipe),
-            seed=recipe.seed,
-            batch_size=recipe.batch_size,
+            **draw_order(recipe),
             steps=range(1),
             micro_batch_size=count,
-            drop_last=recipe.drop_last,
-            repeated_aug=recipe.repeated_aug,
-            class_balance=recipe.class_balance,
         )
     )
     return DeviceTransform(recipe, len(content.classes), torch.device("cpu"))(batch)
