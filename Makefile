@@ -8,6 +8,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SPREAD := -n logical --maxprocesses 4 --dist worksteal
 PARAMS ?= params/digits_baseline.yaml
+# Threads that wait do not spin, also where a notebook or test imports torch before workbench.
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
 
 .PHONY: demo demo-distillation demo-downstream test test-slow lab bench train venv lint
 

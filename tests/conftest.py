@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Before workbench is imported anywhere: it reads the place of its cache once.
 os.environ["WORKBENCH_CACHE"] = tempfile.mkdtemp(prefix="workbench-tests-")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch is imported below, before workbench
 os.environ.pop("VIRTUAL_ENV", None)  # of another environment IPython would warn
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +33,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Trains in float64, by the same code: the order of a sum then changes 1e-16 of it.
+
+    In float32 two trainings of one recipe need bounds that depend on the processor's kernels.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def in_float64() -> None:
+    """The fixture float64 for the rest of a child process."""
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
 
 
 @pytest.fixture

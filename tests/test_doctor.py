@@ -95,6 +95,20 @@ def test_the_gradient_of_a_fresh_picture_is_the_formulas(knobs, slow, classes):
     assert doctor.gradient_scale(Recipe(**knobs), classes) == pytest.approx(slow(classes))
 
 
+@pytest.mark.parametrize("classes", [1, 2, 10, 1000])
+@pytest.mark.parametrize("options", [
+    {}, {"label_smoothing": 0.1}, {"loss": "bce"}, {"loss": "bce", "bce_sum": True},
+    {"loss": "bce", "bce_sum": True, "bce_shift": True, "label_smoothing": 0.1},
+    {"loss": "bce", "bce_threshold": 0.2, "label_smoothing": 0.1},
+], ids=str)  # fmt: skip
+def test_the_gradient_of_a_fresh_model_is_autograds(options, classes):
+    recipe = Recipe(**options)
+    logits = torch.zeros(1, classes, dtype=torch.float64, requires_grad=True)
+    training.loss_function(recipe)(logits, torch.zeros(1, dtype=torch.int64)).sum().backward()
+    wanted = logits.grad.norm().item()
+    assert doctor.gradient_scale(recipe, classes) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+
+
 def test_weight_decay_alone_halves_a_weight_in_the_epochs_it_says():
     knobs = {"epochs": 200, "batch_size": 100, "schedule": "constant"}
     for optimizer in ({"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "adamw"}):

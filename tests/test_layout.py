@@ -1,6 +1,7 @@
 """Imports point one way, dependencies stand once, and nothing depends on one machine."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ LEVEL_1 = {
     "images": {"consumer"},
     "augmentation": {"images", "operations"},
     "batched": {"operations"},
-    "data": {"augmentation", "images", "progress"},
+    "data": {"augmentation", "images", "progress", "schedule"},
     "cache": {"data", "images", "progress"},
     "models": {"recipe", "runs"},
     "distillation": {"mimic", "models", "recipe", "runs"},
@@ -47,7 +48,7 @@ LEVEL_2 = {
     "comparison": {"recipe", "runs"},
     "export": {*BELOW_TRAINING, "training", "comparison"},
     "united_perception": {"recipe", "schedule"},
-    "doctor": {"data", "distillation", "models", "progress", "recipe", "training"},
+    "doctor": {"data", "distillation", "models", "progress", "recipe", "schedule", "training"},
 }
 BELOW_VIEWS = {*BELOW_TRAINING, *LEVEL_2}
 ARROWS = {
@@ -125,6 +126,51 @@ def test_a_recipe_is_judged_without_loading_anything_heavy():
         [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "words, also",
+    [
+        (["--help"], ["pandas"]),
+        (["options"], ["pandas"]),
+        (["knobs"], ["pandas"]),  # the name it had before
+        (["doctor", "params/resnet50_a3_100e.yaml", "--images", "9999", "--classes", "9"],
+         ["pandas", "numpy"]),
+        (["doctor", "params/resnet50_a3_100e.yaml"], ["pandas", "numpy"]),  # and no data there
+        (["runs", "params"], []),
+    ],
+    ids=lambda words: " ".join(words)[:40],
+)  # fmt: skip
+def test_a_command_that_needs_no_network_imports_none(words, also):
+    code = (
+        "import sys; from workbench.__main__ import main; heavy = sys.argv.pop().split(',')\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end, file=sys.stderr)\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    heavy = ["torch", "torchvision", "timm", "matplotlib", "PIL", "IPython", "scipy", *also]
+    command = [sys.executable, "-c", code, *words, ",".join(heavy)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout[-500:]
+    if words[0] == "doctor" and "--images" not in words:
+        assert "set data_dir, or give --images and --classes" in done.stderr
+
+
+@pytest.mark.parametrize("asked", [None, "ACTIVE"])
+def test_threads_wait_without_spinning_unless_asked_otherwise(asked):
+    """OpenMP reads its environment once, when torch loads it."""
+    code = (
+        "import os, sys, workbench; early = 'torch' in sys.modules; import torch; "
+        "print(early, os.environ['OMP_WAIT_POLICY'])"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    given = {"OMP_WAIT_POLICY": asked} if asked else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
+        env={**clean, **given, "OMP_DISPLAY_ENV": "true"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", asked or "PASSIVE"]
+    assert f"OMP_WAIT_POLICY = '{asked or 'PASSIVE'}'" in done.stderr  # what OpenMP understood
 
 
 # ---- dependencies

@@ -5,6 +5,9 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
+# Before torch loads its OpenMP: threads that wait spinning take the cores from other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def _root() -> Path:
     """The folder relative paths start from: Jupyter and papermill begin in different ones."""

@@ -27,16 +27,13 @@ STOPPED = 3  # exit code of a run that was stopped and can be resumed
 
 def main() -> None:
     """Runs a command; what a person can mend is one message and exit code 1, not a traceback."""
-    from workbench.recipe import RecipeError
-
     try:
         app()
-    except RecipeError as error:
-        sys.exit(str(error))
     except (ValueError, RuntimeError, OSError) as error:
         if not type(error).__module__.startswith("workbench."):
             raise
-        sys.exit(f"{type(error).__name__}: {error}")
+        name = type(error).__name__
+        sys.exit(str(error) if name == "RecipeError" else f"{name}: {error}")
 
 
 def _recipe(params: Path, overrides: list[str]):
@@ -183,20 +180,26 @@ def doctor(
 ) -> None:
     """Say what a recipe will do, and what speaks against it, before it trains."""
     recipe = _recipe(params, p)
-    import numpy as np
-
-    from workbench import data, training
     from workbench import doctor as rules
 
     counts = None
     if images is None or classes is None:
+        base = ROOT / Path(recipe.data_dir).expanduser()
+        paths = [base / path for path in recipe.train_list or recipe.train_root]
+        if recipe.dataset == "files" and not any(map(Path.exists, paths)):  # before torch loads
+            sys.exit(f"there is no {paths[0]}; set data_dir, or give --images and --classes")
+        import numpy as np
+
+        from workbench import data, training
+
         content = data.open_data(recipe)
         training.create_model(recipe, len(content.classes))  # checks its image sizes
         images, classes = len(content.train), len(content.classes)
         counts = np.bincount(content.train.label, minlength=classes).tolist()
         if content.passed:
             print(data.passed_over(content.passed))
-    for finding in rules.examine(recipe, images=images, classes=classes, counts=counts):
+    sizes = {"images": images, "classes": classes, "counts": counts}
+    for finding in rules.examine(recipe, **sizes, measured=counts is not None):
         print(finding)
     if recipe.teacher and counts:
         report = rules.teachers(recipe, content)
@@ -358,9 +361,10 @@ def import_up(
     print(found.summary(), file=sys.stderr)
 
 
+@app.command("knobs", hidden=True)
 @app.command()
-def knobs() -> None:
-    """Print every knob of a recipe with its default and meaning."""
+def options() -> None:
+    """Print every option of a recipe with its default and meaning."""
     from workbench.recipe import Recipe
 
     print(Recipe.cell())

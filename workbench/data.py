@@ -43,6 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from workbench import CACHE, ROOT, images
 from workbench.progress import bar
+from workbench.schedule import steps_per_epoch
 
 COLUMNS = ["file", "label", "path", "list"]  # list: the number of the list an entry came from
 
@@ -718,11 +719,6 @@ def repeat(rows: np.ndarray, batch_size: int, copies: int) -> tuple[np.ndarray, 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """64 bits for what the model draws in one step (dropout, drop path)."""
     return int(stream(seed, STEP, step, rank).bit_generator.random_raw())
-
-
-def steps_per_epoch(count: int, batch_size: int, drop_last: bool = False) -> int:
-    """Optimizer steps in an epoch; the incomplete last batch counts unless it is dropped."""
-    return count // batch_size if drop_last else -(-count // batch_size)
 
 
 def apportion(shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -384,7 +384,8 @@ class Distillation:
             found = self.kept.read(batch)
             if found is None:
                 answers = self._ask(images)
-                self.kept.write(batch, torch.cat([a.logits.float() for a in answers], 1))
+                logits = torch.cat([a.logits for a in answers], 1)
+                self.kept.write(batch, logits.to(torch.float32))
                 return answers
             return [Answer(logits.to(self.device), {}) for logits in found.split(self.classes, 1)]
         return self._ask(images)

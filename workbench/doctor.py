@@ -7,20 +7,26 @@ Facts follow from the recipe; a warning stands on evidence, which it names. It i
 is refused for it.
 """
 
+from __future__ import annotations
+
 import contextlib
+import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import pandas as pd
-import torch
-from torch.nn import functional as F
-
-from workbench import data, distillation, models, training
-from workbench.progress import bar
+from workbench import schedule
 from workbench.recipe import TEMPERED, mixes, on_logits, one_each
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a recipe is judged without it
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    from workbench import data
 
 
 class Finding(NamedTuple):
@@ -41,19 +47,23 @@ def examine(
     classes: int,
     counts: Sequence[int] | None = None,
     shrunk: int | None = None,
+    measured: bool = True,
 ) -> list[Finding]:
     """Facts first, then warnings, for a training list of `images` pictures in `classes` classes.
 
     `counts` are the pictures of every class and `shrunk` those that train_resize makes smaller,
-    where they are known. Raises TrainingError for a recipe that cannot be trained on so many
+    where they are known. `measured` applies the augmentation and asks timm too, which takes
+    seconds. Raises TrainingError for a recipe that cannot be trained on so many
     pictures, ModelError for a model that does not exist.
     """
-    models.check_name(recipe.model)
+    _check_name(recipe.model)
     if classes < 2:
+        from workbench import data
+
         raise data.DataError(f"there is {classes} class, and a classifier needs two or more")
-    per_epoch = data.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
+    per_epoch = schedule.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
     if per_epoch == 0:
-        raise training.TrainingError(
+        raise schedule.TrainingError(
             f"batch_size {recipe.batch_size} is above {images} pictures and drop_last leaves none"
         )
     steps = recipe.epochs * per_epoch
@@ -68,7 +78,7 @@ def examine(
     ]
     warnings = [
         Finding("warning", text, source)
-        for rule, source in _EVIDENCE
+        for rule, source in _EVIDENCE + _MEASURED * measured
         if (text := rule(recipe, per_epoch, steps, classes))
     ]
     if counts is not None and 0 in counts:
@@ -80,14 +90,30 @@ def examine(
     return [*(Finding("fact", text) for text in facts), *warnings]
 
 
-def gradient_scale(recipe: Any, classes: int) -> float:
-    """Norm of the loss's gradient at the logits of a fresh model, for one picture of one class.
+def _check_name(name: str) -> None:
+    """Raises ModelError where timm has no such model; timm is imported for names it lacks only."""
+    folder = Path(importlib.util.find_spec("timm").origin).parent / "models"
+    made = re.compile(rf"^@register_model\ndef {re.escape(name.split('.')[0])}\(", re.M)
+    if not any(made.search(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")):
+        from workbench import models
 
-    Logits of a fresh model are near 0. Plain cross-entropy gives sqrt(1 - 1 / classes).
+        models.check_name(name)
+
+
+def gradient_scale(recipe: Any, classes: int) -> float:
+    """Norm of the loss's gradient at the logits of a fresh model, for one image of one class.
+
+    Logits of a fresh model are near 0. Plain cross-entropy gives sqrt(1 - 1 / classes). The
+    gradient is the prediction less the target: softmax, or sigmoid, of logits of 0.
     """
-    logits = torch.zeros(1, classes, dtype=torch.float64, requires_grad=True)
-    training.loss_function(recipe)(logits, torch.zeros(1, dtype=torch.int64)).sum().backward()
-    return logits.grad.norm().item()
+    rest, said, share = recipe.label_smoothing / classes, 1 / classes, 1.0
+    wanted = [1 - recipe.label_smoothing + rest, rest]
+    if recipe.loss == "bce":
+        said = 1 / (1 + classes) if recipe.bce_shift else 0.5
+        share = 1.0 if recipe.bce_sum else 1 / classes
+        if recipe.bce_threshold is not None:
+            wanted = [float(target > recipe.bce_threshold) for target in wanted]
+    return share * math.hypot(said - wanted[0], math.sqrt(classes - 1) * (said - wanted[1]))
 
 
 # ---- facts
@@ -114,8 +140,8 @@ def _classes(images: int, classes: int, counts: Sequence[int] | None) -> str:
 
 
 def _rate(recipe: Any, per_epoch: int, steps: int) -> str:
-    rate = training.lr_schedule(recipe, per_epoch)
-    climb = training.warmup_steps(recipe, per_epoch)
+    rate = schedule.lr_schedule(recipe, per_epoch)
+    climb = schedule.warmup_steps(recipe, per_epoch)
     text = f"lr stands at its peak of {recipe.lr:g}"
     if climb:
         text = (
@@ -208,6 +234,13 @@ def teachers(
     list on which the student's start says the same); step_share (percent of a step's time that
     the teacher takes); state (of its own run). Raises DistillationError or ModelError.
     """
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    from workbench import data, distillation, models, training
+    from workbench.progress import bar
+
     device = training.pick_device(recipe.device)
     bf16 = training.pick_precision(recipe.precision, device) == "bf16"
     model, _ = training.starting_model(recipe, content.classes)
@@ -293,6 +326,10 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     Guo et al., arXiv 1706.04599, section 4.2.
     """
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
     z, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
     grid = np.geomspace(LEAST_T, MOST_T, 301)
     return float(grid[np.argmin([F.cross_entropy(z / t, y).item() for t in grid])])
@@ -309,7 +346,9 @@ def about_teachers(recipe: Any, report: pd.DataFrame) -> list[Finding]:
 
 
 def _first_batches(recipe: Any, content: data.Data) -> Any:
-    per_epoch = data.steps_per_epoch(len(content.train), recipe.batch_size, recipe.drop_last)
+    from workbench import data, training
+
+    per_epoch = schedule.steps_per_epoch(len(content.train), recipe.batch_size, recipe.drop_last)
     return data.batches(
         content.train,
         training.train_transform(recipe),
@@ -320,6 +359,9 @@ def _first_batches(recipe: Any, content: data.Data) -> Any:
 
 
 def _entropy(logits: np.ndarray) -> float:
+    import torch
+    from torch.nn import functional as F
+
     log_p = F.log_softmax(torch.from_numpy(logits).double(), 1)
     return float(-(log_p.exp() * log_p).sum(1).mean())
 
@@ -328,6 +370,10 @@ def _step_shares(
     recipe: Any, kd: Any, images: torch.Tensor, targets: torch.Tensor, bf16: bool
 ) -> list[float]:
     """The part of forward and backward of one batch that each teacher takes, median of three."""
+    import torch
+
+    from workbench import models, training
+
     device = images.device
 
     def learn() -> None:
@@ -501,7 +547,7 @@ def _sgd_rate(recipe, per_epoch, steps, classes):
 
 def _no_warmup(recipe, per_epoch, steps, classes):
     return (
-        training.warmup_steps(recipe, per_epoch) == 0
+        schedule.warmup_steps(recipe, per_epoch) == 0
         and recipe.schedule != "one_cycle"
         and _from_scratch(recipe)
         and recipe.batch_size >= 1024
@@ -511,7 +557,7 @@ def _no_warmup(recipe, per_epoch, steps, classes):
 
 
 def _long_warmup(recipe, per_epoch, steps, classes):
-    climb = training.warmup_steps(recipe, per_epoch)
+    climb = schedule.warmup_steps(recipe, per_epoch)
     return (
         climb > 0.2 * steps
         and f"the warm-up takes {climb:,} of {steps:,} steps; published recipes take 1 to 7 %. "
@@ -570,6 +616,10 @@ def lost_share(recipe: Any, draws: int = 200) -> float:
     """The share of training images of noise of which one colour covers 3/4 after augmentation."""
     if not (recipe.randaug_n or recipe.autoaugment or recipe.brightness or recipe.contrast):
         return 0.0
+    import numpy as np
+
+    from workbench import training
+
     size = recipe.image_size
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     transform = replace(training.train_transform(recipe), on_device=False)
@@ -584,6 +634,12 @@ def _nothing_left(recipe, per_epoch, steps, classes):
         "covers 3/4 of their pixels or more; make it milder, or take randaug_form: timm, which "
         "moves by at most 45 % of the side (up by randaug_m times 10 pixels at any image_size)"
     )
+
+
+def _other_normalization(recipe, per_epoch, steps, classes):
+    from workbench import training
+
+    return training.other_normalization(recipe)
 
 
 def _mirrored_writing(recipe, per_epoch, steps, classes):
@@ -606,7 +662,7 @@ def _small_norm_batch(recipe, per_epoch, steps, classes):
 def _short_of_the_end(recipe, per_epoch, steps, classes):
     if recipe.cosine_epochs is None:
         return False
-    last = training.lr_schedule(recipe, per_epoch)(steps - 1)
+    last = schedule.lr_schedule(recipe, per_epoch)(steps - 1)
     return (
         last > recipe.lr_min + 0.005 * recipe.lr
         and f"cosine_epochs {recipe.cosine_epochs:g} after the warm-up reach beyond the last "
@@ -675,8 +731,6 @@ _EVIDENCE = [
     (_weak_pull, "the formula; timm's bce_sum and UP's bias exist for it"),
     (_short_mixing, "arXiv 1812.01187, section 5"),
     (_smoothing_and_threshold, "the formula; timm thresholds after smoothing"),
-    (_nothing_left, "200 draws of this recipe's augmentation on an image of noise"),
-    (lambda r, *_: training.other_normalization(r), "its run's recipe; timm's pretrained_cfg"),
     (_mirrored_writing, "b and d, 2 and its mirror image"),
     (_small_norm_batch, "arXiv 1803.08494, figure 1"),
     (_short_of_the_end, _UP),
@@ -684,4 +738,8 @@ _EVIDENCE = [
     (_few_beside_each_other, "the formula: arXiv 2205.10536, eq. 10"),
     (_rate_of_a_scratch, "United Perception's page on downstream tasks: 0.1 or 0.01 of it"),
     (_frozen_at_random, "United Perception freezes pre-trained layers"),
+]
+_MEASURED = [
+    (_nothing_left, "200 draws of this recipe's augmentation on an image of noise"),
+    (_other_normalization, "its run's recipe; timm's pretrained_cfg"),
 ]

@@ -1,7 +1,7 @@
 """What limits a training: the loader, the model, and what a cache or more cores would change.
 
     speed = meter.measure(recipe, content)   # before: each alone on this machine, a few seconds
-    speed.verdict(recipe)                    # "Loading takes 60% ...; a cache would give about 2x"
+    speed.verdict(recipe)                    # "... the loader is the limit; a cache would give 2x"
     meter.seen(run.steps(), device)          # afterwards: what the run's own rows say
 
 The rows of a training (steps.csv) hold both as they are beside each other, sharing the cores.
@@ -63,31 +63,34 @@ class Speed:
     def verdict(self, recipe: Any) -> str:
         """One sentence: what limits this recipe here, and what would help."""
         one_core = self.cached if recipe.cache else self.files
-        now, gain = self.together(one_core), self.together(self.cached) / self.together(one_core)
-        if self.device == "cpu":
-            share = now / (one_core * self.cores)
-            source = "a cache" if recipe.cache else "files"
-            text = f"Loading from {source} takes {share:.0%} of the time of {_cores(self.cores)}"
-            limited = share > 0.1
-        else:
-            given = f"{_cores(self.loaders, self.cores)} load {one_core * self.loaders:,.0f} img/s"
-            limited = one_core * self.loaders < self.model
-            side = "loader" if limited else "model"
-            text = f"The {side} is the limit: {given}, the model takes {self.model:,.0f}"
-        if not limited:
-            return f"{text}; faster loading would change little."
-        if not recipe.cache and gain > 1.15:
+        now, loader = self.together(one_core), one_core * self.loaders
+        share = now / (one_core * self.cores) if self.device == "cpu" else 0.0
+        text = (
+            f"{self.loaders} of {self.cores} cores load {loader:,.0f} img/s from "
+            f"{'a cache' if recipe.cache else 'files'}, the model takes {self.model:,.0f}: "
+            f"{_limit(loader, self.model, share)}"
+        )
+        if loader >= self.model:
+            return f"{text}."
+        if not recipe.cache and (gain := self.together(self.cached) / now) > 1.15:
             return f"{text}; a cache (cache: true) would give about {gain:.1f}x."
         if self.device != "cpu" and self.loaders < self.cores:
             return f"{text}; more workers would help."
         if self.device != "cpu" and not recipe.augment_on_device:
             return f"{text}; augment_on_device: true would leave the cores less to do."
-        return f"{text}; more cores, or fewer operations on a picture, would help."
+        return f"{text}; more cores, or fewer operations on an image, would help."
 
 
-def _cores(count: int, of: int | None = None) -> str:
-    count = f"{count} of {of}" if of else f"{count}"
-    return f"{count} core{'' if count == '1' else 's'}"
+def _limit(loader: float, model: float, share: float) -> str:
+    """The slower side, from images per second: the one rule before and after a training.
+
+    `share` is the part of the CPU that loading takes from the model, 0 where that is on a device.
+    """
+    if loader < model:
+        return "the loader is the limit"
+    if share <= 0.13:  # without it a training is at most 1.15 times as fast
+        return "the model is the limit; faster loading would change little"
+    return f"the model is the limit; faster loading would give at most {1 / (1 - share):.1f}x"
 
 
 def seen(steps: pd.DataFrame, device: str) -> str:
@@ -104,10 +107,8 @@ def seen(steps: pd.DataFrame, device: str) -> str:
         f"{both:,.0f} img/s: the loaders worked {min(1, both / loader):.0%} of the time and gave "
         f"{loader:,.0f} meanwhile, the model {1 - waiting:.0%} and took {model:,.0f}"
     )
-    if device == "cpu":  # waiting says little there: the loaders take their cores from the model
-        much = both / loader > 0.15  # as in the forecast: a gain of about 1.15 or more
-        return f"{text}. Faster loading would {'help' if much else 'change little'}."
-    return f"{text}. The {'loader' if loader < model else 'model'} was the limit."
+    share = min(0.99, both / loader) if device == "cpu" else 0.0  # of the cores, which they share
+    return f"{text}: {_limit(loader, model, share)}."
 
 
 def measure(recipe: Any, content: data.Data, seconds: float = 4.0) -> Speed:

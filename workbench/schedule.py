@@ -8,7 +8,9 @@ Every schedule stands at its peak in the first step after the warm-up, so nothin
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,50 @@ def _share(step: int, steps: int, start: int, hold: int, period: int | None = No
     """How much of the way from `start` to the end a step has gone, 0 to 1."""
     gone = max(0, step // hold * hold - start)
     return min(1.0, gone / max(1, period or steps - start))
+
+
+# ---- of a recipe
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the text says where it stood and what to try."""
+
+
+def steps_per_epoch(count: int, batch_size: int, drop_last: bool = False) -> int:
+    """Optimizer steps in an epoch; the incomplete last batch counts unless it is dropped."""
+    return count // batch_size if drop_last else -(-count // batch_size)
+
+
+def warmup_steps(recipe: Any, steps_per_epoch: int) -> int:
+    """Steps of climb, from warmup_steps or warmup_epochs."""
+    return recipe.warmup_steps or round(recipe.warmup_epochs * steps_per_epoch)
+
+
+def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step, counted from 0.
+
+    Raises TrainingError when the warm-up would leave no training at the peak.
+    """
+    steps = recipe.epochs * steps_per_epoch
+    climb = warmup_steps(recipe, steps_per_epoch)
+    if climb >= steps:
+        raise TrainingError(
+            f"the warm-up takes {climb} steps and the whole training {steps}; lower warmup_steps"
+        )
+    warmup = Warmup(climb, recipe.warmup_ratio, recipe.warmup)
+    hold = steps_per_epoch if recipe.lr_per_epoch else 1
+    match recipe.schedule:
+        case "multistep":
+            milestones = tuple(m * steps_per_epoch for m in recipe.milestones)
+            return MultiStep(recipe.lr, milestones, recipe.gamma, warmup)
+        case "step":
+            every = recipe.step_epochs * steps_per_epoch
+            return Step(recipe.lr, every, recipe.gamma, warmup)
+        case "cosine":
+            period = recipe.cosine_epochs and round(recipe.cosine_epochs * steps_per_epoch)
+            return Cosine(recipe.lr, steps, recipe.lr_min, warmup, hold, period)
+        case "polynomial":
+            return Polynomial(recipe.lr, steps, recipe.power, recipe.lr_min, warmup, hold)
+        case "one_cycle":
+            return OneCycle(recipe.lr, steps, recipe.pct_start)
+    return Constant(recipe.lr, warmup)

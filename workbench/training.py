@@ -21,6 +21,7 @@ import signal
 import subprocess
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,15 +50,10 @@ from workbench import (
     losses,
     models,
     runs,
-    schedule,
 )
 from workbench.lamb import LAMB
 from workbench.progress import bar
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the text says where it stood and what to try."""
-
+from workbench.schedule import TrainingError, lr_schedule
 
 # ---- what a recipe means, as values a notebook can look at before it trains
 
@@ -117,41 +113,6 @@ def keep(
     )
     cache.build(*caches, progress=progress)
     return caches
-
-
-def warmup_steps(recipe: Any, steps_per_epoch: int) -> int:
-    """Steps of climb, from warmup_steps or warmup_epochs."""
-    return recipe.warmup_steps or round(recipe.warmup_epochs * steps_per_epoch)
-
-
-def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate as a function of the step, counted from 0.
-
-    Raises TrainingError when the warm-up would leave no training at the peak.
-    """
-    steps = recipe.epochs * steps_per_epoch
-    climb = warmup_steps(recipe, steps_per_epoch)
-    if climb >= steps:
-        raise TrainingError(
-            f"the warm-up takes {climb} steps and the whole training {steps}; lower warmup_steps"
-        )
-    warmup = schedule.Warmup(climb, recipe.warmup_ratio, recipe.warmup)
-    hold = steps_per_epoch if recipe.lr_per_epoch else 1
-    match recipe.schedule:
-        case "multistep":
-            milestones = tuple(m * steps_per_epoch for m in recipe.milestones)
-            return schedule.MultiStep(recipe.lr, milestones, recipe.gamma, warmup)
-        case "step":
-            every = recipe.step_epochs * steps_per_epoch
-            return schedule.Step(recipe.lr, every, recipe.gamma, warmup)
-        case "cosine":
-            period = recipe.cosine_epochs and round(recipe.cosine_epochs * steps_per_epoch)
-            return schedule.Cosine(recipe.lr, steps, recipe.lr_min, warmup, hold, period)
-        case "polynomial":
-            return schedule.Polynomial(recipe.lr, steps, recipe.power, recipe.lr_min, warmup, hold)
-        case "one_cycle":
-            return schedule.OneCycle(recipe.lr, steps, recipe.pct_start)
-    return schedule.Constant(recipe.lr, warmup)
 
 
 def mimic_ramp(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
@@ -1285,7 +1246,9 @@ class _Team:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():  # its successor would overwrite buffers at the start
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def max(self, code: int) -> int:
         """The largest of all processes' codes: they stop and save at the same step."""
