@@ -504,7 +504,7 @@ REFUSED = {
         ["an epoch had 3 steps, now 2"],
     ),
     "resume_from another model": (
-        lambda w: {"resume_from": str(w / "runs/first-seed0"), "model": "test_convnext"},
+        lambda w: {"resume_from": str(w / "runs/first-seed0"), "model": "resnet10t"},
         RunError,
         ["last.pt does not fit", "`weights`"],
     ),

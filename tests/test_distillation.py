@@ -1576,7 +1576,7 @@ WRONG = {
     ),
     # no weights of that model
     "cut safetensors": (lambda w: cut(w, "t.safetensors"), ME, ["no readable safetensors file"]),
-    "a cut file": (lambda w: cut(w, "t.pt"), ME, ["t.pt is truncated, no PyTorch file"]),
+    "a cut file": (lambda w: cut(w, "t.pt"), ME, ["t.pt is truncated or no PyTorch file"]),
     "another model": (
         lambda w: filed(w, model="resnet10t"), KD,
         ["t.safetensors is incomplete, or not of resnet10t", "made anew"],

@@ -408,7 +408,7 @@ def test_the_report_leaves_student_teachers_and_every_stream_of_chance_alone(tau
 def test_a_step_is_shared_out_by_the_seconds_that_each_takes(taught, monkeypatch):
     """By a clock that only the forwards move: three seconds, one, and four for the student."""
     clock = [0.0]
-    monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(models.time, "perf_counter", lambda: clock[0])
     recipe = student(taught)
     kd = distillation.Distillation(
         recipe, training.create_model(recipe, 10), [str(i) for i in range(10)], torch.device("cpu")
