@@ -379,9 +379,9 @@ REFUSED = {
     # recipes
     "knob unknown": (lambda w: {"learning_rate": 0.1}, RecipeError, ["learning_rate", "'lr'"]),
     "several problems at once": (
-        lambda w: {"epoch": 3, "lr": -1, "model": 5, "milestones": [1]},
+        lambda w: {"epoch": 3, "lr": -1, "model": ["x"], "milestones": [1]},
         RecipeError,
-        ["4 problems", "'epochs'", "lr: -1", "model: 5", "milestones: [1] would change nothing"],
+        ["4 problems", "'epochs'", "lr: -1", "model: ", "milestones: [1] would change nothing"],
     ),
     "knob that would change nothing": (
         lambda w: {"optimizer": "adamw", "nesterov": True},

@@ -143,7 +143,8 @@ def test_papermill_killed_in_training_goes_on_and_ends_as_if_undisturbed(tmp_pat
     [line] = [x for x in said["model"][0].text.splitlines() if x.startswith("test_resnet")]
     millions = run.environment()["parameters"] / 1e6
     assert line.startswith(f"test_resnet: {millions:.3f} M parameters, 0.0041 G multiply-adds, ")
-    assert said["why"][0].text.startswith(f"{run.path}/last.pt [ema]")
+    kind, measured = run.choose_weights()
+    assert said["why"][0].text == f"{run.path}/last.pt [{kind}] {measured}\n"
     assert [list(o.get("data", {})) for o in said["why"]][1:] == [["image/png", "text/plain"]]
 
 

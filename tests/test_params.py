@@ -199,9 +199,10 @@ def size(
     recipe = Recipe.model_construct(
         model=model, deep_stem=deep_stem, avg_down=avg_down, image_size=pixels
     )
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.device("meta"), torch.no_grad():
         network = training.create_model(recipe, classes).eval()
-        network(torch.zeros(1, 3, pixels, pixels))
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, 3, pixels, pixels))
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() / 2
 
 

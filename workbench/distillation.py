@@ -71,7 +71,7 @@ class Teacher:
         """
         if (mean, std) != (self.mean, self.std):
             ours, theirs = (
-                _constant(tuple(m), tuple(s), images.device)
+                _constant(tuple(m), tuple(s), images.device, images.dtype)
                 for m, s in ((mean, std), (self.mean, self.std))
             )
             images = (images * ours[1] + (ours[0] - theirs[0])) / theirs[1]
@@ -82,8 +82,10 @@ class Teacher:
 
 
 @functools.cache  # copied to a GPU once: every copy would make the step wait
-def _constant(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor([mean, std], device=device).reshape(2, 1, 3, 1, 1)
+def _constant(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    return torch.tensor([mean, std], device=device, dtype=dtype).reshape(2, 1, 3, 1, 1)
 
 
 def open_teachers(recipe: Any, classes: list[str]) -> list[Teacher]:
