@@ -26,6 +26,7 @@ from workbench.recipe import RESNETS, TEMPERED, Recipe, RecipeError
 TAKEN, NOTHING = "taken", "no meaning here"
 MISSING = "not understood or not reproduced, decide"
 DEFECT = "would not have done what it says"
+_KIND_NAMES = {"nothing": NOTHING, "missing": MISSING, "defect": DEFECT}
 IMAGENET = 1_281_167  # pictures of ImageNet-1k's training list
 
 
@@ -39,10 +40,6 @@ class Note(NamedTuple):
     kind: str  # TAKEN, MISSING, DEFECT or NOTHING
     where: str
     text: str
-
-    @property
-    def assumed(self) -> bool:
-        return self.where.startswith(("*", "--")) and "." not in self.where
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,18 @@ class Found:
     source: str
     origin: dict[str, Note] = field(repr=False)  # knob -> its note
 
+    def _shown(self, kind: str) -> list[Note]:
+        """The notes of a kind; of what was taken only what was assumed: aliases and options."""
+        assumed = lambda where: where.startswith(("*", "--")) and "." not in where
+        return [n for n in self.notes if n.kind == kind and (kind != TAKEN or assumed(n.where))]
+
     def params(self) -> str:
         """A params file: the notes as comments, then the changed knobs and where they stood."""
         head = f"{self.recipe.name}.yaml: read from United Perception's {self.source}"
         lines = [f"# {head if head.isprintable() else ascii(head)}"]
         wrap = {"width": 100, "initial_indent": "#   ", "subsequent_indent": "#     "}
         for kind in (MISSING, TAKEN, DEFECT, NOTHING):
-            notes = [n for n in self.notes if n.kind == kind and n not in self.origin.values()]
-            notes = [n for n in notes if kind != TAKEN or n.assumed]
+            notes = [n for n in self._shown(kind) if n not in self.origin.values()]
             lines += [f"# {kind}:"] if notes else []
             for note in notes[:100]:  # a params file is a page or two
                 lines += textwrap.wrap(f"{note.where}: {note.text}", **wrap)
@@ -75,19 +76,20 @@ class Found:
             how |= {"default_flow_style": True, "allow_unicode": True}
             line = yaml.safe_dump({knob: value}, **how).strip()[1:-1]
             if note := self.origin.get(knob):
-                line = f"{line:<25} # {note.where}{note.text.removeprefix(_says(knob, value))}"
+                line = (
+                    f"{line:<25} # {note.where}{note.text.removeprefix(f'{knob} {_short(value)}')}"
+                )
             lines.append(line)
         return "\n".join(lines) + "\n"
 
     def summary(self) -> str:
         """How many notes there are of each kind, and those that a person should read."""
         kinds = (MISSING, DEFECT, NOTHING, TAKEN)
-        counts = {k: sum(n.kind == k for n in self.notes) for k in kinds}
-        lines = [f"{self.source}: {', '.join(f'{n} {kind}' for kind, n in counts.items())}"]
+        counts = [f"{sum(n.kind == kind for n in self.notes)} {kind}" for kind in kinds]
+        lines = [f"{self.source}: {', '.join(counts)}"]
         for kind in (MISSING, DEFECT, TAKEN):
-            notes = [n for n in self.notes if n.kind == kind and (kind != TAKEN or n.assumed)]
-            lines += [f"{kind}:"] if notes else []
-            lines += [f"  {n.where}: {n.text}" for n in notes]
+            notes = [f"  {n.where}: {n.text}" for n in self._shown(kind)]
+            lines += [f"{kind}:", *notes] if notes else []
         return "\n".join(lines)
 
 
@@ -134,10 +136,6 @@ def _read(text: str, source: str, gpus: Any, images: Any, name: str | None) -> F
         raise UnitedPerceptionError(f"{source}: a number beyond computing: {error}") from None
 
 
-def _says(knob: str, value: Any) -> str:
-    return f"{knob} {_short(value)}"
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -146,24 +144,6 @@ def _short(value: Any) -> str:
 # ---- YAML, as nodes that know their line
 
 _MOST_TEXT, _MOST_NODES, _DEEPEST = 60_000, 3_000, 30
-
-# What an alias stands for when its anchor is in another block of the page: UP's usual pipeline.
-_USUAL = """
-random_resized_crop: {type: torch_random_resized_crop, kwargs: {size: 224}}
-random_horizontal_flip: {type: torch_random_horizontal_flip}
-pil_color_jitter:
-  {type: torch_color_jitter, kwargs: {brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1}}
-torch_resize: {type: torch_resize, kwargs: {size: 256}}
-torch_center_crop: {type: torch_center_crop, kwargs: {size: 224}}
-to_tensor: {type: to_tensor}
-normalize: {type: normalize, kwargs: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}}
-mixup: {type: torch_mixup, kwargs: {alpha: 0.2}}
-rand_erase: {type: torch_randerase, kwargs: {probability: 0.25}}
-cutmix_mixup:
-  {type: torch_cutmix_mixup, kwargs: {mixup_alpha: 0.1, cutmix_alpha: 1.0, switch_prob: 0.5}}
-random_augmentation:
-  {type: torch_random_augmentationIncre, kwargs: {n: 2, m: 7, magnitude_std: 0.5}}
-"""
 
 
 @dataclass(eq=False)
@@ -198,9 +178,19 @@ class _Alias(yaml.ScalarNode):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader as far as its graph of nodes: these are counted, any alias is let through."""
+    """The safe loader down to _Nodes, which are counted; any alias is let through.
 
-    depth = count = 0
+    It refuses what PyYAML lets pass and no configuration means.
+    """
+
+    VALUES = {f"tag:yaml.org,2002:{tag}" for tag in ("int", "float", "bool", "null")}
+    TEXTS = {f"tag:yaml.org,2002:{tag}" for tag in ("str", "timestamp", "value", "merge")}
+    BLOCKS = {f"tag:yaml.org,2002:{tag}" for tag in ("seq", "map")}
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = self.count = 0
+        self.built: dict[int, _Node | None] = {}  # by source; None while it is being built
 
     def compose_node(self, parent, index):
         event = self.peek_event()
@@ -215,95 +205,37 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-
-def _fault(line: int, text: str) -> UnitedPerceptionError:
-    return UnitedPerceptionError(f"line {line}: {text}")
-
-
-def _parse(text: str, top: str = "") -> _Node:
-    """The nodes of a YAML text. Raises UnitedPerceptionError, whatever the text is."""
-    if not isinstance(text, str) or len(text) > _MOST_TEXT:
-        raise UnitedPerceptionError(f"wanted YAML text of at most {_MOST_TEXT:,} characters")
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise _fault(line, f"{error.character!r} is no character of a text file") from None
-    except yaml.MarkedYAMLError as error:
-        raise _explained(error, text.splitlines() or [""]) from None
-    except (yaml.YAMLError, ValueError, LookupError) as error:  # PyYAML on odd escapes
-        raise UnitedPerceptionError(f"no YAML: {error}") from None
-    if not isinstance(root, yaml.CollectionNode):
-        came = _short(root.value) if root else "nothing"
-        raise UnitedPerceptionError(f"holds {came}; wanted blocks such as `trainer:` or `dataset:`")
-    return _Builder(loader).node(root, top)
-
-
-def _explained(error: yaml.MarkedYAMLError, lines: list[str]) -> UnitedPerceptionError:
-    """The line to mend, and how, for an error of PyYAML's."""
-    problem, context = error.problem or "", error.context or ""
-    last = min((error.problem_mark or error.context_mark).line, len(lines) - 1)
-    start = min(error.context_mark.line if error.context_mark else 0, last)
-    if "single document" in context:
-        return _fault(last + 1, "a second document begins; keep one")
-    if "\\t" in problem:
-        return _fault(last + 1, "a tab; indent with spaces")
-    bare = [re.sub(r"(^|\s)#.*|\"[^\"]*\"|'[^']*'", "", line).strip() for line in lines]
-    at = lambda i: _short(lines[i].strip())
-    # A quote that is not closed runs on to the next one, or to the end of the text.
-    for i in [start] if "quoted" in context else range(last, max(-1, last - 4), -1):
-        if re.search(r"[:\[,-]\s*['\"]", bare[i]):
-            return _fault(i + 1, f"the quote of {at(i)} is not closed; close it")
-    above = next((i for i in range(last - 1, -1, -1) if bare[i]), last)
-    for i in sorted({start, above, last}):
-        if bare[i] and ":" not in bare[i] and bare[i][0] not in "-[]{}&*!|>%@?":
-            more = "put it behind a # if it is the tail of a wrapped comment, or delete it"
-            return _fault(i + 1, f"{at(i)} is no `key: value`; {more}")
-    if context == "while parsing a block collection":
-        more = f"stands beside the entry {at(start)}, not in it; indent it by two spaces more"
-        return _fault(last + 1, f"{at(last)} {more}, and type and kwargs alike")
-    more = "look at the indentation, brackets and quotes here and in the line above"
-    return _fault(last + 1, f"{at(last)}: {problem}; {more}")
-
-
-class _Builder:
-    """PyYAML's graph -> _Nodes; refuses what PyYAML lets pass and no configuration means."""
-
-    VALUES = {f"tag:yaml.org,2002:{tag}" for tag in ("int", "float", "bool", "null")}
-    TEXTS = {f"tag:yaml.org,2002:{tag}" for tag in ("str", "timestamp", "value", "merge")}
-    BLOCKS = {f"tag:yaml.org,2002:{tag}" for tag in ("seq", "map")}
-
-    def __init__(self, loader: _Loader):
-        self.loader, self.done = loader, {}
-
     @functools.cached_property
     def usual(self) -> dict[str, _Node]:
-        return _parse(_USUAL, "*").value
+        return _parse(_TABLES["usual"], "*").value
 
     def node(self, source: yaml.Node, where: str) -> _Node:
         line = source.start_mark.line + 1
         if isinstance(source, _Alias):
             return self.usual.get(source.value) or _Node(source, where, line)
-        if id(source) in self.done:
-            if self.done[id(source)] is None:
+        if id(source) in self.built:
+            if self.built[id(source)] is None:
                 raise _fault(line, "an alias in the block of its own anchor")
-            return self.done[id(source)]
-        self.done[id(source)] = None
+            return self.built[id(source)]
+        self.built[id(source)] = None
         scalar = isinstance(source, yaml.ScalarNode)
         if source.tag not in (self.VALUES | self.TEXTS if scalar else self.BLOCKS):
             tag = source.tag.replace("tag:yaml.org,2002:", "!!")
             raise _fault(line, f"the tag {_short(tag)} has no place here; write out what it means")
-        node = _Node(getattr(self, source.id)(source, where, line), where, line)
+        if isinstance(source, yaml.SequenceNode):
+            value = [self.node(item, f"{where}[{i}]") for i, item in enumerate(source.value)]
+        else:
+            value = (self.scalar if scalar else self.mapping)(source, where)
+        node = _Node(value, where, line)
         node.size += sum(child.size for child in node.children())
         node.depth += max((child.depth for child in node.children()), default=0)
         if node.size > _MOST_NODES or node.depth > _DEEPEST:
             raise _fault(line, "aliases stand for more, or for deeper blocks, than a configuration")
-        self.done[id(source)] = node
+        self.built[id(source)] = node
         return node
 
-    def scalar(self, source: yaml.ScalarNode, where: str, line: int) -> Any:
-        last = source.end_mark.line + 1
+    def scalar(self, source: yaml.ScalarNode, where: str) -> Any:
+        line, last = source.start_mark.line + 1, source.end_mark.line + 1
         if source.style not in ("|", ">") and last > line:
             text = f"the text {_short(source.value)} goes on from line {line} to {last}: close its"
             more = "quote, or put behind a # or delete the line that is no `key: value`"
@@ -311,19 +243,15 @@ class _Builder:
         if source.tag in self.TEXTS:
             return source.value
         try:
-            value = self.loader.construct_object(source)
+            value = self.construct_object(source)
         except Exception:  # a number of YAML's that Python has not, a tag on the wrong value
             value = math.nan
         if value is not None and not abs(value) < 1e18:
             raise _fault(line, f"{where} is {_short(source.value)}; wanted a number, not too large")
         return value
 
-    def sequence(self, source: yaml.SequenceNode, where: str, line: int) -> list[_Node]:
-        return [self.node(item, f"{where}[{i}]") for i, item in enumerate(source.value)]
-
-    def mapping(self, source: yaml.MappingNode, where: str, line: int) -> dict[str, _Node]:
-        own: dict[str, _Node] = {}
-        merged: dict[str, _Node] = {}
+    def mapping(self, source: yaml.MappingNode, where: str) -> dict[str, _Node]:
+        own, merged = {}, {}
         for key, value in source.value:
             line = key.start_mark.line + 1
             if isinstance(key, _Alias) or not isinstance(key, yaml.ScalarNode):
@@ -360,70 +288,75 @@ class _Builder:
             raise _fault(line, f"{what} beside `{name}`, not in it; indent by two spaces more")
 
 
-_BLOCKS = set(
-    "dataset train test trainer optimizer lr_scheduler saver runtime runner net ema mimic evaluator"
-    " batch_sampler sampler dataloader batch_fn image_reader cls_loss teacher student normalize"
-    " initializer to_kestrel".split()
-)
+def _fault(line: int, text: str) -> UnitedPerceptionError:
+    return UnitedPerceptionError(f"line {line}: {text}")
+
+
+def _parse(text: str, top: str = "") -> _Node:
+    """The nodes of a YAML text. Raises UnitedPerceptionError, whatever the text is."""
+    if not isinstance(text, str) or len(text) > _MOST_TEXT:
+        raise UnitedPerceptionError(f"wanted YAML text of at most {_MOST_TEXT:,} characters")
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _fault(line, f"{error.character!r} is no character of a text file") from None
+    except yaml.MarkedYAMLError as error:
+        raise _explained(error, text.splitlines() or [""]) from None
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # PyYAML on odd escapes
+        raise UnitedPerceptionError(f"no YAML: {error}") from None
+    if not isinstance(root, yaml.CollectionNode):
+        came = _short(root.value) if root else "nothing"
+        raise UnitedPerceptionError(f"holds {came}; wanted blocks such as `trainer:` or `dataset:`")
+    return loader.node(root, top)
+
+
+def _explained(error: yaml.MarkedYAMLError, lines: list[str]) -> UnitedPerceptionError:
+    """The line to mend, and how, for an error of PyYAML's."""
+    problem, context = error.problem or "", error.context or ""
+    last = min((error.problem_mark or error.context_mark).line, len(lines) - 1)
+    start = min(error.context_mark.line if error.context_mark else 0, last)
+    if "single document" in context:
+        return _fault(last + 1, "a second document begins; keep one")
+    if "\\t" in problem:
+        return _fault(last + 1, "a tab; indent with spaces")
+    bare = [re.sub(r"(^|\s)#.*|\"[^\"]*\"|'[^']*'", "", line).strip() for line in lines]
+    at = lambda i: _short(lines[i].strip())
+    # A quote that is not closed runs on to the next one, or to the end of the text.
+    for i in [start] if "quoted" in context else range(last, max(-1, last - 4), -1):
+        if re.search(r"[:\[,-]\s*['\"]", bare[i]):
+            return _fault(i + 1, f"the quote of {at(i)} is not closed; close it")
+    above = next((i for i in range(last - 1, -1, -1) if bare[i]), last)
+    for i in sorted({start, above, last}):
+        if bare[i] and ":" not in bare[i] and bare[i][0] not in "-[]{}&*!|>%@?":
+            more = "put it behind a # if it is the tail of a wrapped comment, or delete it"
+            return _fault(i + 1, f"{at(i)} is no `key: value`; {more}")
+    if context == "while parsing a block collection":
+        more = f"stands beside the entry {at(start)}, not in it; indent it by two spaces more"
+        return _fault(last + 1, f"{at(last)} {more}, and type and kwargs alike")
+    more = "look at the indentation, brackets and quotes here and in the line above"
+    return _fault(last + 1, f"{at(last)}: {problem}; {more}")
 
 
 # ---- what UP's names mean
 
-# {key: knob, or (knob, its value where the key is missing)}; "" is never there: it goes without
-_MIXUP = {"alpha": ("mixup_alpha", 1.0)}
-_CUTMIX = {"alpha": ("cutmix_alpha", 1.0)}
-_EITHER = {key: (key, 1.0) for key in ("mixup_alpha", "cutmix_alpha")}
-_EITHER["switch_prob"] = ("switch_prob", 0.5)
-_OWN = {"": ("mix_per_sample", True)}
-_RANDAUG = {"n": "randaug_n", "m": "randaug_m", "magnitude_std": ("randaug_std", 0.0)}
-_FILTER = {"interpolation": ("interpolation", "bilinear")}
-_CROP = {"size": "image_size", "scale": ("crop_scale", [0.08, 1.0]), "ratio": "crop_ratio"}
-_ERASE = {"probability": ("erase_prob", 0.5), "mode": "erase_mode", "max_count": "erase_count"}
-_TRANSFORMS: dict[str, dict[str, Any]] = {  # in the order in which they are applied here
-    "torch_random_resized_crop": {**_CROP, **_FILTER},
-    "torch_resize": {"size": "val_resize", **_FILTER},
-    "torch_center_crop": {"size": "val_image_size"},
-    "torch_random_horizontal_flip": {"p": ("flip", 0.5)},
-    "torch_auto_augmentation": {"": ("autoaugment", True)},
-    "torch_random_augmentation": {**_RANDAUG, "": ("randaug_increasing", False)},
-    "torch_random_augmentationIncre": {**_RANDAUG, "": ("randaug_increasing", True)},
-    "torch_color_jitter": {k: k for k in ("brightness", "contrast", "saturation", "hue")},
-    "to_tensor": {},
-    "normalize": {"mean": "mean", "std": "std"},
-    "torch_randerase": _ERASE,
-    "torch_mixup": {**_MIXUP, **_OWN},
-    "torch_cutmix": {**_CUTMIX, **_OWN},
-    "torch_cutmix_mixup": {**_EITHER, **_OWN},
-    "batch_mixup": _MIXUP,
-    "batch_cutmix": _CUTMIX,
-    "batch_cutmixup": _EITHER,
-}
+# {key: knob, or [knob, its value where the key is missing]}; the key "" is never in a file
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TRANSFORMS: dict[str, dict[str, Any]] = _TABLES["transforms"]
+_OPTIMIZERS, _SCHEDULES = _TABLES["optimizers"], _TABLES["schedules"]
+_DEFAULTS, _BLOCKS = _TABLES["defaults"], set(_TABLES["blocks"].split())
+_NOTHING = {key: why for why, keys in _TABLES["nothing"].items() for key in keys.split()}
+_WARMUPS, _SWINS, _LOSSES = (_TABLES[key] for key in ("warmups", "swins", "mimic_losses"))
 _VALIDATION = ("torch_resize", "torch_center_crop")
-
-_ADAM = {"lr": ("lr", 1e-3), "weight_decay": ("weight_decay", 0.01)}
-_SGD = {"lr": "lr", "momentum": ("momentum", 0.0), "nesterov": "nesterov"}
-_LAMB = {"max_grad_norm": ("clip_grad_norm", 1.0), "trust_clip": "trust_clip"}
-_OPTIMIZERS = {  # type: (optimizer, knobs, keys that have none and their defaults)
-    "SGD": ("sgd", {**_SGD, "weight_decay": "weight_decay"}, {"dampening": 0}),
-    "AdamW": ("adamw", _ADAM, {"betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False}),
-    "LAMB": (
-        "lamb",
-        {**_ADAM, **_LAMB, "always_adapt": "always_adapt"},
-        {"betas": [0.9, 0.999], "eps": 1e-6, "bias_correction": True, "grad_averaging": True},
-    ),
-}
 _GROUPS = "bn_w bn_b ln_w ln_b linear_w linear_b nodecay layer_decay".split()
-_BY_EPOCH = {"": ("lr_per_epoch", True)}
-_SCHEDULES: dict[str, tuple[str, str, dict[str, Any]]] = {  # type: (schedule, its length, knobs)
-    "MultiStepLR": ("multistep", "milestones", {"gamma": "gamma"}),
-    "StepLR": ("step", "step_size", {"gamma": "gamma"}),
-    "CosineAnnealingLR": ("cosine", "T_max", {"eta_min": "lr_min"}),
-    "CosineLREpochScheduler": ("cosine", "T_max", {"eta_min": "lr_min", **_BY_EPOCH}),
-    "EpochBasedCosineAnnealingLR": ("cosine", "T_max", _BY_EPOCH),
-    "polylr": ("polynomial", "max_epoch", {"power": "power", "min_lr": "lr_min"}),
-    "OneCycleLR": ("one_cycle", "max_epoch", {"max_lr": "lr", "pct_start": "pct_start"}),
-}
-_WARMUPS = {"linear": "linear", "exp": "exponential", "cosine": "cosine"}
+
+# Keys that are read by their names alone, for the hint beside one that is not known.
+_KEYS = {*_BLOCKS, *_NOTHING, *_DEFAULTS, *_TABLES["keys"].split()}
+_KEYS.update(*_TRANSFORMS.values())
+_KEYS.update(*(table for _, *tables in _OPTIMIZERS.values() for table in tables))
+_KEYS.update(*({length, *table} for _, length, table in _SCHEDULES.values()))
+_KEYS.discard("")
 
 # UP's name in small letters, without signs, "transformer" and a last 224 -> timm's
 _REGNETS = {m: f"{m // 100:03}" for m in (200, 400, 600, 800, 1600, 3200, 4000, 6400)}
@@ -441,125 +374,6 @@ _TIMM = {
     **{f"deit{size}": f"deit_{size}_patch16_224" for size in _SIZES[:3]},
     **{f"swin{size}": f"swin_{size}_patch4_window7_224" for size in _SIZES[:4]},
     **{f"swin{size}384": f"swin_{size}_patch4_window12_384" for size in ("base", "large")},
-}
-_SWINS = {  # embed_dim, depths and num_heads, from which UP builds it, whatever its name says
-    "tiny": [96, [2, 2, 6, 2], [3, 6, 12, 24]],
-    "small": [96, [2, 2, 18, 2], [3, 6, 12, 24]],
-    "base": [128, [2, 2, 18, 2], [4, 8, 16, 32]],
-    "large": [192, [2, 2, 18, 2], [6, 12, 24, 48]],
-}
-# UP's mimic losses, in its last version with _loss -> ours
-_MIMIC_LOSSES = {"kl": "up_kl", "kd": "kl", "ce": "ce", "l2": "l2_normalized"}
-
-# why -> the keys that say nothing here, wherever they stand
-_NOTHING = {
-    "there is one task here": "task_names",
-    "part of UP's runner or loader, changes no result": "aligned model_helper inferencer prev"
-    " strict gather_group memory_friendly memcached pin_memory extra_input transform inplace"
-    " data_pool dataset_timer reload_cfg mimic_as_jobs memory_empty",
-    "draws depend on the seed and the picture, not on the process": "rank_init",
-    "last.pt is always kept, see checkpoint_minutes": "save_freq save_start only_save_latest",
-    "last.pt is always kept; UP counts steps under trainer, epochs under saver": "save_latest_freq",
-    "the last epoch is always evaluated, see val_every": "test_start is_eval",
-    "a run folder is runs_dir/<name>-seed<seed>": "save_dir",
-    "predictions.parquet is in the run folder; UP writes here only with save_result or"
-    " memory_friendly": "results_dir save_result save_score",
-    "names of UP's, torchvision's and timm's weights are all known": "task_type",
-    "top-1 and top-5 of one centre crop are always kept": "evaluator",
-    "labels have the classes of the data": "num_classes",
-    "no counterpart: a line of a list is a picture and its label": "parser_info inference_cfg",
-    "timm wires its models itself": "out_layers out_strides out_planes in_plane inplanes img_size"
-    " window_size init_value layer_scale",
-    "a teacher learns nothing": "frozen_layers",
-    "timm's initial weights; UP's msra draws with a std of sqrt(1 / fan_in)": "initializer"
-    " init_std",
-    "UP reads it and does not use it": "mimic_norm",
-    "UP's name of the loss": "prefix",
-    "UP does not use it": "size",
-    "no counterpart: quantisation": "quant quantization nnie",
-    "no counterpart: sparse training": "sparsity sparse",
-    "no counterpart: UP's service": "adela serialize ceph_dir",
-    "a checkpoint is left whenever a run is stopped": "auto_checkpoint",
-    "best.safetensors and metrics.csv are always kept": "auto_save_best auto_save_metric",
-    "see log_every": "train_val_logger",
-    "a figure of finished runs, no part of a training": "grad_cam feature_vis",
-}
-_NOTHING = {key: why for why, keys in _NOTHING.items() for key in keys.split()}
-
-# Keys without an option: UP's default, which is trained here; other values are not reproduced.
-_DEFAULTS = {
-    **{"label_mapping": 0, "multilabel": False, "image_type": "pil", "to_float32": False},
-    **{"rank_cls": False, "fix_seed": False, "sync_bn": False, "async_norm": False},
-    **{"special_bn_init": False, "loss_weight": 1, "classifier_cfg": {"type": "linear"}},
-    **{"min_count": 1, "min_area": 0.02, "max_area": 1 / 3, "num_splits": 0},
-    **{"min_aspect": 0.3, "max_aspect": 1 / 0.3, "use_pool": True, "input_feature_idx": -1},
-    **{"initializer": {"method": "msra"}, "head_init_scale": 1, "layer_scale_init_value": 1e-6},
-    **{"drop_rate": 0, "attn_drop_rate": 0, "mlp_ratio": 4, "qkv_bias": True, "ape": False},
-    **{"patch_norm": True, "div_factor": 25, "final_div_factor": 1e4},
-    **{"base_momentum": 0.85, "max_momentum": 0.95},
-}
-
-# (end of a path, pattern of the value, kind, text), also for values that are taken
-_FACTS = [
-    ("^fp16", "(?!False).*", DEFECT, "UP reads it in `runtime` only: it trained in fp32"),
-    ("^iter_base", "True", DEFECT, "UP reads it in `runtime` only; its scheduler counted epochs"),
-    ("runtime.fp16", "(?!False).*", NOTHING, "bf16 where the device computes in it, see precision"),
-    ("runtime.device", "cuda.*", NOTHING, "auto takes a GPU, see device"),
-    ("runtime.device", "(?!cuda).*", DEFECT, "UP needs CUDA whatever this says; see device"),
-    ("random_seed", r"\d{6,}", DEFECT, "NumPy refuses the square of it in UP, from 65,536 on"),
-    ("runner.type", "(?!base|kd).*", MISSING, "not reproduced: a plain training here"),
-    ("meta_type", ".*(custom_det|inference_only).*", MISSING, "no counterpart"),
-    ("image_reader.type", "(?!fs_pillow).*", NOTHING, "pictures are decoded by Pillow"),
-    ("color_mode", "BGR", DEFECT, "UP trains with red and blue swapped; RGB here"),
-    ("color_mode", "GRAY", MISSING, "pictures are RGB here"),
-    (r"\.sampler.type", "(?!dist|local|class_bal).*", MISSING, "here every picture once an epoch"),
-    ("evaluator.kwargs.num_classes", ".*", DEFECT, "UP's evaluator does not take it: a TypeError"),
-    ("use_prec_rec_f1", "True", DEFECT, "without save_score UP computes it from class numbers"),
-    ("save_result", "True", DEFECT, "UP deletes results_dir first"),
-    ("save_dir", "checkpoints/cls_std/?", DEFECT, "many of UP's files share it; with auto_resume a "
-     "second recipe goes on there from the first one's checkpoint, silent about what does not fit"),
-    ("normalize.type", ".*sync.*", MISSING, "over all GPUs in UP; batch norms are one per device"),
-    ("normalize.type", "freeze_bn", MISSING, "here batch norms are trained"),
-    ("normalize.kwargs.momentum", r"1.*|0\.[5-9].*", DEFECT, "torch's momentum is the share of the "
-     "new batch, so hardly anything is averaged; timm's stays"),
-    ("representation_size", ".*", DEFECT, "UP crashes on it: an argument is missing"),
-    ("type", "fpn_cls_head", DEFECT, "UP's last version cannot build it"),
-    ("ema_type", "exp", MISSING, "grows as 1 - exp(-t / 2000) in UP; constant from the start here"),
-    ("inner_T", r"(?!1$|1\.0$).*", MISSING, "decay^inner_T every inner_T steps; every step here"),
-    ("ema.kwargs.warmup", r"(?!1$|1\.0$).*", MISSING, "lower at first in UP; constant here"),
-    ("type", "torch_(mixup|cutmix|cutmix_mixup)", DEFECT, "UP's last version does not know it and "
-     "stops; earlier ones drew anew for every picture, as mix_per_sample does, and the last of "
-     "those had wrong areas, so wrong labels, in CutMix"),
-    ("type", "torch_auto_augmentation", NOTHING, "torchvision's 25 policies here; UP has 24, 20 of "
-     "them distinct, and turns one way only"),
-    ("type", "EpochBasedCosineAnnealingLR", DEFECT, "UP knows it only where its yolov5 plugin is "
-     "imported; eta_min is a share of lr"),
-    ("mimic_ins_type", "(?!base).*", MISSING, "no counterpart: for detection; base is taken"),
-    ("(mimic_|cfgs.*)type", "kl(_loss)?", DEFECT, "UP's KL compares softmax(ReLU(logits)): "
-     "negative logits count as 0, and there is no temperature. up_kl is the same, Hinton's is kl"),
-    (r"cfgs.*kwargs\.norm", "(?!softmax).*", MISSING, "no counterpart: a softmax is compared"),
-    (r"(student|teacher\w*)\.mimic_name(\[\d+\])?", r"(?!\[|head\.classifier$|backbone\.layer[1-4]"
-     r"(\.\w+)*$).*", MISSING, "choose a module of timm's model; where shapes differ an adapter "
-     "comes by itself"),
-    ("teacher_bn_mode", "train", MISSING, "teachers are in eval mode here"),
-    ("type", "ReduceLROnPlateau", DEFECT, "UP steps it without a metric, which fails"),
-]  # fmt: skip
-
-
-# Keys that are read by their names alone, for the hint beside one that is not known.
-_KEYS = {
-    *_BLOCKS,
-    *_NOTHING,
-    *(key for table in _TRANSFORMS.values() for key in table if key),
-    *_DEFAULTS,
-    *(key for _, table, others in _OPTIMIZERS.values() for key in (*table, *others)),
-    *(key for _, length, table in _SCHEDULES.values() for key in (length, *table) if key),
-    *"random_seed fraction drop_last num_workers batch_size decay enable dropout smooth_ratio bias"
-    " auto_resume pretrain_model resume_model max_epoch max_iter test_freq meta_file meta_type"
-    " image_dir transformer warmup_iter warmup_epochs warmup_type warmup_ratio"
-    " warmup_register_type iter_base drop_path drop_path_rate deep_stem avg_down num_classes hooks"
-    " teacher_weight student_weight mimic_name mimic_type mimic_ins_type warm_up_iters cfgs"
-    " task_loss".split(),
 }
 
 
@@ -732,7 +546,7 @@ class _Importer:
     def take(self, knob: str, value: Any, where: str, why: str = "") -> None:
         """Sets a knob; where it was set before, this counts."""
         self.values[knob] = value
-        text = _says(knob, value) + (f"; {why}" if why else "")
+        text = f"{knob} {_short(value)}" + (f"; {why}" if why else "")
         self.origin[knob] = Note(TAKEN, where, text)
 
     def leave(self, knob: str, kind: str, text: str) -> None:
@@ -741,9 +555,9 @@ class _Importer:
         self.say(kind, self.origin.pop(knob, Note(TAKEN, knob, "")).where, f"{text}; left out")
 
     def put(self, node: _Node, table: dict[str, Any], take: Callable | None = None) -> None:
-        """Takes the knobs of a table, see _TRANSFORMS, from a block."""
+        """Takes the knobs of a table, see united_perception.yaml, from a block."""
         for key, knob in table.items():
-            knob, default = knob if isinstance(knob, tuple) else (knob, None)
+            knob, default = knob if isinstance(knob, list) else (knob, None)
             kind = _KINDS.get(knob) or type(Recipe.model_fields[knob].default)
             if (value := self.get(node, key, kind) if key else None) is not None:
                 (take or self.take)(knob, value, node.value[key].where)
@@ -768,10 +582,10 @@ class _Importer:
     def rest(self) -> None:
         """Notes on values, on what nobody asked for and on what was assumed."""
         for part in dict.fromkeys(part for part in self.root.all() if part.where):
-            for path, pattern, kind, text in _FACTS:
+            for path, pattern, kind, text in _TABLES["facts"]:
                 if not part.told and re.search(f"{path}$", part.where):
                     if re.fullmatch(pattern, str(part.plain())):
-                        self.note(kind, part, text)
+                        self.note(_KIND_NAMES[kind], part, text)
         self.tell("", self.root, {note.where for note in (*self.notes, *self.origin.values())})
         if self.batch and self.gpus is None:
             self.say(TAKEN, "--gpus", "not given, 1 assumed: batch_size is UP's for one GPU")
@@ -823,14 +637,13 @@ class _Importer:
         paths: dict[str, tuple[list[str], str]] = {}
         for side, block in inner.items():
             kwargs = self.block(block, "kwargs")
-            for key in ("meta_file", "image_reader.kwargs.image_dir"):
-                knob = f"{side.replace('test', 'val')}_{'list' if key == 'meta_file' else 'root'}"
+            for key, end in (("meta_file", "list"), ("image_reader.kwargs.image_dir", "root")):
                 if found := self.get(kwargs, key, [str]):
-                    paths[knob] = found, self.where(kwargs, key)
+                    paths[f"{side.replace('test', 'val')}_{end}"] = found, self.where(kwargs, key)
             self.get(block, "type", str)
             self.get(kwargs, "meta_type", [str])
-            for key in ("type", "kwargs.color_mode"):
-                self.get(kwargs, f"image_reader.{key}", str)
+            self.get(kwargs, "image_reader.type", str)
+            self.get(kwargs, "image_reader.kwargs.color_mode", str)
             self.transforms(kwargs, side)
         self.put(self.block(inner["train"], "kwargs"), {"fraction": "fraction"})
         self.places(paths)
@@ -841,38 +654,41 @@ class _Importer:
                 self.note(NOTHING, node, "chosen here, it changes no result")
         for node in list(self.root.children()):
             name = node.value.get("type") if isinstance(node.value, dict) else None
-            if name and not name.used and name.plain() in list(_TRANSFORMS):
-                if not whole:
-                    self.transform(node, "test" if name.value in _VALIDATION else "train")
-                else:
-                    text = f"{name.value} is in no transformer list and no batch_fn: does nothing"
-                    self.note(DEFECT, node, text)
-        self.sizes()
+            if not name or name.used or name.plain() not in list(_TRANSFORMS):
+                continue
+            if whole:
+                text = f"{name.value} is in no transformer list and no batch_fn: does nothing"
+                self.note(DEFECT, node, text)
+            else:
+                self.transform(node, "test" if name.value in _VALIDATION else "train")
+        # No validation size that is the training's; a resize where the text has none.
+        train, val = self.values.get("image_size"), self.values.pop("val_image_size", None)
+        note = self.origin.pop("val_image_size", None)
+        if val and val != train:
+            self.take("val_image_size" if train else "image_size", val, note.where)
+        if (val or train) and "val_resize" not in self.values:
+            text = "no torch_resize in this text; UP's 256 for 224"
+            self.take("val_resize", round((val or train) * 8 / 7), "*torch_resize", text)
 
     def places(self, paths: dict[str, tuple[list[str], str]]) -> None:
         """Absolute paths become a data_dir and paths below it; others stay as they are."""
-        for knob, (found, where) in list(paths.items()):
+        clean, folders = {}, []
+        for knob, (found, where) in paths.items():
             if not all(found):
                 self.say(DEFECT, where, "an empty path: UP finds nothing")
-                del paths[knob]
-            else:
-                clean = lambda p: p if "://" in p else re.sub("^//", "/", posixpath.normpath(p))
-                paths[knob] = [clean(path) for path in found], where
-        folders = [
-            posixpath.dirname(path) if knob.endswith("list") else path
-            for knob, (found, _) in paths.items()
-            for path in found
-        ]
+                continue
+            found = [p if "://" in p else re.sub("^//", "/", posixpath.normpath(p)) for p in found]
+            clean[knob] = found, where
+            folders += map(posixpath.dirname, found) if knob.endswith("list") else found
         absolute = bool(folders) and all(path.startswith("/") for path in folders)
         base = posixpath.commonpath(folders) if absolute else "/"
-        for knob, (found, where) in paths.items():
+        for knob, (found, where) in clean.items():
             below = [posixpath.relpath(path, base) for path in found] if base != "/" else found
             self.take(knob, below, where)
         if base != "/":
-            self.take("data_dir", base, "dataset", "holds all its lists and pictures")
+            self.take("data_dir", base, "dataset", "holds all its lists and images")
         elif folders and not absolute:
-            text = "its paths start from where UP was called, or lie in a store; say data_dir"
-            self.say(NOTHING, "dataset", text)
+            self.say(NOTHING, "dataset", "its paths are relative or in a store; say data_dir")
 
     def loader(self, at: _Node) -> None:
         sampler = self.block(at, "batch_sampler.kwargs")
@@ -882,8 +698,8 @@ class _Importer:
         if kind == "class_balance":
             self.take("class_balance", 1.0, self.where(sampler, "sampler.type"))
         if size := self.get(sampler, "batch_size", int, least=1):
-            self.batch = size * (self.gpus or 1)
-            why = f"{size:,} on each of {self.gpus or 1:,} GPUs"
+            gpus = self.gpus or 1
+            self.batch, why = size * gpus, f"{size:,} on each of {gpus:,} GPUs"
             self.take("batch_size", self.batch, self.where(sampler, "batch_size"), why)
         self.put(sampler, {"drop_last": "drop_last"})
         self.put(loader, {"drop_last": "drop_last", "num_workers": "workers"})
@@ -893,8 +709,8 @@ class _Importer:
     def transforms(self, kwargs: _Node, side: str) -> None:
         node = kwargs.value.get("transformer")
         done = [self.transform(entry, side) for entry in self.entries(node)]
-        moved = [name for name in done if "flip" not in name]  # a flip may stand anywhere
-        order = [list(_TRANSFORMS).index(name) for name in moved if name in _TRANSFORMS]
+        names = [name for name in done if name in _TRANSFORMS and "flip" not in name]
+        order = [list(_TRANSFORMS).index(name) for name in names]  # a flip may stand anywhere
         if order != sorted(order):
             text = "here the order is crop, flip, AutoAugment, RandAugment, jitter, erase"
             self.say(MISSING, node.where, text)
@@ -902,8 +718,8 @@ class _Importer:
         for name in sorted({name for name in kinds if kinds.count(name) > 1}):
             self.say(MISSING, node.where, f"UP applies every {name}; only the last is taken")
         if side == "train" and "to_tensor" in done and "normalize" not in done:
-            for knob, value in (("mean", 0.0), ("std", 1.0)):
-                self.take(knob, [value] * 3, node.where, "has no normalize")
+            self.take("mean", [0.0] * 3, node.where, "has no normalize")
+            self.take("std", [1.0] * 3, node.where, "has no normalize")
 
     def transform(self, node: _Node, side: str) -> str:
         """Takes what one transform or batch function means; its type comes back."""
@@ -921,7 +737,14 @@ class _Importer:
             self.note(MISSING, node, "no counterpart: validation takes one centre crop")
         else:
             self.put(kwargs, _TRANSFORMS[name])
-            self.mixing(name)
+            self.soft |= "mix" in name
+            # With one alpha 0, UP leaves the batches alone that would be mixed the other way.
+            mixes = [self.values.get(f"{way}_alpha", 0) > 0 for way in ("mixup", "cutmix")]
+            if "switch_prob" in _TRANSFORMS[name] and not all(mixes):
+                share, note = self.values.pop("switch_prob"), self.origin.pop("switch_prob")
+                share = share if mixes[1] else 1 - share
+                if any(mixes):
+                    self.take("mix_prob", share, note.where, "one alpha is 0")
             size = self.get(kwargs, "size", object)
             if name == "torch_resize" and isinstance(size, list) and size[1:]:
                 text = f"UP resizes to {size[0]} x {size[1]} whatever the shape; not here"
@@ -934,25 +757,6 @@ class _Importer:
                 text = f"{knob} is the training's, {self.values[knob]}: one option serves both"
                 self.say(MISSING, node.where, text)
         return name
-
-    def mixing(self, name: str) -> None:
-        """With one alpha 0, UP leaves the batches alone that would be mixed the other way."""
-        self.soft |= "mix" in name
-        ways = [self.values.get(f"{way}_alpha", 0) > 0 for way in ("mixup", "cutmix")]
-        if "switch_prob" in _TRANSFORMS[name] and not all(ways):
-            share, note = self.values.pop("switch_prob"), self.origin.pop("switch_prob")
-            if any(ways):
-                self.take("mix_prob", share if ways[1] else 1 - share, note.where, "one alpha is 0")
-
-    def sizes(self) -> None:
-        """No validation size that is the training's; a resize where the text has none."""
-        train, val = self.values.get("image_size"), self.values.pop("val_image_size", None)
-        note = self.origin.pop("val_image_size", None)
-        if val and val != train:
-            self.take("val_image_size" if train else "image_size", val, note.where)
-        if (val or train) and "val_resize" not in self.values:
-            text = "no torch_resize in this text; UP's 256 for 224"
-            self.take("val_resize", round((val or train) * 8 / 7), "*torch_resize", text)
 
     # optimisation
 
@@ -974,17 +778,18 @@ class _Importer:
         if self.iterations and self.epochs:
             self.say(DEFECT, self.where(at, "max_epoch"), "UP takes max_iter where both are there")
             self.epochs = None
+        where = self.where(at, "max_iter")
         if self.epochs:
             self.take("epochs", self.epochs, self.where(at, "max_epoch"))
         elif self.iterations and self.steps:
             exact = self.iterations / self.steps
             self.epochs = max(1, round(exact))
             why = f"{self.iterations:,} steps are {exact:.2f} epochs of {self.steps:,}"
-            self.take("epochs", self.epochs, where := self.where(at, "max_iter"), why)
+            self.take("epochs", self.epochs, where, why)
             if abs(exact - self.epochs) > 0.01 * exact:
                 self.say(MISSING, where, f"{why}; a recipe has whole epochs, {self.epochs} here")
         elif self.iterations:
-            self.say(MISSING, self.where(at, "max_iter"), "no batch size in this text; say epochs")
+            self.say(MISSING, where, "no batch size in this text; say epochs")
         for key, read in (("optimizer", self.optimizer), ("lr_scheduler", self.scheduler)):
             home = at if key in at.value else self.root
             if whole and home is self.root:
@@ -1000,10 +805,10 @@ class _Importer:
         ema = self.block(self.root, "ema")
         if not self.get(ema, "enable", bool, True):
             self.note(NOTHING, ema, "enable is false")
-        else:
-            self.put(self.block(ema, "kwargs"), {"decay": "ema_decay"})
-            for key in ("ema_type", "kwargs.inner_T", "kwargs.warmup"):
-                self.get(ema, key, object)
+            return
+        self.put(self.block(ema, "kwargs"), {"decay": "ema_decay"})
+        for key in ("ema_type", "kwargs.inner_T", "kwargs.warmup"):
+            self.get(ema, key, object)
 
     def optimizer(self, at: _Node) -> None:
         name, kwargs, where = self.get(at, "type", str, ""), self.block(at, "kwargs"), at.where
@@ -1043,12 +848,12 @@ class _Importer:
             if (kind := self.get(group, "type", str)) != "vit_base":
                 self.say(DEFECT, f"{group.where}.type", f"UP stops at {kind}: vit_base alone")
             return
-        spared = re.search("bias|bn|norm|ln|pos|token", name)  # what decay_all: false spares, too
+        spared = by_kind or re.search("bias|bn|norm|ln|pos|token", name)  # as decay_all: false
         if "nodecay" in inner:
             self.note(DEFECT, inner["nodecay"], f"UP ignores it inside {name}")
         if by_kind and name not in _GROUPS:
             self.note(DEFECT, group, f"UP knows no group {name} and stops with a KeyError")
-        elif name == "nodecay" or (0 in decays and name != "linear_w" and (by_kind or spared)):
+        elif name == "nodecay" or (0 in decays and name != "linear_w" and spared):
             why = f"{name} has none; here norms, biases and position embeddings together"
             self.take("decay_all", False, group.where, why)
             for part in group.all() if name == "nodecay" else ():
@@ -1062,13 +867,12 @@ class _Importer:
 
     def scheduler(self, at: _Node) -> None:
         name, kwargs = self.get(at, "type", str, ""), self.block(at, "kwargs")
-        kind = f"{at.where}.type"
         ours, key, table = _SCHEDULES.get(name, ("", "T_max", {}))
         key = "max_iter" if name == "polylr" and "max_iter" in kwargs.value else key
         said = self.get(kwargs, key, [float], [], least=1e-9)
         where, longest, steps = self.where(kwargs, key), max(said, default=0), self.steps
-        meant = self.meant_by_step or bool(self.iterations and longest > 2 * (self.epochs or 0))
-        meant |= key == "max_iter"
+        meant = self.meant_by_step or key == "max_iter"
+        meant |= bool(self.iterations and longest > 2 * (self.epochs or 0))
         lengths = sorted(x / steps if meant and steps else x for x in said)
         if self.epochs is None and not self.iterations and said:
             last, before = round(lengths[-1]), round(lengths[-2] if said[1:] else 0)
@@ -1076,26 +880,25 @@ class _Importer:
             self.epochs = max(1, guess)
             self.take("epochs", self.epochs, where, "no max_epoch in this text: a guess from this")
         climb = self.warmup(at, 1 if meant else steps)
-        climbed = climb / steps if steps else self.values.get("warmup_epochs", 0)
         if not ours:
             text = f"no counterpart of {name or 'none'}; a cosine is taken{_near(name, _SCHEDULES)}"
-            self.say(MISSING, kind, text)
+            self.say(MISSING, f"{at.where}.type", text)
             return
-        self.take("schedule", ours, kind)
+        self.take("schedule", ours, f"{at.where}.type")
         self.put(kwargs, table)
-        rounded = sorted({round(x) for x in lengths} - {0})
-        reached = [m for m in rounded if m < (self.epochs or math.inf)]
         if ours in ("multistep", "step"):
-            if reached != rounded:
-                text = f"{rounded[len(reached) :]} are never over in {self.epochs} epochs"
-                self.say(DEFECT, where, text)
+            rounded = sorted({round(x) for x in lengths} - {0})
+            reached = [m for m in rounded if m < (self.epochs or math.inf)]
+            if late := rounded[len(reached) :]:
+                self.say(DEFECT, where, f"{late} are never over in {self.epochs} epochs")
             if rounded != lengths:
                 self.say(MISSING, where, f"as whole epochs, each once: {rounded}")
+            climbed = climb / steps if steps else self.values.get("warmup_epochs", 0)
             if (early := [m for m in reached if m < climbed]) and ours == "multistep":
                 self.say(DEFECT, where, f"{early} inside the warm-up: UP never applies them")
                 reached = reached[len(early) :]
             if not reached:
-                self.take("schedule", "constant", kind, f"{name} that never steps")
+                self.take("schedule", "constant", f"{at.where}.type", f"{name} that never steps")
             elif ours == "step":
                 self.take("step_epochs", reached[0], where)
             else:
@@ -1105,27 +908,25 @@ class _Importer:
         else:
             self.falling(name, kwargs, where, (longest, lengths[-1]), climb)
 
-    def falling(
-        self, name: str, kwargs: _Node, where: str, length: tuple[float, float], climb: int
-    ) -> None:
+    def falling(self, name: str, kwargs: _Node, where: str, length: tuple, climb: int) -> None:
         """Options of a steady schedule; `length` as written and in epochs, `climb` in steps."""
-        (said, epochs), steps, total = length, self.steps, self.total
+        (said, epochs), steps, total = length, self.steps or 0, self.total
         peak, low = self.values.get("lr", 1.0), self.values.get("lr_min", 0.0)
         begin = "warmup_iter" if name == "CosineAnnealingLR" else "warm_epoch"
-        start = self.get(kwargs, begin, float, least=0)
+        start, begin = self.get(kwargs, begin, float, least=0), self.where(kwargs, begin)
         if start is None and name == "CosineLREpochScheduler":
-            self.say(DEFECT, self.where(kwargs, begin), "missing: UP stops; the warm-up is taken")
+            self.say(DEFECT, begin, "missing: UP stops; the warm-up is taken")
             start = climb / (steps or 1)
-        start, ours = start or 0.0, (self.epochs or 0) * (steps or 0)
+        start, ours = start or 0.0, (self.epochs or 0) * steps
         warmup, period = schedule.Warmup(climb), None
-        last = said * (1 if self.by_step or where.endswith("max_iter") else steps or 0)
+        last = said * (1 if self.by_step or where.endswith("max_iter") else steps)
         wave = lambda share: low + (peak - low) * (1 + math.cos(math.pi * share)) / 2
         if name == "CosineAnnealingLR":
             there = lambda t: wave((t - start) / (last - start))
             if round(epochs) != self.epochs:
-                own = epochs * (steps or 0) - climb  # steps from the peak to the end
+                own = epochs * steps - climb  # steps from the peak to the end
                 self.take("cosine_epochs", own / steps if steps and own > 0 else epochs, where)
-                period = round(self.values["cosine_epochs"] * (steps or 0))
+                period = round(self.values["cosine_epochs"] * steps)
             here = schedule.Cosine(peak, ours, low, warmup, period=period)
         elif name == "polylr":
             power = self.values.get("power", 1.0)
@@ -1144,44 +945,48 @@ class _Importer:
             if name.startswith("EpochBased"):
                 low = peak * self.get(kwargs, "eta_min", float, 0.0)
                 self.take("lr_min", low, self.where(kwargs, "eta_min"), "a share of lr in UP")
-            period = round(epochs * (steps or 0))
-            here = schedule.Cosine(peak, ours, low, warmup, steps or 1, period)
-        text = f"{start:g}, but the warm-up takes {climb:,} steps"
-        if not (steps and total):
-            if name == "CosineAnnealingLR" and start != climb:
-                self.say(DEFECT, self.where(kwargs, begin), f"{text}: in UP lr jumps; not here")
-            return
-        unit = "" if "lr" in self.values else " x lr"
-        if abs(there(climb) - here(climb)) > 1e-4 * peak and name != "OneCycleLR":
-            text += f" ({climb / steps:.2f} epochs): in UP lr jumps from {peak:.5g} to"
-            text += f" {there(climb):.5g}{unit} where it ends; here it goes on from {peak:.5g}"
-            self.say(DEFECT, self.where(kwargs, begin), text)
-        mistaken = f"{said:,.0f} epochs to UP while runtime.iter_base is not true: "
-        mistaken *= said != epochs and last == said * steps
-        if there(total - 1) - low > 1e-4 * peak:
-            text = f"in UP lr ends at {there(total - 1):.8g}{unit} and not at {low:g}"
-            self.say(DEFECT, where, f"{mistaken}{text}, here at {here(total - 1):.4g}{unit}")
-        if not mistaken:
-            self.apart(there, here, where, climb)
+            here = schedule.Cosine(peak, ours, low, warmup, steps or 1, round(epochs * steps))
+        if steps and total:
+            mistaken = f"{said:,.0f} epochs to UP while runtime.iter_base is not true: "
+            mistaken *= said != epochs and last == said * steps
+            self.apart(there, here, (begin, start), (where, mistaken), climb, name)
+        elif name == "CosineAnnealingLR" and start != climb:
+            text = f"{start:g}, but the warm-up takes {climb:,} steps: in UP lr jumps; not here"
+            self.say(DEFECT, begin, text)
 
-    def apart(self, there: Callable, here: Callable, where: str, climb: int) -> None:
-        """Tells the largest difference of UP's lr from ours after the warm-up."""
+    def apart(
+        self, there: Callable, here: Callable, begin: tuple, end: tuple, climb: int, name: str
+    ) -> None:
+        """Tells where UP's lr differs from ours: after the warm-up, at the end, at most."""
         steps, total, peak = self.steps, self.total, self.values.get("lr", 1.0)
-        unit = "" if "lr" in self.values else " x lr"
-        points = [*range(climb, total, math.ceil(total / 5000)), total - 1]
-        most = max(points, key=lambda t: abs(there(t) - here(t)))
-        if (gap := abs(there(most) - here(most)) / peak) > 1e-3:
-            text = f"not reproduced: UP's lr differs by up to {100 * gap:.1f} % of its peak, it is"
-            text += f" {there(most):.5g}{unit} in epoch {most // steps + 1}, here {here(most):.5g}"
-            self.say(MISSING, where, text + unit)
+        unit, (where, mistaken) = "" if "lr" in self.values else " x lr", end
+        apart = lambda t: abs(there(t) - here(t)) / peak
+        if apart(climb) > 1e-4 and name != "OneCycleLR":
+            text = f"{begin[1]:g}, but the warm-up takes {climb:,} steps ({climb / steps:.2f} "
+            text += f"epochs): in UP lr jumps from {peak:.5g} to {there(climb):.5g}{unit} after it"
+            self.say(DEFECT, begin[0], text)
+        low = self.values.get("lr_min", 0.0)
+        if there(total - 1) - low > 1e-4 * peak:
+            text = f"{mistaken}in UP lr ends at {there(total - 1):.8g}{unit} and not at {low:g}"
+            self.say(DEFECT, where, f"{text}, here at {here(total - 1):.4g}{unit}")
+        if mistaken:
+            return
+        most = max([*range(climb, total, math.ceil(total / 5000)), total - 1], key=apart)
+        if (gap := apart(most)) > 1e-3:
+            text = f"not reproduced: UP's lr differs by up to {100 * gap:.1f} % of its peak, in "
+            text += (
+                f"epoch {most // steps + 1} {there(most):.5g}{unit}, here {here(most):.5g}{unit}"
+            )
+            self.say(MISSING, where, text)
 
     def warmup(self, at: _Node, unit: int | None) -> int:
         """Takes the warm-up and the lr it climbs to; the number of its steps comes back."""
         steps = self.get(at, "warmup_iter", int, 0, least=0)
         epochs = self.get(at, "warmup_epochs", float, 0.0, least=0)
         by_epochs = int(epochs * (unit or 0))
-        keys = ["warmup_iter", "warmup_epochs"]
-        key, other = keys[::-1] if by_epochs > steps or (epochs and not steps) else keys
+        key, other = "warmup_iter", "warmup_epochs"
+        if by_epochs > steps or (epochs and not steps):
+            key, other = other, key
         if steps and epochs:
             self.say(NOTHING, self.where(at, other), f"{key} is longer")
         steps, where = max(steps, by_epochs), self.where(at, key)
@@ -1197,13 +1002,14 @@ class _Importer:
             self.say(DEFECT, where, f"UP never ends one step: lr stays at {start:g} of its target")
             self.take("lr", self.values.get("lr", 0.1) * start, where, f"{start:g} of its target")
             return 0
+        form = self.where(at, "warmup_type")
         if kind not in _WARMUPS or (kind == "exp" and ratio == 0 and (steps or epochs)):
             text = "it multiplies from 0" if kind in _WARMUPS else "UP knows no such warm-up"
-            self.say(DEFECT, self.where(at, "warmup_type"), f"{text}; linear is taken")
+            self.say(DEFECT, form, f"{text}; linear is taken")
             kind = "linear"
         if steps or epochs:
             why = "UP's default" if "warmup_type" not in at.value else ""
-            self.take("warmup", _WARMUPS[kind], self.where(at, "warmup_type"), why)
+            self.take("warmup", _WARMUPS[kind], form, why)
             why = "UP starts from the file's lr then" if ratio < 0 else ""
             self.take("warmup_ratio", start, self.where(at, "warmup_ratio"), why)
         for key in ("warmup_type", "warmup_ratio"):
@@ -1284,18 +1090,6 @@ class _Importer:
         self.get(kwargs, "normalize.type", str)
         if take != self.take:
             return
-        self.drops(key, kwargs, where)
-        if "normalize" not in kwargs.value and re.match("resnet|mobilenet|efficientnet", key):
-            text = "missing: UP freezes every batch norm then; here they are trained"
-            self.say(DEFECT, self.where(kwargs, "normalize"), text)
-        if frozen := self.get(kwargs, "frozen_layers", [int], [], least=0):
-            names = [part for i in frozen for part in ([f"layer{i}"] if i else ["conv1", "bn1"])]
-            take("freeze", names, where := self.where(kwargs, "frozen_layers"))
-            if key not in RESNETS:
-                self.say(MISSING, where, "timm names these otherwise; choose modules of the model")
-
-    def drops(self, key: str, kwargs: _Node, where: str) -> None:
-        """What UP's ViTs and Swins drop where the file does not say, and what has no option."""
         vit = key.startswith(("vit", "deit"))
         if (vit or key.startswith("swin")) and "drop_path" not in self.values:
             self.take("drop_path", 0.1 if vit else 0.2, where, "UP's default")
@@ -1305,6 +1099,14 @@ class _Importer:
             text = f"dropout and attention dropout in every block, 0.1 but for {text or 'none'}"
             path = "drop path of every block alike; here it grows from 0 in the first to drop_path"
             self.say(MISSING, where, f"not reproduced: {text}; {path}")
+        if "normalize" not in kwargs.value and re.match("resnet|mobilenet|efficientnet", key):
+            text = "missing: UP freezes every batch norm then; here they are trained"
+            self.say(DEFECT, self.where(kwargs, "normalize"), text)
+        if frozen := self.get(kwargs, "frozen_layers", [int], [], least=0):
+            names = [part for i in frozen for part in ([f"layer{i}"] if i else ["conv1", "bn1"])]
+            take("freeze", names, where := self.where(kwargs, "frozen_layers"))
+            if key not in RESNETS:
+                self.say(MISSING, where, "timm names these otherwise; choose modules of the model")
 
     def loss(self, node: _Node) -> None:
         if isinstance(node.value, list):
@@ -1325,14 +1127,13 @@ class _Importer:
                 self.say(DEFECT, self.where(at, "kwargs.smooth_ratio"), text)
                 self.take("up_smoothing", True, where, "labels are mixed")
         elif name == "bce":
-            bias = self.get(at, "kwargs.bias", bool, False)
+            bias, place = self.get(at, "kwargs.bias", bool, False), self.where(at, "kwargs.bias")
             why = "" if bias else "mean over classes; UP's strikes files have bias: true"
             self.take("loss", "bce", where, why)
             for knob in ("bce_sum", "bce_shift") if bias else ():
-                self.take(knob, True, self.where(at, "kwargs.bias"))
+                self.take(knob, True, place)
             if bias and not self.soft:
-                text = "UP ignores it for labels that are not mixed: the mean over classes"
-                self.say(DEFECT, self.where(at, "kwargs.bias"), text)
+                self.say(DEFECT, place, "labels are not mixed: UP takes the mean over classes then")
         else:
             near = _near(name, ("ce", "stce", "label_smooth_ce", "bce"))
             self.say(MISSING, where, f"no counterpart of {name or 'none'}; ce is taken{near}")
@@ -1340,9 +1141,8 @@ class _Importer:
     # the run
 
     def run(self) -> None:
-        saver = self.block(self.root, "saver")
-        self.put(saver, {"auto_resume": "auto_resume", "pretrain_model": "weights"})
-        self.put(saver, {"resume_model": "resume_from"})
+        knobs = {"auto_resume": "auto_resume", "pretrain_model": "weights"}
+        self.put(self.block(self.root, "saver"), {**knobs, "resume_model": "resume_from"})
         if "resume_from" in self.values:
             text = "a run folder can be continued; of UP's checkpoint take the weights: `weights`"
             self.say(NOTHING, "saver.resume_model", text)
@@ -1366,12 +1166,11 @@ class _Importer:
         top, mimic = self.root.value.items(), self.block(self.root, "mimic")
         nets = {k: self.teacher(n) for k, n in top if "teacher" in k and isinstance(n.value, list)}
         jobs = [self.block(mimic, key) for key in mimic.value if key.startswith("mimic_job")]
-        lessons = {  # UP has a teacher in one job only
-            key: job
-            for job in jobs or [mimic]
-            for key, node in job.value.items()
-            if "teacher" in key and isinstance(node.value, dict)
-        }
+        lessons = {}  # UP has a teacher in one job only
+        for job in jobs or [mimic]:
+            for key, node in job.value.items():
+                if "teacher" in key and isinstance(node.value, dict):
+                    lessons[key] = job
         if not self.get(mimic, "task_loss", bool, True):
             self.take("task_weight", 0.0, "mimic.task_loss")
         if lessons and "net" in self.root.value and self.runner != "kd":
@@ -1390,7 +1189,7 @@ class _Importer:
 
         def take(knob: str, value: Any, where: str, why: str = "") -> None:
             found[knob] = value
-            self.say(TAKEN, where, f"the teacher's {_says(knob, value)}")
+            self.say(TAKEN, where, f"the teacher's {knob} {_short(value)}")
 
         self.net(node, take)
         model = found.get("model", "")
@@ -1401,28 +1200,27 @@ class _Importer:
 
     def lesson(self, key: str, job: _Node, of: str) -> None:
         """What is learnt from one teacher, which `of` names where there are several."""
-        at = lambda path: self.where(job, path)
+        at = functools.partial(self.where, job)
         for path in ("mimic_ins_type", f"{key}.teacher_bn_mode"):
-            self.get(job, path, str)  # see _FACTS
+            self.get(job, path, str)  # see facts in the tables
         if not (weights := self.get(job, f"{key}.teacher_weight", str)):
             text = "no teacher_weight: UP learns from random weights then, silently; name one"
             self.say(MISSING, f"{job.where}.{key}", text)
         self.add("teacher", weights or "name-the-teacher", at(f"{key}.teacher_weight"))
-        if start := self.get(job, "student.student_weight", str):
-            where = at("student.student_weight")
-            if "weights" in self.values:
-                self.say(NOTHING, where, "saver.pretrain_model is what the student starts from")
-            else:
-                self.take("weights", start, where)
+        start, where = self.get(job, "student.student_weight", str), at("student.student_weight")
+        if start and "weights" in self.values:
+            self.say(NOTHING, where, "saver.pretrain_model is what the student starts from")
+        elif start:
+            self.take("weights", start, where)
         kind, kwargs, where, scale = "l2", job, at("mimic_type"), 1.0
         if old := [k for k in ("mimic_name", "mimic_type") if self.get(job, k, str)]:
             text = f"UP's last version ignores {', '.join(old)} and student_weight; without cfgs it"
             self.say(DEFECT, job.where, f"{text} takes an L2 loss of normalised logits")
             kind = self.get(job, "mimic_type", str, "kl")
         slots = self.block(job, "cfgs")
-        for other in (node for name, node in slots.value.items() if name != "loss"):
-            text = "UP reads the slot `loss` alone: an L2 loss of normalised logits without it"
-            self.note(DEFECT, other, f"{text}, so here")
+        for name, other in slots.value.items():
+            if name != "loss":
+                self.note(DEFECT, other, "UP reads the slot `loss` alone, L2 without it; so here")
         if slots.value:
             slot = self.block(slots, "loss")
             kind, kwargs = self.get(slot, "type", str, "l2"), self.block(slot, "kwargs")
@@ -1433,10 +1231,9 @@ class _Importer:
             text = f"{len(sides[0])} modules of the student, {len(sides[1])} of {key}"
             raise _fault(job.line, f"{text}; wanted pairs")
         scale *= self.get(job, "loss_weight", float, 1.0) / len(sides[0])
+        ours = {"head.classifier": "logits"}
         for pair in zip(*sides, strict=True):
-            a, b = (
-                "logits" if n == "head.classifier" else n.removeprefix("backbone.") for n in pair
-            )
+            a, b = (ours.get(name, name.removeprefix("backbone.")) for name in pair)
             one = loss if a == "logits" or loss.startswith("l2") else "l2_normalized"
             if one != loss:
                 self.say(MISSING, where, f"{loss} compares logits; {one} is taken for {a}")
@@ -1465,9 +1262,9 @@ class _Importer:
     def mimic_loss(self, kind: str, kwargs: _Node, where: str) -> str:
         """Our name of a mimic loss, and its temperature."""
         self.get(kwargs, "norm", str)
-        loss = _MIMIC_LOSSES.get(kind.removesuffix("_loss"))
+        loss = _LOSSES.get(kind.removesuffix("_loss"))
         if loss is None:
-            near = _near(kind, (f"{name}_loss" for name in _MIMIC_LOSSES))
+            near = _near(kind, (f"{name}_loss" for name in _LOSSES))
             self.say(MISSING, where, f"no counterpart of {kind}; kl is taken{near}")
         if loss in (None, *TEMPERED):
             heat = self.get(kwargs, "T", float, 1.0, least=1e-9)
@@ -1487,21 +1284,20 @@ class _Importer:
         at = self.block(self.root, "to_kestrel")
         values = {key: self.get(at, key, kind) for key, kind in _KESTREL.items()}
         found = {key: value for key, value in values.items() if value is not None}
-        wrong = {
-            "toks_type": found.get("toks_type") != "cls" and "only cls packs a classifier",
-            "plugin": "plugin" not in found and "missing; UP needs classifier",
-            "add_softmax": found.get("add_softmax")
-            and "the exported scores are a softmax already: it is applied twice",
-            "is_rgb": not found.get("is_rgb", True) and "false, but training reads RGB",
-        }
+        say = lambda key, text: self.say(DEFECT, f"to_kestrel.{key}", text)
+        if found.get("toks_type") != "cls":
+            say("toks_type", "only cls packs a classifier")
+        if "plugin" not in found:
+            say("plugin", "missing; UP needs classifier")
+        if found.get("add_softmax"):
+            say("add_softmax", "the exported scores are a softmax already: it is applied twice")
+        if not found.get("is_rgb", True):
+            say("is_rgb", "false, but training reads RGB")
         for key, knob in (("pixel_means", "mean"), ("pixel_stds", "std")):
             ours = [round(255 * x, 3) for x in self.values.get(knob, [])]
             theirs = found.get(key, [0, 0, 0])
             if len(theirs) != 3:
                 raise _fault(at.line, f"to_kestrel.{key} is {theirs}; wanted three numbers")
-            far = any(abs(a - b) > 0.5 for a, b in zip(theirs, ours, strict=False))
-            wrong[key] = key in found and far and f"{theirs}, but training has {ours}"
-        for key, text in wrong.items():
-            if text:
-                self.say(DEFECT, f"to_kestrel.{key}", text)
+            if key in found and any(abs(a - b) > 0.5 for a, b in zip(theirs, ours, strict=False)):
+                say(key, f"{theirs}, but training has {ours}")
         return found
