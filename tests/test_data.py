@@ -20,6 +20,7 @@ import torch
 from conftest import CLASSES, save_noise, write_list
 from PIL import Image
 
+from workbench import __main__ as command
 from workbench import data, images
 from workbench.augmentation import TestTransform, TrainTransform
 from workbench.data import DataError
@@ -1579,3 +1580,15 @@ def test_streams_are_the_stream_of_each_place_without_a_trace_of_the_one_before(
             lambda rng: rng.standard_normal(4),
         ):
             np.testing.assert_array_equal(draw(a), draw(b))
+
+
+def test_a_hidden_file_is_named_by_check_data_and_is_no_fault(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    (pictures / "train" / "a" / ".DS_Store").touch()
+    Recipe(dataset="files", data_dir=str(pictures)).write(tmp_path / "recipe.yaml")
+    monkeypatch.setattr(sys, "argv", ["workbench", "check-data", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 0
+    assert "a/.DS_Store  hidden" in capsys.readouterr().out

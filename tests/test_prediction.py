@@ -399,7 +399,7 @@ def test_the_others_are_answered_and_nobody_is_left_out(wild_table):
     assert sorted([*BAD, *good]) == sorted(wild_table.index)
 
 
-@pytest.mark.parametrize("suffix", prediction._WRITERS)
+@pytest.mark.parametrize("suffix", prediction.TABLES)
 def test_every_kind_of_file_gives_back_every_name_and_the_very_values(wild, tmp_path, suffix):
     out = tmp_path / f"answers{suffix}"
     counts = write(Colours(), [wild], out, batch_size=5)

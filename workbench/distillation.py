@@ -241,7 +241,7 @@ def _few(names: list[str]) -> str:
 
 
 class Seeing(nn.Module):
-    """A teacher as a model of the student's pictures: images (n, 3, h, w) to logits (n, C)."""
+    """A teacher as a model of the student's normalised images: (n, 3, h, w) to logits (n, C)."""
 
     def __init__(self, teacher: Teacher, recipe: Any):
         super().__init__()
@@ -249,16 +249,14 @@ class Seeing(nn.Module):
         self.mean, self.std = recipe.mean, recipe.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits; the images are normalised as the student wants them."""
         return self.model(self.teacher.view(images, self.mean, self.std))
 
 
 def alone(recipe: Any) -> Any:
     """The recipe without its teachers, as `<name>_alone`: what the student reaches by itself."""
-    fields = type(recipe).model_fields
-    kept = [k for k in fields if k.startswith(("teacher", "mimic"))]
-    kept += ["temperature", "dkd_beta", "task_weight", "cache_teacher"]
-    default = {key: fields[key].default for key in kept}
+    ours = ("teacher", "mimic", "temperature", "dkd_beta", "task_weight", "cache_teacher")
+    fields = type(recipe).model_fields.items()
+    default = {key: field.default for key, field in fields if key.startswith(ours)}
     return recipe.replace(name=f"{recipe.name}_alone", **default)
 
 
@@ -281,13 +279,15 @@ class Pair(NamedTuple):
     weight: float
     between: Any  # (student's, teacher's, labels) -> 0-d
 
+    def __str__(self) -> str:
+        return f"mimic {self.ours} -> {self.theirs}"
+
 
 class Student(nn.Module):
-    """The model with its adapters: forward gives logits (n, C) and the adapted features by pair.
+    """The model with its adapters, which are no part of it.
 
     An adapter is a learned 1x1 convolution (maps) or linear layer (vectors, tokens, maps with the
-    channels last) where the channels differ, FitNets, arXiv 1412.6550, section 2.2. They are no
-    part of the model.
+    channels last) where the channels differ, FitNets, arXiv 1412.6550, section 2.2.
     """
 
     def __init__(self, model: nn.Module, pairs: list[Pair], adapters: list[nn.Module | None]):
@@ -297,14 +297,15 @@ class Student(nn.Module):
         self.adapters = nn.ModuleDict(kept)
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits of the model, and features by the number of the pair."""
+        """Logits (n, C) of the model, and adapted features by the number of the pair."""
         with _listening(self.model, {p.ours for p in self.pairs if p.ours != "logits"}) as said:
             logits = self.model(images)
         features = {}
         for i, pair in enumerate(self.pairs):
             if pair.ours != "logits":
-                adapt = self.adapters[str(i)] if str(i) in self.adapters else nn.Identity()
-                features[i] = adapt(said[pair.ours])
+                features[i] = said[pair.ours]
+                if str(i) in self.adapters:
+                    features[i] = self.adapters[str(i)](features[i])
         return logits, features
 
 
@@ -312,16 +313,15 @@ class Student(nn.Module):
 def _listening(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
     """What the named modules give in the forwards inside, by name.
 
-    Hooked only that long: a copy of the model (EMA) must not speak in its place. Cloned, because
-    the next module may work in place.
+    Hooked only that long, for copies of the model (EMA); cloned, for modules that work in place.
     """
     said: dict[str, Tensor] = {}
-    note = lambda name: (
-        lambda module, given, out: said.__setitem__(  # noqa: E731
-            name, out.clone() if isinstance(out, Tensor) else out
-        )
-    )
-    hooks = [model.get_submodule(n).register_forward_hook(note(n)) for n in sorted(names)]
+
+    def note(name: str, module: nn.Module, given: Any, out: Any) -> None:
+        said[name] = out.clone() if isinstance(out, Tensor) else out
+
+    parts = {name: model.get_submodule(name) for name in sorted(names)}
+    hooks = [m.register_forward_hook(functools.partial(note, n)) for n, m in parts.items()]
     try:
         yield said
     finally:
@@ -330,10 +330,7 @@ def _listening(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]
 
 
 class Distillation:
-    """A student and its teachers, ready to train. Making one runs every model on a blank picture.
-
-    Raises DistillationError or ModelError before anything was spent.
-    """
+    """A student and its teachers, each tried on a blank image. DistillationError, ModelError."""
 
     def __init__(self, recipe: Any, model: nn.Module, classes: list[str], device: torch.device):
         self.recipe, self.device = recipe, device
@@ -356,24 +353,16 @@ class Distillation:
             return [None] * len(self.pairs)
         ours = _shapes(model, self.recipe.image_size)
         theirs = [_shapes(t.model, t.image_size) for t in self.teachers]
-        adapters = []
+        adapters: list[nn.Module | None] = [None] * len(self.pairs)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.recipe.seed)
-            for pair in self.pairs:
+            for i, pair in enumerate(self.pairs):
                 if pair.ours == "logits":
-                    adapters.append(None)
                     continue
                 teacher = self.teachers[pair.teacher]
-                for whose, net, name in (
-                    ("student", model, pair.ours),
-                    (f"teacher {teacher.source}", teacher.model, pair.theirs),
-                ):
-                    try:
-                        models.module(net, name)
-                    except models.ModelError as error:
-                        asked = f"mimic {pair.ours} -> {pair.theirs}"
-                        raise DistillationError(f"{asked}: {whose}: {error}") from None
-                adapters.append(_adapter(pair, ours, theirs[pair.teacher], self.teachers))
+                _check_module(pair, "student", model, pair.ours)
+                _check_module(pair, f"teacher {teacher.source}", teacher.model, pair.theirs)
+                adapters[i] = _adapter(pair, ours, theirs[pair.teacher], self.teachers)
         return adapters
 
     @torch.no_grad()
@@ -403,11 +392,7 @@ class Distillation:
     def loss(
         self, logits: Tensor, features: dict[int, Tensor], lesson: list[Answer], labels: Tensor
     ) -> Tensor:
-        """Sum over pairs of mimic_weight * teacher_weight * loss, 0-d, mean over the pictures.
-
-        Labels are class numbers (n,) or soft (n, C). What compares pictures with each other (dist)
-        sees those of this forward.
-        """
+        """Sum over pairs of mimic_weight * teacher_weight * loss, 0-d; soft labels are (n, C)."""
         total = logits.new_zeros((), dtype=torch.float32)
         for i, pair in enumerate(self.pairs):
             answer = lesson[pair.teacher]
@@ -433,19 +418,11 @@ class Distillation:
         precision, the device. Raises DistillationError when the disk has no room.
         """
         if not self.recipe.verify_data:
-            raise DistillationError(
-                "cache_teacher knows pictures by their bytes, which verify_data: false never reads;"
-                " leave out one of the two"
-            )
-        teachers = [
-            {
-                k: v
-                for k, v in vars(t).items()
-                if k in ("name", "image_size", "mean", "std", "digest")
-            }
-            for t in self.teachers
-        ]
-        recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in INDIFFERENT}
+            unread = "cache_teacher needs the images' bytes, which verify_data: false never reads"
+            raise DistillationError(f"{unread}; leave out one of the two")
+        keys = ("name", "image_size", "mean", "std", "digest")
+        teachers = [{key: getattr(teacher, key) for key in keys} for teacher in self.teachers]
+        recipe = self.recipe.model_dump(exclude=INDIFFERENT)
         values = {**circumstances, "teachers": teachers, **recipe}
         size = self.recipe.batch_size
         self.kept = Kept(values, steps_per_epoch, size, len(teachers) * self.classes)
@@ -459,10 +436,10 @@ def _try(teacher: Teacher, device: torch.device, asked: bool) -> None:
         with torch.no_grad():
             teacher.model(torch.zeros(1, 3, size, size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
+        way_out = "take another teacher_image_size, or none" if asked else "set teacher_image_size"
         raise DistillationError(
             f"teacher {teacher.source}, a {teacher.name}, cannot take pictures of {size} pixels "
-            f"({str(error)[:200] or type(error).__name__}); "
-            + ("take another teacher_image_size, or none" if asked else "set teacher_image_size")
+            f"({str(error)[:200] or type(error).__name__}); {way_out}"
         ) from None
 
 
@@ -481,12 +458,19 @@ def _pairs(recipe: Any, teachers: list[Teacher]) -> list[Pair]:
 
 @torch.no_grad()
 def _shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
-    """The shape, without the pictures' dimension, of what every module gives; () for no tensor."""
+    """The shape of what every module gives for an image; () for no tensor."""
     names = {name for name, _ in model.named_modules() if name}
     blank = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
     with models.evaluating(model), _listening(model, names) as said:
         model(blank)
     return {n: tuple(o.shape[1:]) if isinstance(o, Tensor) else () for n, o in said.items()}
+
+
+def _check_module(pair: Pair, whose: str, model: nn.Module, name: str) -> None:
+    try:
+        models.module(model, name)
+    except models.ModelError as error:
+        raise DistillationError(f"{pair}: {whose}: {error}") from None
 
 
 def _adapter(
@@ -496,13 +480,10 @@ def _adapter(
     teachers: list[Teacher],
 ) -> nn.Module | None:
     """None where the shapes are the same, a layer where only the channels differ."""
-    asked = f"mimic {pair.ours} -> {pair.theirs}"
     for whose, name, shapes in (("student", pair.ours, ours), ("teacher", pair.theirs, theirs)):
         if not shapes.get(name):
-            raise DistillationError(
-                f"{asked}: {name} of the {whose} gives no tensor, or is not used; name a module "
-                "such as layer4"
-            )
+            why = f"{name} of the {whose} gives no tensor, or is not used"
+            raise DistillationError(f"{pair}: {why}; name another, such as layer4")
     mine, wanted = ours[pair.ours], theirs[pair.theirs]
     if mine == wanted:
         return None
@@ -510,22 +491,16 @@ def _adapter(
         return nn.Conv2d(mine[0], wanted[0], 1)
     if len(mine) == len(wanted) and mine[:-1] == wanted[:-1]:  # vectors, tokens, Swin's maps
         return nn.Linear(mine[-1], wanted[-1])
-    fits = [
-        n for n, s in theirs.items()
-        if len(s) == len(mine) and (s[1:] == mine[1:] if len(s) == 3 else s[:-1] == mine[:-1])
-    ]  # fmt: skip
+    place = slice(1, None) if len(mine) == 3 else slice(-1)  # all but the channels
+    fits = [n for n, s in theirs.items() if len(s) == len(mine) and s[place] == mine[place]]
     own = [n for n in fits if "." not in n] or fits
+    fitting = f"Of the same size at the teacher: {_few(own)}. " if own else ""
+    given, needed = (" x ".join(map(str, shape)) for shape in (mine, wanted))
     raise DistillationError(
-        f"{asked}: the student gives {_shape(mine)} and the teacher {_shape(wanted)}; an adapter "
-        "changes channels, not height and width. "
-        + (f"Of the same size at the teacher: {_few(own)}. " if own else "")
-        + f"Or give it other pictures with teacher_image_size (now "
-        f"{teachers[pair.teacher].image_size}), or compare what is pooled: global_pool"
+        f"{pair}: the student gives {given} and the teacher {needed}; an adapter changes channels, "
+        f"not height and width. {fitting}Or give it another teacher_image_size (now "
+        f"{teachers[pair.teacher].image_size}), or compare global_pool"
     )
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
 
 
 # ---- answers kept on disk
@@ -536,7 +511,7 @@ INDIFFERENT = frozenset(
     "name data_dir train_root val_list val_root class_names verify_data val_image_size val_resize"
     " model deep_stem avg_down drop_path dropout pretrained weights force_weights freeze epochs"
     " optimizer lr momentum nesterov weight_decay decay_all trust_clip always_adapt schedule"
-    " milestones step_epochs gamma power lr_min cosine_epochs lr_per_epoch warmup warmup_epochs"
+    " milestones step_epochs gamma power lr_min pct_start cosine_epochs lr_per_epoch warmup warmup_epochs"
     " warmup_steps warmup_ratio layer_decay probe_epochs clip_grad_norm ema_decay loss"
     " bce_threshold bce_sum bce_shift label_smoothing up_smoothing teacher teacher_model"
     " teacher_weight teacher_image_size teacher_mean teacher_std mimic mimic_loss mimic_weight"
@@ -548,8 +523,7 @@ INDIFFERENT = frozenset(
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """The values a Kept is known by, those of its teachers as "teacher digest", "teacher std"."""
-    teachers = values.get("teachers")
-    teachers = [t for t in teachers if isinstance(t, dict)] if isinstance(teachers, list) else []
+    teachers = values.get("teachers", [])
     keys = sorted({key for teacher in teachers for key in teacher})
     flat = {f"teacher {key}": [teacher.get(key) for teacher in teachers] for key in keys}
     return flat | {key: value for key, value in values.items() if key != "teachers"}
@@ -558,9 +532,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 class Kept:
     """Logits of all teachers by (epoch, place in it), a file per epoch, below the cache folder.
 
-    A row is its values and their CRC-32, so half a row, a cut file and bytes from elsewhere are
-    all seen, and asked anew. Rows of one place are the same bytes whoever writes them: two runs
-    may fill one folder.
+    A row has a CRC-32, so damaged or foreign rows are seen and asked again. Rows of one place are
+    the same bytes whoever writes them: two runs may fill one folder.
     """
 
     def __init__(self, values: dict[str, Any], steps_per_epoch: int, batch_size: int, columns: int):
@@ -572,10 +545,7 @@ class Kept:
         self.found = self.asked = 0  # pictures, since the start
 
     def prepare(self, epochs: int) -> str:
-        """Makes the folder. Returns a sentence: what is there, or why what is there is not for us.
-
-        Raises DistillationError when the disk has no room for `epochs`.
-        """
+        """Makes the folder; returns a sentence about it. Raises DistillationError: no room."""
         others = self._others()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -595,19 +565,13 @@ class Kept:
                 "WORKBENCH_CACHE to another disk"
             )
         if there:
-            return (
-                f"teachers' answers that are kept already are read, of {len(there)} of {epochs} "
-                f"epochs, {self.folder}"
-            )
-        text = f"teachers' answers are kept, {need / 1e6:,.0f} MB, {self.folder}"
-        return f"{text}; {others}" if others else text
+            many = f"{len(there)} of {epochs} epochs"
+            return f"teachers' answers kept already are read, of {many}, {self.folder}"
+        return f"teachers' answers are kept, {need / 1e6:,.0f} MB, {self.folder}{others}"
 
     def _others(self) -> str:
-        """Why what was kept before of such teachers is of no use here: what differs.
-
-        Such are the same ones, or others of the same models for the same data.
-        """
-        best: list[str] | None = None
+        """What differs where the same teachers, or such models for the same data, were kept."""
+        found: list[list[str]] = []
         ours, missing = _flat(self.values), object()
         for path in self.folder.parent.glob("*/recipe.json"):
             try:
@@ -617,22 +581,13 @@ class Kept:
             if not isinstance(values, dict) or path.parent == self.folder:
                 continue
             theirs = _flat(values)
-            differ = {
-                key
-                for key in set(theirs) | set(ours)
-                if theirs.get(key, missing) != ours.get(key, missing)
-            }
-            if "teacher name" in differ or {"teacher digest", "data"} <= differ:
-                continue
-            changed = [
-                f"{key} {theirs.get(key)!r:.40} (now {ours.get(key)!r:.40})"
-                for key in sorted(differ)
-            ]
-            if best is None or len(changed) < len(best):
-                best = changed
-        if best is None:
-            return ""
-        return f"what was kept before is NOT used, it was made with {', '.join(best)}"
+            keys = sorted(theirs.keys() | ours.keys())
+            differ = [k for k in keys if theirs.get(k, missing) != ours.get(k, missing)]
+            if "teacher name" not in differ and not {"teacher digest", "data"} <= set(differ):
+                now = [f"{k} {theirs.get(k)!r:.40} (now {ours.get(k)!r:.40})" for k in differ]
+                found.append(now)
+        nearest = ", ".join(min(found, key=len, default=[]))
+        return f"; what was kept before is NOT used, it was made with {nearest}" if found else ""
 
     def _file(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:05d}.rows"
@@ -648,51 +603,48 @@ class Kept:
         self.asked += len(rows)
         low, high = int(rows.min()), int(rows.max()) + 1
         try:
-            handle = os.open(self._file(epoch), os.O_RDONLY)
-            try:
-                data = os.pread(handle, (high - low) * self.row_bytes, low * self.row_bytes)
-            finally:
-                os.close(handle)
+            with open(os.open(self._file(epoch), os.O_RDONLY), "rb") as file:
+                size, start = (high - low) * self.row_bytes, low * self.row_bytes
+                data = os.pread(file.fileno(), size, start)
         except OSError:
             return None
-        if len(data) != (high - low) * self.row_bytes:
+        if len(data) != size:
             return None
         block = np.frombuffer(data, np.uint8).reshape(-1, self.row_bytes)[rows - low]
-        values, sums = block[:, :-4], np.ascontiguousarray(block[:, -4:]).view("<u4")[:, 0]
-        if any(self._sum(v.tobytes(), epoch, r) != s
-               for v, r, s in zip(values, rows, sums, strict=True)):  # fmt: skip
+        values = np.ascontiguousarray(block[:, :-4])
+        if block.tobytes() != b"".join(self._rows(values, epoch, rows)):
             return None
         self.found += len(rows)
-        return torch.from_numpy(np.ascontiguousarray(values)).view(torch.float32)
+        return torch.from_numpy(values).view(torch.float32)
 
     def write(self, batch: Any, logits: Tensor) -> None:
         """Keeps (n, teachers * C) of a batch. Raises DistillationError when the disk refuses."""
         epoch, rows = self._span(batch)
         values = logits.cpu().contiguous().view(torch.uint8).numpy()
-        parts = [v.tobytes() for v in values]
-        parts = [p + self._sum(p, epoch, r).to_bytes(4, "little")
-                 for p, r in zip(parts, rows, strict=True)]  # fmt: skip
+        parts = self._rows(values, epoch, rows)
+        flags = os.O_WRONLY | os.O_CREAT
         try:
-            handle = os.open(self._file(epoch), os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
+            with open(os.open(self._file(epoch), flags, 0o644), "wb") as file:
                 # One write where rows follow each other, as they do in a single process.
                 ends = np.flatnonzero(np.diff(rows) != 1) + 1
                 for run in np.split(np.arange(len(rows)), ends):
                     data = b"".join(parts[i] for i in run)
-                    if os.pwrite(handle, data, int(rows[run[0]]) * self.row_bytes) != len(data):
+                    start = int(rows[run[0]]) * self.row_bytes
+                    if os.pwrite(file.fileno(), data, start) != len(data):
                         raise OSError("the disk took half of it")
-            finally:
-                os.close(handle)
         except OSError as error:
             raise self._failure(error) from None
 
-    def _sum(self, values: bytes, epoch: int, row: int) -> int:
-        """CRC-32 of a row and of its place: a file of another epoch or folder is no answer here."""
-        return zlib.crc32(values, zlib.crc32(f"{self.folder.name} {epoch} {row}".encode()))
+    def _rows(self, values: np.ndarray, epoch: int, rows: np.ndarray) -> list[bytes]:
+        """Values with the CRC-32 of them and their place: another epoch's or folder's differ."""
+        found = []
+        for row, value in zip(rows, values, strict=True):
+            place = zlib.crc32(f"{self.folder.name} {epoch} {row}".encode())
+            found.append(value.tobytes() + zlib.crc32(value, place).to_bytes(4, "little"))
+        return found
 
     def _failure(self, error: OSError) -> DistillationError:
         return DistillationError(
             f"the teachers' answers were not kept in {self.folder} ({error.strerror or error}); "
-            "set cache_teacher: false, or WORKBENCH_CACHE to another disk; the same command goes "
-            "on from the last checkpoint"
+            "set cache_teacher: false, or WORKBENCH_CACHE to another disk; the same command goes on"
         )

@@ -4,9 +4,8 @@
     check(path)                                                  # one that came from elsewhere
 
 A package is a plain tar. The names and fields of parameters.json, category_param.json and meta.json
-are those of United Perception's `to_kestrel` for classifiers, with what it left out: how a picture
-is resized and cropped, hashes, the recipe, and the accuracy measured on the whole validation list.
-The binary form of the closed toolkit that read those packages is out of reach.
+are those of United Perception's `to_kestrel` for classifiers, with what it left out: resize and
+crop, hashes, the recipe, and the accuracy on the whole validation list.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
 from workbench import augmentation, comparison, consumer, data, images, models, runs, training
@@ -41,6 +40,7 @@ OPSET = 20
 PLACES = "data_dir train_list train_root val_list val_root class_names verify_data".split()
 TIE = 1e-3  # logits: an answer ahead of the next by less is no answer to defend
 LARGEST = 4 * 2**30  # bytes of a whole package
+CALIBRATION = 512  # training images that the ranges of int8 come from
 SAMPLE = 64  # validation images that the predict.py of a package is run on
 PROBES = 2  # pictures of noise whose logits go with the package
 
@@ -81,14 +81,9 @@ class Preprocess(_Part):
 def preprocess(recipe: Recipe, pixels: bool = False) -> Preprocess:
     """What a recipe's validation does to a picture; with `pixels` the network normalises."""
     seen = training.test_transform(recipe)
-    return Preprocess(
-        resize=seen.resize,
-        size=seen.size,
-        interpolation=seen.interpolation,
-        mean=list(recipe.mean),
-        std=list(recipe.std),
-        normalised_inside=pixels,
-    )
+    kept = {key: getattr(seen, key) for key in ("resize", "size", "interpolation")}
+    kept |= {"mean": list(recipe.mean), "std": list(recipe.std)}
+    return Preprocess(**kept, normalised_inside=pixels)
 
 
 class Meta(_Part):
@@ -141,21 +136,14 @@ class Category(_Part):
     labels: list[str]
 
 
-FILES = {  # every file a package may hold, and whether it must
-    "model.onnx": True,
-    "meta.json": True,
-    "parameters.json": True,
-    "category_param.json": True,
-    "parity.json": True,
-    "SHA256SUMS": True,
-    "predict.py": True,
-    "recipe.yaml": True,
-    "README.md": True,
-    "flips.csv": True,
-    "model_int8.onnx": False,
-    "model_whole.onnx": False,
-    "model.pt2": False,
-}
+FORMS = {
+    "onnx": "model.onnx", "int8": "model_int8.onnx",
+    "whole": "model_whole.onnx", "program": "model.pt2",
+}  # fmt: skip
+REQUIRED = (  # what a package has to hold; beside it there may be the files of FORMS
+    "model.onnx meta.json parameters.json category_param.json parity.json SHA256SUMS predict.py "
+    "recipe.yaml README.md flips.csv"
+).split()
 
 
 def schema() -> dict[str, Any]:
@@ -167,13 +155,8 @@ def schema() -> dict[str, Any]:
 # ---- the network of a run
 
 
-def trained_model(
-    run: runs.Run, weights: str = ""
-) -> tuple[Recipe, list[str], nn.Module, Literal["raw", "ema"]]:
-    """A run's recipe, class names, model in evaluation mode, and which weights it has.
-
-    As training.trained takes them. Raises ExportError.
-    """
+def trained_model(run: runs.Run, weights: str = "") -> tuple[Recipe, list[str], nn.Module, str]:
+    """A run's recipe, class names, model in evaluation mode, weights it has. Raises ExportError."""
     if not run.file("recipe.yaml").exists():
         raise ExportError(f"{run.path} is no run folder; workbench runs lists those there are")
     classes = models.run_classes(run.path)
@@ -190,10 +173,7 @@ def trained_model(
 
 
 def newest(root: str | Path) -> runs.Run:
-    """The run below `root` that finished last of those that can be packed: all it needs is there.
-
-    Raises ExportError where there is none.
-    """
+    """The run below `root` that finished last of those that can be packed. Raises ExportError."""
     found = runs.finished(root)
     for run in sorted(found, key=lambda run: run.file("status.json").stat().st_mtime, reverse=True):
         with contextlib.suppress(ExportError, data.DataError, OSError):
@@ -236,8 +216,7 @@ class Network(nn.Module):
 class Whole(nn.Module):
     """A network from decoded pictures, uint8 (n, 3, height, width) of any one size.
 
-    Short side to `resize` and the centre inside, as Pillow does it but for rounding: a pixel may
-    be one grey level apart. Bilinear and bicubic alone.
+    Resizes and crops as Pillow does to one grey level. Bilinear and bicubic alone.
     """
 
     def __init__(self, network: Network, seen: Preprocess):
@@ -266,9 +245,9 @@ def _middle(left_over: int) -> int:
 
 
 def to_onnx(network: Network) -> bytes:
-    """The network as one ONNX file: input `data`, outputs `score` and `logits`, any batch size.
+    """The network as an ONNX file, weights inside: input `data`, outputs `score` and `logits`.
 
-    By torch's dynamo exporter, weights inside. Raises ExportError.
+    For any batch size, by torch's dynamo exporter. Raises ExportError.
     """
     return _onnx(network, network.feed(network.noise(2)), {0: "batch"})
 
@@ -281,15 +260,18 @@ def to_whole(network: Network, seen: Preprocess) -> bytes:
     return _onnx(Whole(network, seen).eval(), pictures, {0: "batch", 2: "height", 3: "width"})
 
 
-def _onnx(network: nn.Module, feed: torch.Tensor, dynamic: Mapping[int, str]) -> bytes:
+def _traced(network: nn.Module, feed: torch.Tensor, dynamic: Mapping[int, str]) -> Any:
     limits = {"batch": {}, "height": {"min": 4, "max": 2**15}, "width": {"min": 4, "max": 2**15}}
     shapes = {axis: torch.export.Dim(name, **limits[name]) for axis, name in dynamic.items()}
+    return torch.export.export(network, (feed,), dynamic_shapes=(shapes,), strict=False)
+
+
+def _onnx(network: nn.Module, feed: torch.Tensor, dynamic: Mapping[int, str]) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter about its own parts
-            traced = torch.export.export(network, (feed,), dynamic_shapes=(shapes,), strict=False)
             program = torch.onnx.export(
-                traced,
+                _traced(network, feed, dynamic),
                 dynamo=True,
                 input_names=["data"],
                 output_names=["score", "logits"],
@@ -308,28 +290,25 @@ def _onnx(network: nn.Module, feed: torch.Tensor, dynamic: Mapping[int, str]) ->
 
 def to_program(network: Network) -> bytes:
     """The network as a file that torch.export.load reads, any batch size."""
-    pixels = network.noise(2)
-    batch = ({0: torch.export.Dim("batch")},)
+    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(network, (network.feed(pixels),), dynamic_shapes=batch)
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
+        torch.export.save(_traced(network, network.feed(network.noise(2)), {0: "batch"}), buffer)
     return buffer.getvalue()
 
 
 QUANTISED = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 
 
-def to_int8(onnx: bytes, feeds: list[np.ndarray]) -> tuple[bytes, dict[str, int]]:
+def to_int8(plain: bytes, feeds: list[np.ndarray]) -> tuple[bytes, dict[str, int]]:
     """An ONNX file in int8, and how many nodes of a kind really compute in it.
 
     onnxruntime's static quantisation: ranges from `feeds` (inputs as the network takes them),
-    weights per channel, from -64 to 64. With 8 bits the sum of two products passes the 16 bits
-    that x86-64 without VNNI adds them in, and is cut: 2 * 255 * 127 = 64770 > 32767, whereas
-    2 * 255 * 64 = 32640. So the integer sums are the same on every processor. Raises ExportError
-    where nothing was quantised: some models come through whole, and as slow as before.
+    weights per channel, from -64 to 64. x86-64 without VNNI adds two products in 16 bits:
+    2 * 255 * 64 = 32640 fits, 2 * 255 * 127 = 64770 would be cut at 32767. So integer sums are the
+    same on every processor. Raises ExportError where nothing was quantised.
     """
+    import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -340,12 +319,12 @@ def to_int8(onnx: bytes, feeds: list[np.ndarray]) -> tuple[bytes, dict[str, int]
             return next(({"data": feed} for feed in self.left), None)
 
     with tempfile.TemporaryDirectory() as folder:
-        plain, ready, small = (Path(folder) / f"{name}.onnx" for name in ("a", "b", "c"))
-        plain.write_bytes(onnx)
-        quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
+        given, ready, small, computed = (f"{folder}/{name}.onnx" for name in "abcd")
+        Path(given).write_bytes(plain)
+        quant_pre_process(given, ready, skip_symbolic_shape=True)
         quantization.quantize_static(
-            str(ready),
-            str(small),
+            ready,
+            small,
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "MaxPool", "Relu", "Clip"],
@@ -354,37 +333,29 @@ def to_int8(onnx: bytes, feeds: list[np.ndarray]) -> tuple[bytes, dict[str, int]
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )
-        content = small.read_bytes()
-        nodes = _executed(content, Path(folder) / "d.onnx")
+        content = Path(small).read_bytes()
+        session(content, optimised=computed)
+        nodes = Counter(node.op_type for node in onnx.load(computed).graph.node)
     found = {name: nodes[name] for name in QUANTISED if nodes[name]}
     if not found:
         raise ExportError(f"no node computes in int8 after quantisation: {dict(nodes)}")
     return content, found
 
 
-def _executed(content: bytes, path: Path) -> Counter:
-    """Nodes by kind after onnxruntime's own optimisation: what is really computed."""
-    import onnx
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(path)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
-
-
-def session(content: bytes, threads: int = 0) -> Any:
+def session(content: bytes, threads: int = 0, optimised: str = "") -> Any:
     """An onnxruntime session on the CPU; `threads` 0 is as many as torch uses.
 
-    Bytes, not a path: a model that names files beside itself is refused.
+    Bytes, not a path: a model that names files beside itself is refused. What is really computed
+    goes into the file `optimised`.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
+    if optimised:
+        options.optimized_model_filepath = optimised
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
@@ -399,9 +370,9 @@ def _answers(network: Network, files: Mapping[str, bytes]) -> dict[str, Answer]:
             return network(feed)[1].numpy()
 
     answers: dict[str, Answer] = {"torch": eager}
-    for name, file in (("onnx", "model.onnx"), ("int8", "model_int8.onnx")):
-        if file in files:
-            answers[name] = _runner(session(files[file]))
+    for form in ("onnx", "int8"):
+        if FORMS[form] in files:
+            answers[form] = _runner(session(files[FORMS[form]]))
     if "model.pt2" in files:
         program = torch.export.load(io.BytesIO(files["model.pt2"])).module()
         answers["program"] = lambda feed: program(feed)[1].detach().numpy()
@@ -425,15 +396,14 @@ def parity(
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """How each form answers the whole validation list beside the first, and every flip.
 
-    `whole` gives the logits of the form that takes the picture of a row as it was decoded.
-
-    The report has by form: top1 in percent, flips (other answers), ties (flips where the first was
-    within TIE logits of the other answer), largest and mean difference of the logits, and the
-    paired difference of top-1 in points with its 95 % interval and McNemar's p. A row of the
-    frame: row, label, form, before, after, margin in logits.
+    `whole` gives the logits of the form that takes the image of a row as it was decoded. The report
+    has by form: top1 in percent, flips (other predictions), ties (flips where the first was within
+    TIE logits of the other class), largest and mean difference of the logits, and the paired
+    difference of top-1 in points with its 95 % interval and McNemar's p. A row of the frame: row,
+    label, form, before, after, margin in logits.
     """
-    first, *others = [*answers, *(["whole"] if whole else [])]
-    labels, classes, flips, rows = [], {name: [] for name in (first, *others)}, [], []
+    names = [*answers, *(["whole"] if whole else [])]
+    first, right, flips = names[0], {name: [] for name in names}, []
     largest, summed, count = Counter(), Counter(), 0
     with bar(total, "parity", "img") as progress:
         for batch in batches:
@@ -444,36 +414,29 @@ def parity(
             logits = {name: answer(feed) for name, answer in answers.items()}
             if whole:
                 logits["whole"] = np.concatenate([whole(row) for row in batch.indices.tolist()])
-            reference = logits[first]
-            labels.append(batch.labels.numpy())
-            rows.append(batch.indices.numpy())
+            reference, label, rows = logits[first], batch.labels.numpy(), batch.indices.tolist()
+            ours = reference.argmax(1)
             count += reference.size
             for name, its in logits.items():
-                classes[name].append(its.argmax(1))
-                gap = np.abs(its - reference)
-                largest[name] = max(largest[name], float(gap.max()))
-                summed[name] += float(gap.sum(dtype=np.float64))
                 if not np.isfinite(its).all():
                     raise ExportError(f"{name} answers nan or infinity; the package is of no use")
-            ours = reference.argmax(1)
-            for name in others:
-                theirs = logits[name].argmax(1)
+                gap, theirs = np.abs(its - reference), its.argmax(1)
+                largest[name] = max(largest[name], float(gap.max()))
+                summed[name] += float(gap.sum(dtype=np.float64))
+                right[name].append(theirs == label)
                 for i in np.flatnonzero(theirs != ours).tolist():
                     margin = float(reference[i, ours[i]] - reference[i, theirs[i]])
-                    place = (int(rows[-1][i]), int(labels[-1][i]))
-                    flips.append((*place, name, int(ours[i]), int(theirs[i]), margin))
-    if not labels:
-        raise ExportError("no validation picture could be read: there is nothing to compare on")
-    label = np.concatenate(labels)
-    right = {name: (np.concatenate(its) == label)[None] for name, its in classes.items()}
-    columns = ["row", "label", "form", "before", "after", "margin"]
-    flips = pd.DataFrame(flips, columns=columns)
-    report = {"pictures": len(label), "forms": {}}
-    for name in (first, *others):
+                    flips.append((rows[i], label[i], name, ours[i], theirs[i], margin))
+    if not count:
+        raise ExportError("no validation image could be read: there is nothing to compare on")
+    flips = pd.DataFrame(flips, columns=["row", "label", "form", "before", "after", "margin"])
+    report = {"pictures": len(np.concatenate(right[first])), "forms": {}}
+    for name in names:
         its = flips[flips.form == name]
-        found = comparison.difference(right[first], right[name])
+        before, after = (np.concatenate(right[form])[None] for form in (first, name))
+        found = comparison.difference(before, after)
         report["forms"][name] = {
-            "top1": 100 * float(right[name].mean()),
+            "top1": 100 * float(after.mean()),
             "flips": len(its),
             "ties": int((its.margin < TIE).sum()),
             "largest": largest[name],
@@ -511,8 +474,7 @@ def script(
 ) -> dict[str, Any]:
     """By form, how far the probabilities that predict.py prints are from those of this process.
 
-    predict.py runs as in a package, on image files. `largest` is 1 where it prints an error.
-    Raises ExportError where it crashes.
+    `largest` is 1 where it prints an error. Raises ExportError where it crashes.
     """
     [batch] = data.eval_batches(frame, see, batch_size=len(frame))
     paths, feed = frame.path.iloc[batch.indices.numpy()], network.feed(batch.images)
@@ -520,8 +482,8 @@ def script(
     with tempfile.TemporaryDirectory() as folder:
         for file, content in shipped.items():
             (Path(folder) / file).write_bytes(content)
-        for form in (form for form in ("onnx", "int8") if _FILE[form] in files):
-            command = [sys.executable, f"{folder}/predict.py", _FILE[form], *paths]
+        for form in (form for form in ("onnx", "int8") if FORMS[form] in files):
+            command = [sys.executable, f"{folder}/predict.py", FORMS[form], *paths]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             lines = [line.rsplit("\t", 2)[1:] for line in done.stdout.split("\n")[:-1]]
             if len(lines) != len(paths):
@@ -540,16 +502,12 @@ def over_budget(report: Mapping[str, Any], flips: int) -> list[str]:
     """What a parity report says against shipping, a sentence each."""
     problems = []
     for name, its in report["forms"].items():
-        if name not in ("int8", "whole") and its["flips"] - its["ties"] > flips:
-            problems.append(
-                f"{name} answers {its['flips'] - its['ties']} pictures otherwise (beyond ties), "
-                f"the budget is {flips}"
-            )
+        other = its["flips"] - its["ties"]
+        if name not in ("int8", "whole") and other > flips:
+            problems.append(f"{name} answers {other} pictures otherwise beyond ties, not {flips}")
     for name, its in report["script"].items():
-        if its["largest"] > TIE:
-            problems.append(
-                f"predict.py with {name} is off by a probability of {its['largest']:.2g}"
-            )
+        if (off := its["largest"]) > TIE:
+            problems.append(f"predict.py with {name} is off by a probability of {off:.2g}")
     return problems
 
 
@@ -559,9 +517,10 @@ def lossy(report: Mapping[str, Any], int8_points: float) -> dict[str, str]:
     for name in ("int8", "whole"):  # these round otherwise than torch
         lost = report["forms"].get(name, {}).get("difference")
         if lost and lost["high"] < -int8_points:
+            points, low, high = (-lost[key] for key in ("points", "high", "low"))
+            interval = f"95 % interval {low:.2f} to {high:.2f}"
             found[name] = (
-                f"{name} loses {-lost['points']:.2f} points (95 % interval {-lost['high']:.2f} to "
-                f"{-lost['low']:.2f}), the budget is {int8_points}"
+                f"{name} loses {points:.2f} points ({interval}), the budget is {int8_points}"
             )
     return found
 
@@ -581,38 +540,30 @@ def package(
     whole: bool = False,
     program: bool = False,
     kestrel: Mapping[str, Any] | None = None,
-    flips: int = 0,
     int8_points: float = 0.5,
-    calibration: int = 512,
     seconds: float = 1.0,
     **overrides: Any,
 ) -> Path:
-    """Packs a run as `<name>_<version>.tar` in the folder `out`, and returns where it is.
+    """Packs a run as `<name>_<version>.tar` in the folder `out`, and returns its path.
 
-    Without them name and version are the block's, else the run's and 1.0.0. With `pixels` the
-    network takes uint8 and normalises itself. `int8` adds a network quantised on `calibration`
-    training pictures, `whole` one that resizes and crops too, `program` one for
-    torch.export.load. `kestrel` is a `to_kestrel` block. Every form answers the whole validation
-    list, and predict.py a sample of it; where it differs by more than `flips` pictures beyond
-    ties, no package is written, ExportError is raised, and the report stays beside its place. Int8
-    or whole are left out, and named in `left_out` of the report, where the paired interval shows
-    that they lose more than `int8_points`. `overrides` are knobs of PLACES, where the pictures
-    lie now.
+    By default name and version are those of the `to_kestrel` block `kestrel`, else the run's and
+    1.0.0. With `pixels` the network takes uint8 and normalises itself. `int8` adds a network
+    quantised on training images, `whole` one that resizes and crops too, `program` one for
+    torch.export.load. Where a form or predict.py differs on a validation image, ties aside,
+    ExportError is raised and only the report is written; int8 and whole are left out where their
+    interval shows that they lose more than `int8_points`. `overrides` are options of PLACES.
     """
-    run = runs.Run(run)
+    run, kestrel = runs.Run(run), kestrel or {}
     recipe, classes, model, weights = trained_model(run, weights)
-    kestrel = dict(kestrel or {})
     name = name or kestrel.get("model_name") or recipe.name
     version = version or str(kestrel.get("version", "1.0.0"))
     for what, text in (("name", name), ("version", version)):
         if not re.fullmatch(r"[\w.-]+", text):
             raise ExportError(f"{what} {text!r}: letters, digits, dots, dashes and _ alone")
     seen = preprocess(recipe, pixels)
-    if kestrel.get("resize_hw", [seen.size, seen.size]) != [seen.size, seen.size]:
-        raise ExportError(
-            f"resize_hw is {kestrel['resize_hw']}, the run sees {seen.size} x {seen.size} pixels; "
-            "leave it out, or train at that size"
-        )
+    size = seen.size
+    if (hw := kestrel.get("resize_hw", [size, size])) != [size, size]:
+        raise ExportError(f"resize_hw is {hw}, the run sees {size} x {size} pixels; leave it out")
     meta = {
         "format": FORMAT, "model_name": name, "version": version, "toks_type": "cls",
         "plugin": kestrel.get("plugin", "classifier"), "model": recipe.model, "weights": weights,
@@ -629,30 +580,32 @@ def package(
     files = {"model.onnx": to_onnx(network), "predict.py": Path(consumer.__file__).read_bytes()}
     quantised = {}
     if int8:
-        feeds = [f.numpy() for f in _calibration(network, recipe, train, calibration)]
+        feeds = [f.numpy() for f in _calibration(network, recipe, train, CALIBRATION)]
         files["model_int8.onnx"], quantised = to_int8(files["model.onnx"], feeds)
     if program:
         files["model.pt2"] = to_program(network)
     if whole:
         files["model_whole.onnx"] = to_whole(network, seen)
-    answers = _answers(network, files)
-    see = training.test_transform(recipe)
+    answers, see = _answers(network, files), training.test_transform(recipe)
     batches = data.eval_batches(val, see, batch_size=64)
-    entire = _entire(files["model_whole.onnx"], val) if whole else None
+    entire = None
+    if whole:
+        decoded = _runner(session(files["model_whole.onnx"]))
+        entire = lambda row: _entire(decoded, val.path.iloc[row])
     report, flipped = parity(answers, network, batches, len(val), seconds, entire)
     flipped = val[["file", "list"]].iloc[flipped.row].reset_index(drop=True).join(flipped)
     report |= {
         "weights": weights, "data": known, "quantised": quantised,
         "bytes": {file: len(its) for file, its in files.items()},
         "threads": torch.get_num_threads(), "device": training.processor(),
-        "budget": {"flips": flips, "int8_points": int8_points},
+        "budget": {"flips": 0, "int8_points": int8_points},
     }  # fmt: skip
     report["run"] = _beside_the_run(run, weights)
     report["left_out"] = lossy(report, int8_points)
     for form in report["left_out"]:
-        del files[_FILE[form]]
+        del files[FORMS[form]]
     report["script"] = script(files, meta, _spread(val, SAMPLE), see, network, answers)
-    report["problems"] = over_budget(report, flips)
+    report["problems"] = over_budget(report, 0)
     if report["problems"]:
         beside = out / f"{stem}.parity.json"
         beside.write_text(json.dumps(report, indent=2) + "\n")
@@ -680,14 +633,10 @@ def package(
 def _lists(
     recipe: Recipe, overrides: Mapping[str, Any], classes: list[str], of: Path, then: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Both lists of what `of` was trained on, where they lie now, and validation's fingerprint.
-
-    Raises ExportError, also where that is not `then`.
-    """
-    if strange := sorted(set(overrides) - set(PLACES)):
-        raise ExportError(
-            f"{', '.join(strange)} would change what the run was; allowed are {', '.join(PLACES)}"
-        )
+    """Both lists of `of` where they lie now, and validation's fingerprint. Raises ExportError."""
+    if strange := ", ".join(sorted(set(overrides) - set(PLACES))):
+        allowed = ", ".join(PLACES)
+        raise ExportError(f"{strange} would change what the run was; allowed are {allowed}")
     try:
         recipe = recipe.replace(**overrides)
     except RecipeError as error:
@@ -703,10 +652,8 @@ def _lists(
         val, _ = data.sound(data.examine(val), "val")
     known = data.fingerprint(data.Data(val.iloc[:0], val, classes))
     if then and known != then:
-        raise ExportError(
-            f"the validation pictures have changed since {of} was trained (fingerprint "
-            f"{then}, now {known}): the accuracy would be another list's; put them back"
-        )
+        changed = f"the validation pictures have changed since {of} was trained"
+        raise ExportError(f"{changed} (fingerprint {then}, now {known}); put them back")
     return content.train, val, known
 
 
@@ -718,10 +665,8 @@ def _place(out: Path, stem: str) -> None:
             (out / f"{stem}.{leftover}").unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(f"cannot write {out}: {error.strerror}; choose another out") from None
-    if (out / f"{stem}.tar").exists():
-        raise ExportError(
-            f"{out / stem}.tar exists and is not replaced; give this one another version or name"
-        )
+    if (path := out / f"{stem}.tar").exists():
+        raise ExportError(f"{path} exists and is not replaced; give this one another version")
 
 
 def _parameters(meta: Mapping[str, Any], kestrel: Mapping[str, Any]) -> dict[str, Any]:
@@ -732,7 +677,7 @@ def _parameters(meta: Mapping[str, Any], kestrel: Mapping[str, Any]) -> dict[str
         "net": "model.onnx", "backend": "kestrel_nart", "max_batch_size": 8,
         "input": {"data": "data"}, "output": {"score": "score"},
     }  # fmt: skip
-    found = {
+    return {
         "model_files": {"net": net}, "input_h": seen["size"], "input_w": seen["size"],
         "pixel_means": [0.0] * 3 if inside else [round(255 * x, 6) for x in seen["mean"]],
         "pixel_stds": [1.0] * 3 if inside else [round(255 * x, 6) for x in seen["std"]],
@@ -740,7 +685,6 @@ def _parameters(meta: Mapping[str, Any], kestrel: Mapping[str, Any]) -> dict[str
         "save_all_label": kestrel.get("save_all_label", True),
         "support_labels": kestrel.get("support_labels"),
     }  # fmt: skip
-    return found
 
 
 def _categories(kestrel: Mapping[str, Any], classes: list[str]) -> dict[str, Any]:
@@ -774,24 +718,17 @@ def _categories(kestrel: Mapping[str, Any], classes: list[str]) -> dict[str, Any
     return found
 
 
-def _entire(onnx: bytes, val: pd.DataFrame) -> Callable[[int], np.ndarray]:
-    """The logits of a row's picture as it was decoded, by a network that takes it whole."""
-    answer = _runner(session(onnx))
-
-    def logits(row: int) -> np.ndarray:
-        picture = np.array(images.decode(val.path.iloc[row]))
-        return answer(torch.from_numpy(picture).permute(2, 0, 1)[None])
-
-    return logits
+def _entire(answer: Answer, path: str) -> np.ndarray:
+    """The logits of an image as it was decoded, by a network that takes it whole."""
+    return answer(torch.from_numpy(np.array(images.decode(path))).permute(2, 0, 1)[None])
 
 
 def _calibration(
     network: Network, recipe: Recipe, train: pd.DataFrame, count: int
 ) -> Iterator[torch.Tensor]:
     """Inputs from training pictures as validation sees them, evenly over the list."""
-    for batch in data.eval_batches(
-        _spread(train, count), training.test_transform(recipe), batch_size=32
-    ):
+    frame, see = _spread(train, count), training.test_transform(recipe)
+    for batch in data.eval_batches(frame, see, batch_size=32):
         if len(batch.images):
             yield network.feed(batch.images)
 
@@ -804,12 +741,11 @@ def _spread(frame: pd.DataFrame, count: int) -> pd.DataFrame:
 
 def _beside_the_run(run: runs.Run, weights: str) -> dict[str, Any]:
     """The run's own top-1 beside that of these weights on this machine now."""
-    try:
-        own = run.predictions(weights)
-    except runs.RunError:
-        return {"top1": None, "pictures": 0}
-    top1 = 100 * float((own.class1 == own.label).mean()) if len(own) else None
-    return {"top1": top1, "pictures": len(own)}
+    with contextlib.suppress(runs.RunError):
+        if len(own := run.predictions(weights)):
+            top1 = 100 * float((own.class1 == own.label).mean())
+            return {"top1": top1, "pictures": len(own)}
+    return {"top1": None, "pictures": 0}
 
 
 def _json(part: type[_Part], values: Mapping[str, Any]) -> str:
@@ -840,36 +776,32 @@ def _packed(path: Path, files: Mapping[str, bytes]) -> Path:
 
 def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int) -> str:
     """The model card, README.md of the package, in the form the Hugging Face hub reads."""
+    from scipy import stats
+
     forms, n = report["forms"], report["pictures"]
-    low, high = _wilson(forms["torch"]["top1"], n)
-    head = {
-        "library_name": "onnx", "pipeline_tag": "image-classification",
-        "tags": ["image-classification", meta.model],
-    }  # fmt: skip
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items())]
-    result = f"{{type: accuracy, value: {forms['torch']['top1']:.2f}}}"
-    lines += [
+    top1 = forms["torch"]["top1"]
+    interval = stats.binomtest(round(top1 * n / 100), n).proportion_ci(method="wilson")
+    lines = [
+        "---", 'library_name: "onnx"', 'pipeline_tag: "image-classification"',
+        f'tags: ["image-classification", {json.dumps(meta.model)}]',
         "model-index:", f"- name: {meta.model_name}", "  results:",
         "  - task: {type: image-classification}",
         f"    dataset: {{name: validation list {report['data']}, type: {recipe.dataset}}}",
-        f"    metrics: [{result}]", "---", "",
+        f"    metrics: [{{type: accuracy, value: {top1:.2f}}}]", "---", "",
         f"# {meta.model_name} {meta.version}", "",
         f"A {meta.model} that tells {len(meta.classes)} classes apart: "
         f"{', '.join(meta.classes[:12])}{' and so on' if len(meta.classes) > 12 else ''}.", "",
         f"Trained by the recipe in `recipe.yaml` ({recipe.epochs} epochs, {trained_on:,} pictures, "
-        f"fingerprint {recipe.fingerprint}); {meta.weights} weights of the last epoch.",
-        "",
-        f"**Top-1 {forms['torch']['top1']:.2f} %** (95 % interval {low:.2f} to {high:.2f}, "
-        f"n={n:,}, validation list {report['data']}).", "",
+        f"fingerprint {recipe.fingerprint}); {meta.weights} weights of the last epoch.", "",
+        f"**Top-1 {top1:.2f} %** (95 % interval {100 * interval.low:.2f} to "
+        f"{100 * interval.high:.2f}, n={n:,}, validation list {report['data']}).", "",
         "| form | top-1 | other answers | largest difference of a logit | ms at batch 1, 32 |",
         "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, its in forms.items():
         ms = ", ".join(f"{ms['median']:.2f}" for ms in its["latency"].values())
-        ties = f" ({its['ties']} ties)" if its["ties"] else ""
-        lines.append(
-            f"| {name} | {its['top1']:.2f} | {its['flips']}{ties} | {its['largest']:.2g} | {ms} |"
-        )
+        flips = f"{its['flips']} ({its['ties']} ties)" if its["ties"] else its["flips"]
+        lines.append(f"| {name} | {its['top1']:.2f} | {flips} | {its['largest']:.2g} | {ms} |")
     lines += ["", *(f"Not in the package: {text}." for text in report["left_out"].values())]
     seen, kept = meta.preprocess, forms.keys() - report["left_out"].keys()
     given = "uint8, 0 to 255" if seen.normalised_inside else (
@@ -896,13 +828,6 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
     return "\n".join(lines)
 
 
-def _wilson(top1: float, n: int) -> tuple[float, float]:
-    from scipy import stats
-
-    found = stats.binomtest(round(top1 * n / 100), n).proportion_ci(method="wilson")
-    return 100 * found.low, 100 * found.high
-
-
 def read_report(path: str | Path) -> dict[str, Any]:
     """parity.json of a package, or of the file that a failed export left. Raises PackageError."""
     path = Path(path)
@@ -917,36 +842,24 @@ def table(report: Mapping[str, Any]) -> pd.DataFrame:
     """A parity report as a table, a row per form: points are its top-1 less torch's."""
     rows = {}
     for name, its in report["forms"].items():
-        ms = {f"ms, batch {b}": its["latency"][b]["median"] for b in its["latency"]}
-        kept = {key: its[key] for key in ("top1", "flips", "ties", "largest", "mean")}
-        apart = {"points": its["difference"]["points"], "p": its["p"]}
-        size = report["bytes"].get(_FILE.get(name), float("nan")) / 1e6
-        rows[name] = {**kept, **apart, **ms, "MB": size}
+        rows[name] = {key: its[key] for key in ("top1", "flips", "ties", "largest", "mean")}
+        rows[name] |= {"points": its["difference"]["points"], "p": its["p"]}
+        rows[name] |= {f"ms, batch {b}": ms["median"] for b, ms in its["latency"].items()}
+        rows[name]["MB"] = report["bytes"].get(FORMS.get(name), float("nan")) / 1e6
     return pd.DataFrame.from_dict(rows, "index")
-
-
-_FILE = {
-    "onnx": "model.onnx",
-    "int8": "model_int8.onnx",
-    "whole": "model_whole.onnx",
-    "program": "model.pt2",
-}
 
 
 # ---- a package from elsewhere
 
 
 class Package:
-    """A package that was read and found sound: what `workbench predict` asks for answers.
+    """A checked package: called with uint8 images (n, 3, size, size) it gives logits, float32."""
 
-    Called with uint8 images (n, 3, size, size) it returns float32 logits (n, classes).
-    """
-
-    def __init__(self, path: Path, files: Mapping[str, bytes], form: str = "onnx"):
+    def __init__(self, files: Mapping[str, bytes], form: str = "onnx"):
         self.meta = Meta(**json.loads(files["meta.json"]))
         self.classes, seen = self.meta.classes, self.meta.preprocess
         self.transform = augmentation.TestTransform(seen.size, seen.resize, seen.interpolation)
-        network = files["model_int8.onnx" if form == "int8" else "model.onnx"]
+        network = files[FORMS[form]]
         self.fingerprint = hashlib.sha256(network).hexdigest()[:12]
         self._answer = _runner(session(network))
         self._network = Network(nn.Identity(), seen)
@@ -961,19 +874,17 @@ class Package:
 
 def load(path: str | Path, form: str = "onnx") -> Package:
     """A package for prediction, checked first; `form` onnx or int8. Raises PackageError."""
-    path = Path(path)
     files = check(path)
-    if form == "int8" and "model_int8.onnx" not in files:
-        raise PackageError(path, ["it holds no int8 network; export with --int8"])
-    return Package(path, files, form)
+    if FORMS[form] not in files:
+        raise PackageError(path, [f"it holds no {form} network; export with --{form}"])
+    return Package(files, form)
 
 
 def measure(path: str | Path, seconds: float = 1.0, **overrides: Any) -> dict[str, Any]:
     """The parity report of a package on this machine, its ONNX network first, as `parity` has it.
 
-    `problems` has a sentence for every form whose predictions are not those of the machine that
-    packed it, ties aside. `overrides` are knobs of PLACES: where the validation list lies here.
-    Raises PackageError and ExportError.
+    `problems` has a sentence for every form whose predictions, ties aside, are others here.
+    `overrides` are options of PLACES: where the images lie here. Raises PackageError, ExportError.
     """
     files = check(path)
     packed, meta = read_report(path), Meta(**json.loads(files["meta.json"]))
@@ -992,10 +903,8 @@ def measure(path: str | Path, seconds: float = 1.0, **overrides: Any) -> dict[st
     for form, its in report["forms"].items():
         changed, there = apart[apart.form == form].row.nunique(), packed["forms"][form]["top1"]
         if changed or its["top1"] != there:
-            report["problems"].append(
-                f"{form}: {changed} predictions are not those of the machine that packed it, "
-                f"top-1 {its['top1']:.2f} here and {there:.2f} there"
-            )
+            both = f"{its['top1']:.2f} here and {there:.2f} there"
+            report["problems"].append(f"{form}: {changed} predictions differ, top-1 {both}")
     return report
 
 
@@ -1003,24 +912,21 @@ def check(path: str | Path) -> dict[str, bytes]:
     """The files of a package, after everything in it was found to agree. Raises PackageError.
 
     Only a plain tar of the known names is read, into memory; nothing is unpacked, and nothing in
-    it is run but the network, by onnxruntime: hashes, fields, labels against scores, means against
-    the recipe's, the network's input and outputs, and its answers to pictures of noise.
+    it is run but the networks, by onnxruntime, on noise.
     """
     path = Path(path)
     files = _read(path)
-    problems = [f"{file} is missing" for file, must in FILES.items() if must and file not in files]
-    if problems:
+    if problems := [f"{file} is missing" for file in REQUIRED if file not in files]:
         raise PackageError(path, problems)
-    problems += _hashes(files)
-    meta = _parsed(Meta, files["meta.json"], "meta.json", problems)
-    parameters = _parsed(Parameters, files["parameters.json"], "parameters.json", problems)
-    categories = _read_categories(files["category_param.json"], problems)
-    if problems:
-        raise PackageError(path, problems)
-    problems += _disagreements(meta, parameters, categories)
-    for file in ("model.onnx", "model_int8.onnx", "model_whole.onnx"):
-        if file in files and not problems:
-            problems += _network_problems(file, files[file], meta)
+    problems = _hashes(files)
+    meta = _parsed(Meta, "meta.json", files, problems)
+    parameters = _parsed(Parameters, "parameters.json", files, problems)
+    categories = _parsed(dict[str, Category], "category_param.json", files, problems)
+    if not problems:
+        problems = _disagreements(meta, parameters, categories)
+    for form in ("onnx", "int8", "whole"):
+        if FORMS[form] in files and not problems:
+            problems = _network_problems(FORMS[form], files[FORMS[form]], meta)
     if problems:
         raise PackageError(path, problems)
     return files
@@ -1037,9 +943,10 @@ def _read(path: Path) -> dict[str, bytes]:
                 name = member.name
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     raise PackageError(path, [f"{name[:100]!r} is no plain file"])
-                if name not in FILES or name in files:
-                    twice = "is there twice" if name in files else "is no file of a package"
-                    raise PackageError(path, [f"{name[:100]!r} {twice}"])
+                if name in files:
+                    raise PackageError(path, [f"{name!r} is there twice"])
+                if name not in {*REQUIRED, *FORMS.values()}:
+                    raise PackageError(path, [f"{name[:100]!r} is no file of a package"])
                 files[name] = tar.extractfile(member).read()
                 if len(files[name]) != member.size:
                     raise PackageError(path, [f"{name} is cut off: the tar ends in it"])
@@ -1051,35 +958,21 @@ def _read(path: Path) -> dict[str, bytes]:
 
 
 def _hashes(files: Mapping[str, bytes]) -> list[str]:
-    told = {}
-    for line in files["SHA256SUMS"].decode(errors="replace").splitlines():
-        digest, _, file = line.partition("  ")
-        told[file] = digest
-    problems = []
+    lines = files["SHA256SUMS"].decode(errors="replace").splitlines()
+    told = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+    problems = [f"{file[:100]!r} of SHA256SUMS is missing" for file in told if file not in files]
     for file, its in files.items():
         if file != "SHA256SUMS" and told.get(file) != hashlib.sha256(its).hexdigest():
             problems.append(f"{file} is not what SHA256SUMS says: it was changed or damaged")
-    problems += [f"{file[:100]!r} of SHA256SUMS is missing" for file in told if file not in files]
     return problems
 
 
-def _parsed(part: type[_Part], content: bytes, file: str, problems: list[str]) -> Any:
+def _parsed(kind: Any, file: str, files: Mapping[str, bytes], problems: list[str]) -> Any:
     try:
-        return part.model_validate_json(content)
+        return TypeAdapter(kind).validate_json(files[file])
     except ValidationError as error:
         problems += [f"{file}: {text}" for text in _sentences(error)[:10]]
         return None
-
-
-def _read_categories(content: bytes, problems: list[str]) -> dict[str, Category]:
-    try:
-        found = json.loads(content)
-        return {str(name): Category(**its) for name, its in found.items()}
-    except ValidationError as error:
-        problems += [f"category_param.json: {text}" for text in _sentences(error)[:10]]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        problems.append(f"category_param.json: {type(error).__name__}: {error}")
-    return {}
 
 
 def _disagreements(
@@ -1088,13 +981,10 @@ def _disagreements(
     """Where the files of a package tell different stories."""
     problems, seen, start = [], meta.preprocess, 0
     for name, its in categories.items():
-        count = its.feature_end - its.feature_start + 1
-        if its.feature_start != start or count != len(its.labels):
-            problems.append(
-                f"category {name}: scores {its.feature_start} to {its.feature_end} for "
-                f"{len(its.labels)} labels, the next free score is {start}"
-            )
-        start = its.feature_end + 1
+        first, last, end = its.feature_start, its.feature_end, start + len(its.labels) - 1
+        if (first, last) != (start, end):
+            problems.append(f"category {name}: scores {first} to {last}, labels {start} to {end}")
+        start = last + 1
     if start != len(meta.classes):
         problems.append(f"categories cover {start} scores, meta.json names {len(meta.classes)}")
     if seen.resize < seen.size:
@@ -1125,10 +1015,8 @@ def _network_problems(file: str, content: bytes, meta: Meta) -> list[str]:
         inputs, outputs = its.get_inputs(), [output.name for output in its.get_outputs()]
         told = [(i.name, i.type, list(i.shape[1:])) for i in inputs]
         if told != [("data", kind, shape)] or outputs != ["score", "logits"]:
-            return [
-                f"{file} takes {told} and gives {outputs}; wanted data, {kind}, {shape}, and "
-                "score, logits"
-            ]
+            wanted = f"data, {kind}, {shape}, and score, logits"
+            return [f"{file} takes {told} and gives {outputs}; wanted {wanted}"]
         network = Network(nn.Identity(), meta.preprocess)
         noise = network.noise(PROBES)
         score, logits = its.run(None, {"data": (noise if whole else network.feed(noise)).numpy()})

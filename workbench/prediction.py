@@ -13,14 +13,14 @@ import contextlib
 import csv
 import filecmp
 import functools
+import glob
 import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -170,10 +170,12 @@ def find(
             single = len(given) == 1 or os.path.isabs(entry.file)
             found.append(entry if single else entry._replace(file=f"{path}/{entry.file}"))
     if not found:
-        raise PredictionError(
-            f"no pictures in {', '.join(map(repr, given)) or 'nothing'}; wanted pictures, folders "
-            f"with {' '.join(sorted(images.SUFFIXES))}, or lists ({' '.join(LISTS)})"
+        named, suffixes = (
+            ", ".join(map(repr, given)) or "nothing",
+            " ".join(sorted(images.SUFFIXES)),
         )
+        wanted = f"wanted pictures, folders with {suffixes}, or lists ({' '.join(LISTS)})"
+        raise PredictionError(f"no pictures in {named}; {wanted}")
     return [entry._replace(file=_text(entry.file)) for entry in found]
 
 
@@ -255,16 +257,15 @@ def predict(
 ) -> pd.DataFrame:
     """A row per picture: file, class1 to class`top` (names, best first), p1 to p`top`, error.
 
-    p is the softmax, float32; of fewer classes there are fewer columns. A picture that cannot be
-    read has missing values and the reason in `error`, else empty. The source is an open one, or
-    the path of one (`weights` as in open_source). Into the folder `pictures` goes every picture
-    with its answer below it. Raises PredictionError.
+    p is the softmax, float32; of fewer classes there are fewer columns. An image that cannot be
+    read has missing values and the reason in `error`, else empty. `source` and `weights` are as in
+    open_source. Annotated images go into the folder `pictures`. Raises PredictionError.
     """
     _check_numbers(top, batch_size, workers)
     found = find(inputs)
     targets = _targets(found, inputs, pictures)
     source = _opened(source, weights)
-    batches = _answers(source, found, targets, top=top, batch_size=batch_size, workers=workers)
+    batches = _answers(source, found, targets, top, batch_size, workers)
     return _frame([row for rows in batches for row in rows], min(top, len(source.classes)))
 
 
@@ -290,8 +291,8 @@ def write(
     _check_numbers(top, batch_size, workers)
     out = Path(out).expanduser()
     partial = out.with_name(f"{out.name}.partial")
-    if out.suffix not in _WRITERS:
-        raise PredictionError(f"out is {str(out)!r}; its suffix is one of {', '.join(_WRITERS)}")
+    if out.suffix not in TABLES:
+        raise PredictionError(f"out is {str(out)!r}; its suffix is one of {', '.join(TABLES)}")
     if not out.parent.is_dir():
         raise PredictionError(f"there is no folder {str(out.parent)!r}; make it, or choose another")
     exists = PredictionError(f"{out} exists and is not replaced; move it, or choose another out")
@@ -322,19 +323,13 @@ def write(
             os.lseek(handle, end, os.SEEK_SET)
             if not end:
                 _put(handle, [header])
-            for rows in _answers(
-                source,
-                found[done:],
-                targets[done:],
-                top=top,
-                batch_size=batch_size,
-                workers=workers,
-            ):
+            left, places = found[done:], targets[done:]
+            for rows in _answers(source, left, places, top, batch_size, workers):
                 _put(handle, rows)
-            for leftover in out.parent.glob(f".{_literal(out.name)}.????????"):
+            for leftover in out.parent.glob(f".{glob.escape(out.name)}.????????"):
                 leftover.unlink(missing_ok=True)  # of a process killed while replacing
             with runs.replacing(out) as temporary:
-                _WRITERS[out.suffix](temporary, partial, columns)
+                _write_table(temporary, out.suffix, partial, columns)
                 # Killed between this and the last line it is there; what else is there stays.
                 if os.path.lexists(out) and not filecmp.cmp(temporary, out, shallow=False):
                     raise exists
@@ -342,8 +337,8 @@ def write(
             partial.unlink()
     except OSError as error:
         raise PredictionError(
-            f"{out} could not be written ({error.strerror or error}); free space or mend the "
-            f"permissions, and the same command goes on from {partial.name}"
+            f"{out} was not written ({error.strerror or error}); once there is room and permission "
+            f"the same command goes on from {partial.name}"
         ) from None
     return dict(counts.most_common())
 
@@ -351,10 +346,7 @@ def write(
 def one(
     source: Source | str | Path, picture: Image.Image | str | Path, top: int = 5
 ) -> pd.DataFrame:
-    """The best classes of one picture with their softmax: class, p (float32), best first.
-
-    Raises images.ImageError for a picture that cannot be used, else PredictionError.
-    """
+    """The best classes of an image: class, p (float32). Raises ImageError, PredictionError."""
     _check_numbers(top)
     if not isinstance(picture, Image.Image):
         picture = images.decode(Path(picture).expanduser())
@@ -368,18 +360,16 @@ def one(
 
 
 def _check_numbers(top: int, batch_size: int = 1, workers: int | None = None) -> None:
-    for name, value, least in (("top", top, 1), ("batch_size", batch_size, 1)):
+    numbers = (("top", top, 1), ("batch_size", batch_size, 1), ("workers", workers or 0, 0))
+    for name, value, least in numbers:
         if value < least:
             raise PredictionError(f"{name} is {value}; it is {least} or more")
-    if workers is not None and workers < 0:
-        raise PredictionError(f"workers is {workers}; it is 0 or more, or left out")
 
 
 def _answers(
     source: Source,
     found: list[Picture],
     targets: list[Path | None],
-    *,
     top: int,
     batch_size: int,
     workers: int | None,
@@ -391,28 +381,24 @@ def _answers(
     paths = ["" if entry.error else entry.path for entry in found]
     frame = pd.DataFrame({"path": pd.Series(paths, dtype=object), "label": 0})
     many = workers is not None or len(found) > 2000
-    batches = data.eval_batches(
-        frame,
-        source.transform,
-        batch_size=batch_size,
-        workers=training.pick_workers(workers) if many else 0,
-    )
+    workers = training.pick_workers(workers) if many else 0
+    batches = data.eval_batches(frame, source.transform, batch_size=batch_size, workers=workers)
     names = _columns(min(top, len(source.classes)))[1:-1]
     with bar(len(found), "predicting", "img") as shown:
         for start, batch in zip(range(0, len(found), batch_size), batches, strict=True):
             errors = {row: f"{reason}: {detail}" for row, reason, detail in batch.failures}
             best = dict(zip(batch.indices.tolist(), _best(source, batch.images, top), strict=True))
             rows = []
-            for i, entry in enumerate(found[start : start + batch_size], start):
+            part = slice(start, start + batch_size)
+            for i, entry in enumerate(found[part], start):
                 classes, values = best.get(i, ([], []))
                 error = entry.error or errors.get(i, "")
                 if classes and not np.isfinite(values).all():
                     classes, error = [], "not finite: the network answers nan or infinity"
                 given = [*classes, *values] if classes else [None] * len(names)
-                rows.append(
-                    {"file": entry.file, **dict(zip(names, given, strict=True)), "error": error}
-                )
-            _draw(found[start : start + batch_size], targets[start : start + batch_size], rows)
+                columns = dict(zip(names, given, strict=True))
+                rows.append({"file": entry.file, **columns, "error": error})
+            _draw(found[part], targets[part], rows)
             yield rows
             shown.update(len(rows))
 
@@ -433,6 +419,8 @@ def _best(source: Source, pixels: torch.Tensor, top: int) -> list[tuple[list[str
 
 
 # ---- files
+
+TABLES = (".csv", ".jsonl", ".parquet")
 
 
 def _columns(count: int) -> list[str]:
@@ -458,33 +446,24 @@ def _kept(
     partial: Path, header: dict[str, Any], found: list[Picture], batch_size: int
 ) -> tuple[int, int]:
     """(bytes, pictures) up to the last whole batch. Raises PredictionError for another call's."""
-    end = done = size = count = 0
     way_out = f"delete {partial}, or choose another out"
     with open(partial, "rb") as file:
         first = file.readline()
-        if not first.endswith(b"\n"):
-            if json.dumps(header, ensure_ascii=False).encode().startswith(first):
-                return 0, 0  # nothing yet, or killed while it began
-            raise PredictionError(f"{partial} is no begun table of these arguments; {way_out}")
+        whole = first.endswith(b"\n")
+        if not whole and json.dumps(header, ensure_ascii=False).encode().startswith(first):
+            return 0, 0  # nothing yet, or killed while it began
         before = _parsed(first)
-        if before.keys() != header.keys():
+        if not whole or before.keys() != header.keys():
             raise PredictionError(f"{partial} is no begun table; {way_out}")
-        if differs := [
-            f"{key} {before[key]!r}, now {value!r}"
-            for key, value in header.items()
-            if value != before[key]
-        ]:
-            raise PredictionError(
-                f"{partial} was begun otherwise: {'; '.join(differs)}. Call as before to go on, or "
-                f"{way_out}"
-            )
-        end = size = len(first)
-        for line in file:
-            if count == len(found) or not line.endswith(b"\n"):
+        changed = [f"{k} {before[k]!r}, now {v!r}" for k, v in header.items() if v != before[k]]
+        if changed:
+            as_before = f"{'; '.join(changed)}. Call as before to go on, or {way_out}"
+            raise PredictionError(f"{partial} was begun otherwise: {as_before}")
+        end, done, size = len(first), 0, len(first)
+        for count, (line, entry) in enumerate(zip(file, found, strict=False), 1):
+            if not line.endswith(b"\n") or _parsed(line).get("file") != entry.file:
                 break
-            if _parsed(line).get("file") != found[count].file:
-                break
-            size, count = size + len(line), count + 1
+            size += len(line)
             if count % batch_size == 0 or count == len(found):
                 end, done = size, count
     return end, done
@@ -505,33 +484,17 @@ def _rows(partial: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _write_csv(path: Path, partial: Path, columns: list[str]) -> None:
+def _write_table(path: Path, suffix: str, partial: Path, columns: list[str]) -> None:
+    if suffix == ".parquet":
+        _frame(list(_rows(partial)), len(columns) // 2 - 1).to_parquet(path, index=False)
+        return
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_rows(partial))
-
-
-def _write_jsonl(path: Path, partial: Path, columns: list[str]) -> None:
-    with open(partial, "rb") as file, open(path, "wb") as target:
-        next(file)
-        shutil.copyfileobj(file, target)
-
-
-def _write_parquet(path: Path, partial: Path, columns: list[str]) -> None:
-    _frame(list(_rows(partial)), len(columns) // 2 - 1).to_parquet(path, index=False)
-
-
-_WRITERS: dict[str, Callable[[Path, Path, list[str]], None]] = {
-    ".csv": _write_csv,
-    ".jsonl": _write_jsonl,
-    ".parquet": _write_parquet,
-}
-
-
-def _literal(name: str) -> str:
-    """A name that a glob pattern takes as it stands."""
-    return re.sub(r"([*?[])", r"[\1]", name)
+        if suffix == ".csv":
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(_rows(partial))
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(partial))
 
 
 # ---- annotated pictures
@@ -540,10 +503,7 @@ LONG_SIDE, FONT_SIZE = 512, 16  # pixels
 
 
 def annotate(picture: Image.Image, name: str, p: float) -> Image.Image:
-    """The picture, at most LONG_SIDE pixels long, above a band with a class name and its softmax.
-
-    A small picture keeps its pixels and stands in the middle of a band wide enough to read.
-    """
+    """The picture, at most LONG_SIDE pixels long, above a band with class name and softmax."""
     shown = picture.copy()
     shown.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
     font, margin = _font(), FONT_SIZE // 2
@@ -573,7 +533,6 @@ def _targets(
 ) -> list[Path | None]:
     """Where each annotated picture goes: its name below the folder, without `..` and root.
 
-    What is neither JPEG nor PNG gets .jpg added; of two with one name the later gets a number.
     Raises PredictionError where an input would be replaced, or read as an input the next time.
     """
     if folder is None:
