@@ -81,7 +81,7 @@ def test_the_model_is_measured_by_its_step(digits, monkeypatch):
 
     monkeypatch.setattr(training, "create_model", slow)
     speed = meter.measure(Recipe(batch_size=32), digits, 1.0)
-    assert 0 < speed.model < 1600
+    assert 300 < speed.model < 1600
 
 
 def test_measuring_leaves_the_random_numbers_and_the_threads_alone(digits):
@@ -101,13 +101,14 @@ def test_any_recipe_can_be_measured(digits, knobs):
 
 def test_a_training_records_loader_and_model_beside_each_other(digits, tmp_path, monkeypatch):
     """Every batch takes 0.1 s to read and nearly nothing to learn from, in the same process."""
-    read = data._Rows.read
+    read, seconds = data._Rows.read, []
 
     def slow(*arguments):
         start = time.perf_counter()
         batch = read(*arguments)
         time.sleep(max(0, 0.1 - (time.perf_counter() - start)))
-        return batch._replace(seconds=time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)  # 0.1, or more where a busy machine wakes late
+        return batch._replace(seconds=seconds[-1])
 
     monkeypatch.setattr(data._Rows, "read", slow)
     recipe = Recipe(
@@ -116,12 +117,12 @@ def test_a_training_records_loader_and_model_beside_each_other(digits, tmp_path,
     run = runs.Run(recipe.folder)
     list(training.fit(recipe, run, prepared=data.open_data(recipe)))
     steps = run.steps()
-    assert 50 < steps.loader_images_per_second[0] <= 200.1  # a busy machine wakes late
+    assert steps.loader_images_per_second[0] == pytest.approx(40 / sum(seconds[:2]), abs=0.06)
     assert (steps.loader_images_per_second >= steps.images_per_second).all()
     together = 1 / steps.images_per_second
     apart = 1 / steps.loader_images_per_second + 1 / steps.model_images_per_second
     np.testing.assert_allclose(apart, together, rtol=0.1)  # one process does both in turn
-    assert "the loaders worked" in meter.seen(steps, "cpu")
+    assert meter.seen(steps, "cpu").endswith(": the loader is the limit.")
 
 
 @pytest.mark.parametrize(

@@ -646,14 +646,14 @@ def test_killed_again_and_again_a_thousand_pictures_end_the_same(trained, tmp_pa
     moments, begun = random.Random(0), [0]
     for i in range(kills):
         process = _start(trained.path, [tmp_path / "in"], out, workers=int(i == 1), **options)
-        while i % 3 and lines() <= begun[-1]:  # mostly it may get on a little
+        while i % 3 and lines() <= begun[-1] + 16:  # mostly it may get on by a batch or more
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL and not out.exists()
         begun.append(lines())
-    assert len(set(begun)) > kills // 2 and begun[-1] > 10  # it was killed at work, and went on
+    assert len(set(begun)) > kills // 2 and begun[-1] > 30  # it was killed at work, and went on
     write(trained.path, [tmp_path / "in"], out, **options)
     assert out.read_bytes() == calm.read_bytes()
     assert _left(tmp_path) == []
