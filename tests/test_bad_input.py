@@ -381,7 +381,13 @@ REFUSED = {
     "several problems at once": (
         lambda w: {"epoch": 3, "lr": -1, "model": ["x"], "milestones": [1]},
         RecipeError,
-        ["4 problems", "'epochs'", "lr: -1", "model: ['x']", "milestones: [1] would change nothing"],
+        [
+            "4 problems",
+            "'epochs'",
+            "lr: -1",
+            "model: ['x']",
+            "milestones: [1] would change nothing",
+        ],
     ),
     "knob that would change nothing": (
         lambda w: {"optimizer": "adamw", "nesterov": True},
