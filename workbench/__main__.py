@@ -380,13 +380,17 @@ def list_runs(
     """List the runs in a folder, newest first."""
     from workbench import runs
 
-    table = runs.table(folder)
-    if table.empty:
+    found = runs.rows(folder)
+    if not found:
         print(f"no runs in {folder}; make demo trains one")
         return
-    table = table.drop(columns=["device", "train_loss"]).dropna(axis="columns", how="all")
-    table = table.astype({"n": "Int64"} if "n" in table else {})
-    print(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    hidden = {"device", "train_loss", "message"}
+    columns = [c for c in found[0] if c not in hidden and any(row[c] is not None for row in found)]
+    text = lambda v: "-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
+    lines = [columns, *([text(row[c]) for c in columns] for row in found)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print(" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 if __name__ == "__main__":

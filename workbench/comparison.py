@@ -12,14 +12,14 @@ percentage points of top-1.
 import bisect
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special, stats
 
 from workbench.recipe import PLACE, Recipe, without_effect
 from workbench.runs import Run, RunError
@@ -28,6 +28,7 @@ LEVEL, POWER = 0.95, 0.8  # of every interval; of what is called detectable
 TARGET = 0.5  # points: what "how many more seeds" is asked for
 SMALL = 1.0  # points: an unproven difference from here on is called large
 SMALLEST = 1e-16  # of p: below it a model's tail says nothing
+QUANTILE = NormalDist().inv_cdf  # scipy would take a second to import
 TYPICAL_SEED_SD = 0.3  # points: seeds of half of all recipes move top-1 by less
 SEED_SD = np.geomspace(0.003, 300, 80)  # points: standard deviations that are weighed
 BINS = 15  # of the reliability diagram
@@ -56,7 +57,26 @@ def mcnemar(only_a: int, only_b: int) -> float:
     with probability 1/2. McNemar 1947; Dietterich 1998, section 3.1.
     """
     n = only_a + only_b
-    return float(stats.binomtest(only_a, n).pvalue) if n else 1.0
+    term = total = 1
+    for k in range(min(only_a, only_b)):
+        term = term * (n - k) // (k + 1)
+        total += term
+    return min(1.0, 2 * total / 2**n)
+
+
+def wilson(count: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """The score interval of a proportion, 0 to 1 (Wilson 1927)."""
+    z, share = QUANTILE((1 + level) / 2), count / n
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
+def _crossing(f: Callable[[float], float], low: float, high: float) -> float:
+    """Where f, which decreases, crosses 0 between low and high."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if f(middle) > 0 else (low, middle)
+    return (low + high) / 2
 
 
 def tango(only_a: int, only_b: int, pictures: int, level: float = LEVEL) -> tuple[float, float]:
@@ -65,7 +85,7 @@ def tango(only_a: int, only_b: int, pictures: int, level: float = LEVEL) -> tupl
     What the score test of paired proportions does not reject, never of width 0 (Tango 1998).
     """
     n, found = pictures, (only_b - only_a) / pictures
-    z = float(-special.ndtri((1 - level) / 2))
+    z = QUANTILE((1 + level) / 2)
 
     def score(d: float) -> float:
         half = (only_a + only_b - (2 * n - only_b + only_a) * d) / 2
@@ -73,8 +93,8 @@ def tango(only_a: int, only_b: int, pictures: int, level: float = LEVEL) -> tupl
         return (only_b - only_a - n * d) / math.sqrt(n * max(2 * q + d * (1 - d), 1e-300))
 
     end = 1 - 1e-12
-    low = optimize.brentq(lambda d: score(d) - z, -end, found) if found > -end else -1.0
-    high = optimize.brentq(lambda d: score(d) + z, found, end) if found < end else 1.0
+    low = _crossing(lambda d: score(d) - z, -end, found) if found > -end else -1.0
+    high = _crossing(lambda d: score(d) + z, found, end) if found < end else 1.0
     return 100 * low, 100 * high
 
 
@@ -138,7 +158,7 @@ def difference(
         low, high = tango(only_a, only_b, n, 1 - alpha)
         if p >= alpha:
             low, high = min(low, 0.0), max(high, 0.0)
-        reach = (high - low) / 2 * (1 + special.ndtri(POWER) / -special.ndtri(alpha / 2))
+        reach = (high - low) / 2 * (1 - QUANTILE(POWER) / QUANTILE(alpha / 2))
     else:
         spread = Spread.of(a, b, counts)
         errors = spread.errors(*seeds)
@@ -167,19 +187,20 @@ class ErrorMixture:
 
     def p(self, points: float) -> float:
         """The two-sided probability of an estimate that far from the truth."""
-        return float(self.weights @ special.erfc(abs(points) / self.errors / math.sqrt(2)))
+        ratios = abs(points) / math.sqrt(2) / self.errors
+        return float(self.weights @ [math.erfc(ratio) for ratio in ratios.tolist()])
 
     def half(self, alpha: float) -> float:
         """Half the width of the interval that leaves out the truth with probability alpha."""
         top = math.sqrt(float(self.weights @ self.errors**2) / alpha)  # Chebyshev
-        return float(optimize.brentq(lambda h: self.p(h) - alpha, 0.0, top, xtol=1e-7))
+        return _crossing(lambda h: self.p(h) - alpha, 0.0, top)
 
     def median(self) -> float:
         return float(self.errors[np.searchsorted(self.weights.cumsum(), 0.5)])
 
     def detectable(self, alpha: float) -> float:
         """The difference found with probability POWER, if the error is the median one."""
-        return self.half(alpha) + float(special.ndtri(POWER)) * self.median()
+        return self.half(alpha) + QUANTILE(POWER) * self.median()
 
 
 @dataclass(frozen=True)
@@ -249,8 +270,8 @@ def top1_interval(right: np.ndarray) -> tuple[float, float]:
     """A recipe's interval in percent: of one run Wilson's, of several as `Spread` has it."""
     n, k = right.shape[1], len(right)
     if k == 1:
-        ends = stats.binomtest(int(right.sum()), n).proportion_ci(LEVEL, method="wilson")
-        return 100 * float(ends.low), 100 * float(ends.high)
+        low, high = wilson(int(right.sum()), n)
+        return 100 * low, 100 * high
     top1, counts = 100 * right.mean(1), np.ones(n, int)
     fixed, mean = _variance_of_mean(right.mean(0), counts, 0.25), float(top1.mean())
     floor = _per_image_variance(right, counts)
@@ -312,7 +333,8 @@ class Group:
     def answers(self) -> np.ndarray:
         """The class most of its runs give to each picture, of equally many the lowest: (n,)."""
         votes = np.stack([f.class1.to_numpy() for f in self.predictions])
-        return votes[0] if len(votes) == 1 else stats.mode(votes, axis=0).mode
+        counts = (votes[:, None] == votes).sum(1)
+        return np.where(counts == counts.max(0), votes, votes.max()).min(0)
 
 
 @dataclass(frozen=True)

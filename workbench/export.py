@@ -776,11 +776,9 @@ def _packed(path: Path, files: Mapping[str, bytes]) -> Path:
 
 def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int) -> str:
     """The model card, README.md of the package, in the form the Hugging Face hub reads."""
-    from scipy import stats
-
     forms, n = report["forms"], report["pictures"]
     top1 = forms["torch"]["top1"]
-    interval = stats.binomtest(round(top1 * n / 100), n).proportion_ci(method="wilson")
+    low, high = comparison.wilson(round(top1 * n / 100), n)
     lines = [
         "---", 'library_name: "onnx"', 'pipeline_tag: "image-classification"',
         f'tags: ["image-classification", {json.dumps(meta.model)}]',
@@ -793,8 +791,8 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
         f"{', '.join(meta.classes[:12])}{' and so on' if len(meta.classes) > 12 else ''}.", "",
         f"Trained by the recipe in `recipe.yaml` ({recipe.epochs} epochs, {trained_on:,} pictures, "
         f"fingerprint {recipe.fingerprint}); {meta.weights} weights of the last epoch.", "",
-        f"**Top-1 {top1:.2f} %** (95 % interval {100 * interval.low:.2f} to "
-        f"{100 * interval.high:.2f}, n={n:,}, validation list {report['data']}).", "",
+        f"**Top-1 {top1:.2f} %** (95 % interval {100 * low:.2f} to "
+        f"{100 * high:.2f}, n={n:,}, validation list {report['data']}).", "",
         "| form | top-1 | other answers | largest difference of a logit | ms at batch 1, 32 |",
         "|---|---|---|---|---|",
     ]  # fmt: skip

@@ -15,6 +15,8 @@ Files are replaced whole (temporary file, fsync, rename) or appended to by line;
 keeps a second writer out and dies with its process.
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import fcntl
@@ -27,10 +29,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:  # imported where it is needed: `workbench runs` is done before pandas is there
+    import pandas as pd
 
 STATES = ("new", "running", "interrupted", "stopped", "failed", "finished", "unreadable")
 
@@ -204,6 +208,8 @@ class Run:
 
     def predictions(self, weights: str | None = None) -> pd.DataFrame:
         """A row per validation picture of the last evaluation; `weights` picks raw or ema."""
+        import pandas as pd
+
         path = self.file("predictions.parquet")
         if not path.exists():
             raise RunError(f"{self.path} has no predictions; it was not evaluated yet")
@@ -211,6 +217,8 @@ class Run:
         return frame if weights is None else frame[frame.weights == weights].reset_index(drop=True)
 
     def _frame(self, name: str) -> pd.DataFrame:
+        import pandas as pd
+
         text = self._text(name)
         return pd.read_csv(io.StringIO(text)) if text else pd.DataFrame()
 
@@ -240,7 +248,7 @@ class Run:
             os.close(handle)
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator["Run"]:
+    def writing(self) -> Iterator[Run]:
         """Creates the folder and holds it alone. Raises RunError when another process does."""
         with contextlib.ExitStack() as stack:
             try:
@@ -427,31 +435,45 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def table(root: str | Path = "runs") -> pd.DataFrame:
-    """One row per run folder below `root`, newest first; empty when there is none.
+COLUMNS = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_loss minutes"
+
+
+def rows(root: str | Path = "runs") -> list[dict[str, Any]]:
+    """What is known of each run folder below `root`, newest first; None for what is not.
 
     A folder that cannot be read gets a row that says so; nothing is raised.
     """
-    rows = []
+    found = []
     for path in sorted(Path(root).glob("*/recipe.yaml")) if Path(root).is_dir() else []:
         run = Run(path.parent)
         written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(path.stat().st_mtime))
-        row: dict[str, Any] = {"run": run.path.name, "updated": written}
+        row = dict.fromkeys([*COLUMNS.split(), "device"])
+        row |= {"run": run.path.name, "updated": written}
         try:
-            status, recipe, metrics = run.status(), run.recipe(), run.metrics()
-            last = metrics.iloc[-1].to_dict() if len(metrics) else {}
+            status, recipe = run.status(), run.recipe()
+            header, *lines = csv.reader(io.StringIO(run._text("metrics.csv") or "epoch\n"))
+            last = dict(zip(header, lines[-1], strict=True)) if lines else {}
+            last = {k: float(v) for k, v in last.items() if v}
             row |= {k: recipe.get(k) for k in ("model", "dataset", "seed", "epochs")}
             row |= {"state": status["state"], "epoch": int(last.get("epoch", 0))}
             row |= {k: last.get(k) for k in ("top1", "top5", "ema_top1", "train_loss")}
             environment = run.environment()
-            row |= {"minutes": environment.get("seconds", 0) / 60, "n": last.get("val_images")}
+            row |= {
+                "minutes": environment.get("seconds", 0) / 60,
+                "n": int(last["val_images"]) if "val_images" in last else None,
+            }
             row |= {"device": environment.get("device"), "updated": status.get("updated", written)}
         except Exception as error:
             row |= {"state": "unreadable", "message": _first_line(error)}
-        rows.append(row)
-    columns = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_loss minutes"
-    frame = pd.DataFrame(rows, columns=[*columns.split(), "device", "updated"])
-    return frame.sort_values("updated", ascending=False, ignore_index=True)
+        found.append(row)
+    return sorted(found, key=lambda row: row["updated"], reverse=True)
+
+
+def table(root: str | Path = "runs") -> pd.DataFrame:
+    """The `rows` below `root` as a frame."""
+    import pandas as pd
+
+    return pd.DataFrame(rows(root), columns=[*COLUMNS.split(), "device", "updated"])
 
 
 def finished(root: str | Path, **environment: Any) -> list[Run]:
@@ -484,6 +506,8 @@ def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
     Yields the rows that are there, then new ones as they come; returns when the run is no longer
     being written.
     """
+    import pandas as pd
+
     seen: dict[str, list[str]] = {"steps.csv": [], "metrics.csv": []}  # lines handed out
     while True:
         live = run.locked()  # asked first, so rows written before the end are still read below
