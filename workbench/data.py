@@ -9,6 +9,7 @@ epoch, i), and of the copy where i comes several times. So batches are the same 
 of workers, and from any step on.
 """
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -200,13 +201,18 @@ def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFra
     the first bad lines and counts the rest.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        raw = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        if not raw.isascii():
+            raw.decode()  # or it is no UTF-8
     except FileNotFoundError:
         raise DataError(f"list {str(path)!r} is not there") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"list {str(path)!r} cannot be read: {error}") from None
-    is_json = text.lstrip().startswith("{")
-    files, labels = _plain_rows(text, is_json) or _rows(str(path), text, is_json)
+    if b"\r" in raw:
+        raw = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    is_json = raw.lstrip().startswith(b"{")
+    files, labels = _plain_rows(raw, is_json) or _rows(str(path), raw.decode(), is_json)
+    del raw
     paths, outside = _placed(files, str(root))
     columns = {"file": pc.utf8_normalize(files, form="NFC"), "label": labels, "path": paths}
     frame = pa.table(columns).to_pandas()
@@ -217,22 +223,24 @@ def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFra
 _ROW = pa.schema({"filename": pa.large_string(), "label": pa.int64()})
 
 
-def _plain_rows(text: str, is_json: bool) -> tuple[Any, Any] | None:
+def _plain_rows(raw: bytes, is_json: bool) -> tuple[Any, Any] | None:
     """Files and labels of a list, fast; None where a row is unusual or not allowed."""
-    lines = pc.split_pattern(pa.scalar(text, pa.large_string()), "\n").values
-    lines = lines.filter(pc.not_equal(lines, ""))
     try:
         if is_json:
             options = pa.json.ParseOptions(_ROW, unexpected_field_behavior="ignore")
-            table = pa.json.read_json(pa.BufferReader(text.encode()), parse_options=options)
+            table = pa.json.read_json(pa.BufferReader(raw), parse_options=options)
             files, labels = (table[name].combine_chunks() for name in _ROW.names)
-            whole = pc.and_(pc.starts_with(lines, "{"), pc.ends_with(lines, "}"))
-            plain = len(table) == len(lines) and pc.all(whole).as_py()
+            ends = raw.count(b"\n") - raw.endswith(b"\n"), raw.count(b"}\n{")
+            plain = ends == (len(table) - 1,) * 2  # an object a line, and nothing else
         else:
+            offsets = pa.array([0, len(raw)], pa.int64()).buffers()[1]
+            text = pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(raw)])
+            lines = pc.split_pattern(text, "\n").values
+            lines = lines.filter(pc.not_equal(lines, ""))
             parts = pc.split_pattern(lines, " ", max_splits=1, reverse=True)
             files, labels = (pc.list_element(parts, i) for i in (0, 1))
             digits = pc.and_(pc.ascii_is_decimal(labels), pc.less(pc.binary_length(labels), 10))
-            plain = "\0" not in text and pc.all(digits).as_py()
+            plain = b"\0" not in raw and pc.all(digits).as_py()
             labels = labels.cast(pa.int64())
     except pa.ArrowInvalid:
         return None
