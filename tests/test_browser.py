@@ -25,7 +25,10 @@ from workbench import ROOT, runs, training
 from workbench.recipe import Recipe
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+    pytest.mark.slow,
+]
 
 SETTINGS = {  # no news, and every cell drawn whether it is in sight or not
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False,

@@ -461,6 +461,7 @@ def many(tmp_path) -> pd.DataFrame:
     return examined([save_noise(tmp_path / f"{i}.png", i, (30, 30)) for i in range(44)])
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_goes_on_with_the_parts_that_are_there(many, tmp_path):
     frame, folder = many, tmp_path / "kept"
     read = []

@@ -309,6 +309,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(trained, tmp_path):
     output, place = tmp_path / "out.ipynb", tmp_path / "export"
     command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "05_compare.ipynb")]

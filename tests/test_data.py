@@ -972,7 +972,8 @@ except data.DataError as error:
 """
 
 
-@pytest.mark.parametrize("size", ["1m", "40k"])  # of the second, a batch and a semaphore
+@pytest.mark.parametrize("size", ["1m", pytest.param("40k", marks=pytest.mark.slow)])
+# of the second, a batch and a semaphore
 def test_too_little_shared_memory_ends_in_a_sentence(size):
     """A namespace of its own has a /dev/shm of this size, as a container may have."""
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"

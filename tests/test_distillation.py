@@ -472,7 +472,12 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("case", LOOPS)
+QUICK = {"logits", "modules of two teachers"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c not in QUICK else []) for c in LOOPS]
+)
 def test_a_distillation_is_the_plain_loop_it_stands_for(school, tmp_path, float64, case):
     """The same batches through textbook PyTorch give the same losses and weights."""
     teachers, knobs, pairs, share = LOOPS[case]
@@ -979,7 +984,10 @@ def test_two_processes_follow_one(school, tmp_path, float64, cache, knobs):
     [
         dict(micro_batch_size=16, ema_decay=0.9, **MIXED),
         dict(repeated_aug=2, class_balance=1.0, mimic_loss=["dist"], fraction=0.1),
-        dict(teachers="run wide", teacher_weight=[1.0, 0.2], drop_last=True, fraction=0.1),
+        pytest.param(
+            dict(teachers="run wide", teacher_weight=[1.0, 0.2], drop_last=True, fraction=0.1),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mixed parts", "repeated, balanced", "two teachers"],
 )

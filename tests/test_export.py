@@ -66,6 +66,12 @@ def files(built) -> dict[str, bytes]:
     return export.check(built)
 
 
+@pytest.fixture
+def exported_once(files, monkeypatch):
+    """The network of `built` for each package of its run: torch exports for 5 s."""
+    monkeypatch.setattr(export, "to_onnx", lambda network: files["model.onnx"])
+
+
 def packed(path: Path, files: dict[str, bytes]) -> Path:
     """A tar of these files under fresh sums, where none are given."""
     if "SHA256SUMS" not in files:
@@ -525,7 +531,9 @@ def test_a_form_that_rounds_is_left_out_where_its_interval_lies_beyond_the_point
     assert not refused or found[form].startswith(f"{form} loses {points:.2f} points (95 % interval")
 
 
-def test_without_an_int8_that_loses_too_much_the_rest_is_packed_and_said(trained, tmp_path):
+def test_without_an_int8_that_loses_too_much_the_rest_is_packed_and_said(
+    trained, exported_once, tmp_path
+):
     """A budget of -100 points: int8 would have to win 100."""
     words = ["export", str(trained.path), "--int8", "--int8-points=-100", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, words)
@@ -539,7 +547,9 @@ def test_without_an_int8_that_loses_too_much_the_rest_is_packed_and_said(trained
     assert "model_int8.onnx PICTURE" not in text and "| int8 |" in text
 
 
-def test_a_script_that_reads_files_otherwise_is_not_shipped(trained, tmp_path, monkeypatch):
+def test_a_script_that_reads_files_otherwise_is_not_shipped(
+    trained, exported_once, tmp_path, monkeypatch
+):
     source = Path(consumer.__file__).read_text(encoding="utf-8")
     other = source.replace("(grey + 128) // 257", "grey // 256").replace(
         "np.asarray(to_rgb(image))", "np.asarray(to_rgb(image))[..., ::-1] // 2"
@@ -559,24 +569,29 @@ def test_a_package_is_measured_again_where_it_will_run(built, files, tmp_path):
     assert report["problems"] == [] and report["pictures"] == 500
     for form in ("onnx", "int8"):
         assert report["forms"][form]["top1"] == told["forms"][form]["top1"]
-    network, _ = exported("test_resnet", 32)  # as a processor that computes otherwise would
+    other = onnx.load_from_string(files["model.onnx"])  # as a processor that computes otherwise
+    [bias] = [its for its in other.graph.initializer if its.name.endswith("fc.bias")]
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.arange(10, dtype=np.float32), bias.name))
     rest = {name: its for name, its in files.items() if name != "SHA256SUMS"}
-    path = packed(tmp_path / "other.tar", {**rest, "model_int8.onnx": export.to_onnx(network)})
+    path = packed(tmp_path / "other.tar", {**rest, "model_int8.onnx": other.SerializeToString()})
     done = CliRunner().invoke(app, ["export", "--check", str(path), "--measure"])
     assert done.exit_code == 1
     [said] = [line for line in done.stdout.splitlines() if line.startswith("int8: ")]
     assert f"and {told['forms']['int8']['top1']:.2f} there" in said
 
 
-def test_over_the_budget_there_is_a_report_and_no_package(trained, tmp_path, monkeypatch):
+def test_over_the_budget_there_is_a_report_and_no_package(
+    trained, exported_once, tmp_path, monkeypatch
+):
     spoilt = lambda its: lambda feed: -its.run(["logits"], {"data": feed.numpy()})[0]
+    right = export._runner
     monkeypatch.setattr(export, "_runner", spoilt)
     with pytest.raises(ExportError, match="onnx answers .* otherwise .*the report is"):
         export.package(trained.path, tmp_path, seconds=0.01)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "small_1.0.0.flips.csv", "small_1.0.0.parity.json"]  # fmt: skip
     report = export.read_report(tmp_path / "small_1.0.0.parity.json")
-    monkeypatch.undo()
+    monkeypatch.setattr(export, "_runner", right)
     assert report["problems"] and report["forms"]["onnx"]["flips"] > 100
     assert len(pd.read_csv(tmp_path / "small_1.0.0.flips.csv")) == report["forms"]["onnx"]["flips"]
     path = export.package(trained.path, tmp_path, seconds=0.01)
@@ -636,18 +651,15 @@ def test_a_to_kestrel_block_decides_names_types_and_categories(trained, tmp_path
         export.package(trained.path, tmp_path, kestrel={"resize_hw": [224, 256]})
 
 
-def test_the_command_takes_the_block_of_a_united_perception_file(trained, tmp_path):
+def test_the_command_takes_the_block_of_a_united_perception_file(trained, exported_once, tmp_path):
     labels = [f"digit {i}" for i in range(10)]
     (tmp_path / "up.yaml").write_text(
         "to_kestrel:\n  toks_type: cls\n  plugin: classifier\n  model_name: shipped\n"
         f"  version: 3.0.0\n  class_label: {{numbers: {{calculator: bypass, labels: {labels}}}}}\n"
     )
     words = [str(trained.path), "--out", str(tmp_path), "--kestrel", str(tmp_path / "up.yaml")]
-    done = subprocess.run(
-        [sys.executable, "-m", "workbench", "export", *words],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["export", *words])
+    assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1] == str(tmp_path / "shipped_3.0.0.tar")
     its = export.check(tmp_path / "shipped_3.0.0.tar")
     assert json.loads(its["category_param.json"])["numbers"]["labels"] == labels
@@ -993,10 +1005,10 @@ def test_what_is_no_sound_package_is_one_error_and_nothing_is_written(kind, file
 
 
 def test_the_command_checks_a_package_and_says_one_sentence(built, tmp_path):
-    command = [sys.executable, "-m", "workbench", "export", "--check"]
-    done = subprocess.run([*command, str(built)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "sound; small 1.0.0, test_resnet, 10 classes" in done.stdout
+    done = CliRunner().invoke(app, ["export", "--check", str(built)])
+    assert done.exit_code == 0 and "sound; small 1.0.0, test_resnet, 10 classes" in done.stdout
     broken = _bytes(tmp_path, b"no tar")
+    command = [sys.executable, "-m", "workbench", "export", "--check"]
     done = subprocess.run([*command, str(broken)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "is no sound package" in done.stderr

@@ -108,6 +108,7 @@ def test_a_misspelt_knob_ends_papermill_with_a_message_and_leaves_no_run(tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_papermill_killed_in_training_goes_on_and_ends_as_if_undisturbed(tmp_path):
     recipe = Recipe(**SMALL, **STRIKES, runs_dir=str(tmp_path / "undisturbed"))
     undisturbed = runs.Run(recipe.folder)
@@ -148,6 +149,7 @@ def test_papermill_killed_in_training_goes_on_and_ends_as_if_undisturbed(tmp_pat
     assert [list(o.get("data", {})) for o in said["why"]][1:] == [["image/png", "text/plain"]]
 
 
+@pytest.mark.slow
 def test_the_augmentation_notebook_runs_on_any_recipe(tmp_path):
     output = tmp_path / "out.ipynb"
     params = ROOT / "params" / "digits_strikes.yaml"
@@ -177,6 +179,7 @@ def test_the_augmentation_notebook_runs_on_any_recipe(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_deployment_notebook_packs_a_run_reports_and_answers(tmp_path):
     recipe = Recipe(**SMALL, runs_dir=str(tmp_path / "runs"))
     list(training.fit(recipe, runs.Run(recipe.folder)))
@@ -257,6 +260,7 @@ def contents(run: runs.Run) -> dict[str, tuple]:
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
 
 
+@pytest.mark.slow
 def test_the_distillation_notebook_judges_teaches_and_compares(tmp_path):
     """Run All as it stands, its teacher first; then the same recipe by name, all finished."""
     shortened(tmp_path, digits_teacher={}, digits_distillation={})
@@ -561,7 +565,9 @@ LOOP = "for row in training.fit(recipe, run):\n    pass"
 BUTTONS = "await widgets.train(recipe, run)"
 
 
-@pytest.mark.parametrize("loop, why", [(LOOP, "Ctrl-C"), (BUTTONS, "the stop event")])
+@pytest.mark.parametrize("loop, why", [
+    pytest.param(LOOP, "Ctrl-C", marks=pytest.mark.slow), (BUTTONS, "the stop event")
+])  # fmt: skip
 def test_interrupt_in_a_kernel_ends_the_cell_normally_and_the_kernel_lives(tmp_path, loop, why):
     manager, client = start_new_kernel(kernel_name="python3")
     try:

@@ -35,6 +35,8 @@ def small(folder, **changes) -> Recipe:
     knobs = {
         "fraction": 0.25,
         "epochs": 3,
+        "image_size": 16,
+        "val_resize": 16,
         "crop_scale": [0.5, 1.0],
         "flip": 0.5,
         "brightness": 0.4,
@@ -79,6 +81,12 @@ def train(recipe, **options) -> runs.Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> runs.Run:
+    """The run of `small` that nothing stops."""
+    return train(small(tmp_path_factory.mktemp("undisturbed")))
+
+
 def _train_in_child(knobs):
     train(Recipe(**knobs))
 
@@ -118,19 +126,23 @@ def stood_at(run: runs.Run) -> int:
 @pytest.mark.parametrize(
     ("checkpoint_minutes", "how", "knobs"),
     [
-        (0.0, "SIGKILL", {}),  # a checkpoint after every step: resumes in the middle of epochs
+        # a checkpoint after every step: resumes in the middle of epochs
+        pytest.param(0.0, "SIGKILL", {}, marks=pytest.mark.slow),
         # checkpoints at the ends of epochs: whole steps are done again
         pytest.param(10.0, "SIGKILL", {}, marks=pytest.mark.slow),
         (0.0, "SIGKILL", STRIKES),
-        (0.0, "SIGKILL", {"augment_on_device": True, "randaug_n": 2}),
+        pytest.param(
+            0.0, "SIGKILL", {"augment_on_device": True, "randaug_n": 2}, marks=pytest.mark.slow
+        ),
         pytest.param(10.0, "SIGTERM", STRIKES, marks=pytest.mark.slow),
         (10.0, "STOP", {}),
     ],
 )
 def test_a_run_stopped_anywhere_ends_bit_for_bit_as_the_undisturbed_one(
-    tmp_path, checkpoint_minutes, how, knobs
+    tmp_path, undisturbed, checkpoint_minutes, how, knobs
 ):
-    undisturbed = train(small(tmp_path / "undisturbed", **knobs))
+    if knobs:
+        undisturbed = train(small(tmp_path / "undisturbed", **knobs))
     rng = random.Random(f"{checkpoint_minutes} {how}")
     stops, workers = 0, [0, 2, 1]
     for attempt in range(12):
@@ -203,8 +215,7 @@ def test_large_validation_pictures_are_read_by_loaders_and_few_small_ones_are_no
     assert training._eval_workers(3, pd.DataFrame({"file": ["a"] * 700})) == 0
 
 
-def test_leaving_the_loop_keeps_the_step_and_the_next_loop_goes_on(tmp_path):
-    undisturbed = train(small(tmp_path / "undisturbed"))
+def test_leaving_the_loop_keeps_the_step_and_the_next_loop_goes_on(tmp_path, undisturbed):
     recipe = small(tmp_path / "left")
     run = runs.Run(recipe.folder)
     for limit in (4, 11, 17):  # inside an epoch, at the end of one, inside the next
@@ -393,9 +404,8 @@ def test_accumulated_parts_make_the_same_step_as_one_batch(tmp_path, float64, kn
     assert_near(parts.load_checkpoint()["model"], whole.load_checkpoint()["model"])
 
 
-@pytest.mark.parametrize(
-    "knobs", [pytest.param({}, marks=pytest.mark.slow), STRIKES], ids=["plain", "strikes"]
-)
+@pytest.mark.parametrize("knobs", [{}, STRIKES], ids=["plain", "strikes"])
+@pytest.mark.slow  # of quick ones there is one each in test_distillation and test_transfer
 def test_two_processes_follow_the_batches_of_one(tmp_path, float64, knobs):
     """torchrun with gloo; 324 pictures at 64 a step leave a last batch of 4, or 2 each."""
     knobs = {**knobs, **NO_BATCH_STATISTICS, "lr": knobs.get("lr", 0.01), "batch_size": 64}

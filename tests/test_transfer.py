@@ -411,11 +411,17 @@ def _die_after(knobs, step):
     ("knobs", "deaths"),
     [
         # A checkpoint after every step: killed before, at and right after the switch.
-        ({"checkpoint_minutes": 0.0}, {4: 4, STEPS: STEPS, STEPS + 1: STEPS + 1}),
+        pytest.param(
+            {"checkpoint_minutes": 0.0},
+            {4: 4, STEPS: STEPS, STEPS + 1: STEPS + 1},
+            marks=pytest.mark.slow,
+        ),  # fmt: skip
         ({"checkpoint_minutes": 0.0, **EVERYTHING}, {STEPS: STEPS, STEPS + 2: STEPS + 2}),
         # Checkpoints at the ends of epochs: steps of the probe, and the switch, are done again.
         ({"checkpoint_minutes": 10.0, **EVERYTHING}, {5: 0, STEPS + 3: STEPS}),
-        ({"checkpoint_minutes": 10.0, **LAMB}, {STEPS + 3: STEPS}),
+        pytest.param(
+            {"checkpoint_minutes": 10.0, **LAMB}, {STEPS + 3: STEPS}, marks=pytest.mark.slow
+        ),
     ],
     ids=["plain", "everything", "again", "lamb"],
 )
@@ -621,6 +627,7 @@ def test_the_pictures_of_a_loss_that_is_not_finite_are_those_that_were_shown(une
 # ---- what it is for
 
 
+@pytest.mark.slow
 def test_from_digits_to_letters_beats_a_start_from_scratch_at_the_same_budget(tmp_path, digits):
     """Two epochs on 1,014 letters; the start from scratch takes the better of two rates.
 
