@@ -137,7 +137,8 @@ def test_a_recipe_is_judged_without_loading_anything_heavy():
         (["doctor", "params/resnet50_a3_100e.yaml", "--images", "9999", "--classes", "9"],
          ["pandas", "numpy"]),
         (["doctor", "params/resnet50_a3_100e.yaml"], ["pandas", "numpy"]),  # and no data there
-        (["runs", "params"], []),
+        (["runs", "params"], ["pandas", "numpy"]),
+        (["compare", "params"], []),
     ],
     ids=lambda words: " ".join(words)[:40],
 )  # fmt: skip
