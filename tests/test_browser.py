@@ -301,11 +301,11 @@ def test_a_training_is_paused_three_times_and_stopped_in_one_page(page, lab, roo
         view.get_by_role("button", name="Pause").click()
         paused = stands_still(page)
         view.get_by_role("button", name="Resume").click()
-        _until(lambda at=paused: step(page) > at, 30)
+        assert _until(lambda at=paused: step(page) > at, 30)
     view.get_by_role("button", name="Stop").click()
     run = runs.Run(root / "live" / "paused-seed0")
     _until(lambda: run.status()["state"] == "stopped", 60)
-    _until(lambda: f"after step {run.status()['step']} of" in view.inner_text(), 30)
+    assert _until(lambda: f"after step {run.status()['step']} of" in view.inner_text(), 30)
 
 
 def test_a_control_is_followed_at_every_move_while_a_training_runs(page, lab, root):
@@ -330,12 +330,12 @@ await widgets.train(recipe, runs.Run(recipe.folder))
     for value in range(1, 5):
         cell(page, "slider").locator(".noUi-handle").focus()
         page.keyboard.press("ArrowRight")
-        _until(lambda v=value: f"it is {v}" in cell(page, "slider").inner_text(), 30)
+        assert _until(lambda v=value: f"it is {v}" in cell(page, "slider").inner_text(), 30)
     cell(page, "training").get_by_role("button", name="Stop").click()
     _until(lambda: runs.Run(root / "live" / "beside-seed0").status()["state"] == "stopped", 60)
     cell(page, "slider").locator(".noUi-handle").focus()
     page.keyboard.press("Home")
-    _until(lambda: "it is 0" in cell(page, "slider").inner_text(), 30)
+    assert _until(lambda: "it is 0" in cell(page, "slider").inner_text(), 30)
 
 
 def test_a_training_is_seen_again_in_another_tab_stopped_and_goes_on(page, lab, root):

@@ -91,34 +91,6 @@ def test_measuring_leaves_the_random_numbers_and_the_threads_alone(digits):
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize(
-    "knobs, cores, threads",
-    [
-        (dict(model="test_resnet", workers=2), 2, 1),  # 32 * 0.0041 G
-        (dict(model="test_resnet", workers=0), 2, 2),  # no loader takes a core
-        (dict(model="test_resnet", workers=2, batch_size=64), 2, 2),  # 0.26 G
-        (dict(model="test_resnet", workers=2, batch_size=64, micro_batch_size=32), 2, 1),
-        (dict(model="test_resnet", workers=2), 8, 6),
-        (dict(model="resnet18", workers=8), 8, 8),  # 32 * 0.037 G
-    ],
-)
-def test_a_small_forward_leaves_the_loaders_their_cores(knobs, cores, threads, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(training.data, "cores", lambda: cores)
-    recipe, before, cpu = Recipe(**knobs), torch.get_num_threads(), torch.device("cpu")
-    model = training.create_model(recipe, 10)
-    try:
-        torch.set_num_threads(cores)
-        training.limit_threads(recipe, model, cpu)
-        assert torch.get_num_threads() == threads
-        torch.set_num_threads(cores)
-        monkeypatch.setenv("OMP_NUM_THREADS", str(cores))
-        training.limit_threads(recipe, model, cpu)
-        assert torch.get_num_threads() == cores
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("knobs", [
     dict(batch_size=1), dict(optimizer="lamb"), dict(loss="bce"), dict(micro_batch_size=4),
 ])  # fmt: skip

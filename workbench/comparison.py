@@ -68,7 +68,8 @@ def wilson(count: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """The score interval of a proportion, 0 to 1 (Wilson 1927)."""
     z, share = QUANTILE((1 + level) / 2), count / n
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
-    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+    return max(0.0, low), min(1.0, high)  # rounding may leave -1e-19 of 0
 
 
 def _crossing(f: Callable[[float], float], low: float, high: float) -> float:

@@ -119,14 +119,15 @@ def measure(recipe: Any, content: data.Data, seconds: float = 4.0) -> Speed:
     device = training.pick_device(recipe.device)
     workers = training.pick_workers(recipe.workers)
     files, cached = _loader(recipe, content, seconds / 4)
-    threads = torch.get_num_threads()
-    try:
-        model = _model(recipe, content, device, seconds / 2)
-        loaders = max(1, min(workers, data.cores()))
-        limited = torch.get_num_threads()
-        return Speed(files, cached, model, device.type, data.cores(), loaders, limited)
-    finally:
-        torch.set_num_threads(threads)
+    return Speed(
+        files,
+        cached,
+        _model(recipe, content, device, seconds / 2),
+        device.type,
+        data.cores(),
+        max(1, min(workers, data.cores())),
+        torch.get_num_threads(),
+    )
 
 
 class _Memory:
@@ -196,9 +197,7 @@ def _model(recipe: Any, content: data.Data, device: torch.device, seconds: float
             yield
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model = training.create_model(recipe, classes).train()
-        training.limit_threads(recipe, model, device)
-        model.to(device, memory_format=layout)
+        model = training.create_model(recipe, classes).train().to(device, memory_format=layout)
         # Norms cannot see one picture alone.
         with models.evaluating(model) if size == 1 else contextlib.nullcontext():
             return size * _rate(steps(model), seconds)

@@ -435,7 +435,6 @@ def _fit(
     recipe: Any, run: runs.Run, prepared: data.Data | None, stop: threading.Event
 ) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
         team = stack.enter_context(_Team.of(recipe))
         if team.first:
             stack.enter_context(run.writing())
@@ -461,21 +460,6 @@ def _fit(
             if told is error:
                 raise
             raise told from None
-
-
-def limit_threads(recipe: Any, model: nn.Module, device: torch.device) -> None:
-    """Leaves the loaders' cores to them where a forward on a CPU is too small to need them.
-
-    A thread of torch with less than 0.1 G multiply-adds to do gains nothing on a core that a
-    loader uses, and takes it from other processes (benchmarks/contention.py). Never more threads
-    than before; nothing is changed where OMP_NUM_THREADS is set.
-    """
-    threads = torch.get_num_threads()
-    if device.type == "cpu" and threads > 1 and "OMP_NUM_THREADS" not in os.environ:
-        images = recipe.micro_batch_size or recipe.batch_size
-        work = images * models.cost(model, recipe.image_size)["macs"]
-        free = data.cores() - pick_workers(recipe.workers)
-        torch.set_num_threads(max(1, min(threads, max(free, int(work / 0.1)))))
 
 
 def _check_folder(recipe: Any, run: runs.Run) -> bool:
@@ -615,7 +599,6 @@ def _train(
             f"{recipe.micro_batch_size}); set drop_last: true and batch_size to 2 or more, with no "
             "micro_batch_size or one that is 2 or more and divides it"
         )
-    limit_threads(recipe, model, device)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema_decay else None
