@@ -1013,6 +1013,30 @@ def test_an_error_that_comes_of_the_loaders_says_what_became_of_them(error, caus
     assert (data.lost(error) is None) if words is None else (words in str(data.lost(error)))
 
 
+@pytest.mark.parametrize("code, words", [(errno.EMFILE, "ulimit -n"), (errno.ENOSPC, "shm-size"),
+                                         (1, None)])  # fmt: skip
+def test_a_loader_that_ends_while_it_hands_a_batch_over_is_told_by_its_exit_code(
+    code, words, monkeypatch
+):
+    """Where torch's own error was lost: raised in a destructor, Python ignores it."""
+
+    class Reader:
+        def __init__(self, *_, **__):
+            ended = multiprocessing.get_context("fork").Process(target=os._exit, args=(code,))
+            ended.start()
+            self._workers = [ended]
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+    monkeypatch.setattr(data, "DataLoader", Reader)
+    with pytest.raises(data.DataError if words else ConnectionResetError, match=words):
+        next(data._loader(None, [0], 1, False))
+
+
 def test_a_loader_ends_for_its_parent_and_for_nobody_else(pictures):
     """A scheduler's SIGTERM reaches every process; the main one decides when loaders end."""
     reader = data.batches(

@@ -1035,6 +1035,10 @@ def _loader(dataset: Dataset, keys: Any, workers: int, pin_memory: bool) -> Iter
         # The semaphores of a loader lie in shared memory, too, and nothing here writes elsewhere.
         full = workers and getattr(error, "errno", None) == errno.ENOSPC
         told = DataError(_NO_SHARED_MEMORY) if full else lost(error)
+        if isinstance(error, ConnectionError):  # it ended while it handed a batch over
+            for loader in getattr(reader, "_workers", []):
+                loader.join(1)
+                told = told or lost(RuntimeError(f"exit code {loader.exitcode}."))
         if told is None:
             raise
     finally:
