@@ -400,6 +400,22 @@ def test_a_list_whose_folders_are_classes_of_another_label_is_refused(pictures):
     assert opened(pictures, **lists).classes == ["one", "ten", "two"]
 
 
+@pytest.mark.parametrize("below", ["photos", "2024/photos"])
+def test_folders_between_class_and_image_do_not_hide_another_order(pictures, below):
+    renamed(pictures, "1", "10", "2")
+    for side in ("train", "val"):
+        for name in ("1", "10", "2"):
+            (pictures / side / name).rename(pictures / side / "moving")
+            (pictures / side / name / below).parent.mkdir(parents=True)
+            (pictures / side / "moving").rename(pictures / side / name / below)
+        rows = [f"{c}/{below}/{i}.png {n}" for n, c in enumerate(("1", "10", "2")) for i in (0, 1)]
+        write_list(pictures / f"{side}.txt", *rows)
+    write_list(pictures / "names.txt", "1", "2", "10")
+    lists = dict(train_list="train.txt", val_list="val.txt", class_names="names.txt")
+    with pytest.raises(DataError, match="train: .*'10' have label 1, and class 1 is '2'"):
+        opened(pictures, **lists)
+
+
 def test_a_wrong_label_here_and_there_is_no_other_order(pictures):
     knobs = with_lists(pictures)
     rows = (pictures / "train.txt").read_text().replace("a/0.png 0", "a/0.png 2").splitlines()

@@ -84,6 +84,7 @@ def pupil(school: Path, folder: Path, teachers: str = "run", **changes) -> Recip
         "weight_decay": 1e-3,
         "val_every": 2,
         "log_every": 1,
+        "image_size": 16,
         "workers": 0,
         "runs_dir": str(folder),
         "teacher": [str(sources[t]) for t in teachers.split()],
@@ -192,7 +193,7 @@ def test_a_weights_file_is_a_teacher_that_wants_the_students_pictures(school, tm
     recipe = pupil(school, tmp_path, teacher=[str(path)], teacher_model=["test_resnet"])
     (teacher,) = distillation.open_teachers(recipe, DIGITS)
     assert_same_tensors(dict(teacher.model.state_dict()), with_counters(teacher, theirs))
-    assert (teacher.image_size, teacher.mean, teacher.std) == (32, recipe.mean, recipe.std)
+    assert (teacher.image_size, teacher.mean, teacher.std) == (16, recipe.mean, recipe.std)
     assert teacher.top1 is None
     images = batches_of(recipe, range(1))[0][0]
     assert teacher.view(images, recipe.mean, recipe.std) is images
@@ -351,7 +352,7 @@ def test_the_record_names_the_teachers_and_their_weights(school, tmp_path):
     first, second = run.environment()["teachers"]
     assert first["source"] == str(school / "runs" / "teacher-seed0")
     assert (first["model"], first["image_size"]) == ("test_resnet", 24)
-    assert (second["model"], second["image_size"]) == ("resnet10t", 32)
+    assert (second["model"], second["image_size"]) == ("resnet10t", 16)
     assert first["parameters"] == sum(p.numel() for p in opened(school).parameters())
     assert first["top1"] > 50 and second["top1"] is None
     assert len(first["digest"]) == len(second["digest"]) == 12
@@ -449,7 +450,7 @@ LOOPS = {
     "modules of two teachers": (
         "run wide",
         dict(
-            teacher_image_size=[32],
+            teacher_image_size=[16],
             teacher_weight=[2.0, 1.0],
             mimic=[
                 "logits -> teacher1:logits",
@@ -485,10 +486,10 @@ def test_a_distillation_is_the_plain_loop_it_stands_for(school, tmp_path, float6
     recipe = pupil(school, tmp_path, teachers, **how, **knobs)
     run = train(recipe)
 
-    size = 32 if recipe.teacher_image_size else 24
+    size = 16 if recipe.teacher_image_size else 24
     views = [
         (opened(school), size, OWN["mean"], OWN["std"]),
-        (wide(school), 32, recipe.mean, recipe.std),
+        (wide(school), 16, recipe.mean, recipe.std),
     ]
     model = training.create_model(recipe, 10).to(memory_format=torch.channels_last).train()
     adapters = {}
@@ -612,7 +613,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(school, tmp_path):
     weights = models.create("test_convnext", 10, seed=1).state_dict()
     save_file(weights, tmp_path / "t.safetensors")
     knobs = dict(teacher=[str(tmp_path / "t.safetensors")], teacher_model=["test_convnext"])
-    knobs |= dict(model="test_convnext", task_weight=0.0, weight_decay=0.0, precision="fp32")
+    knobs |= dict(model="test_convnext", image_size=32, precision="fp32")
+    knobs |= dict(task_weight=0.0, weight_decay=0.0)
     same = train(pupil(school, tmp_path, weights=str(tmp_path / "t.safetensors"), **knobs))
     assert same.steps().mimic_loss.abs().max() < 1e-6
     for name, value in same.load_checkpoint()["model"].items():
@@ -655,9 +657,9 @@ def test_an_adapter_is_made_where_channels_differ_and_only_there(school, tmp_pat
     assert layers == {"1": (64, 32, 1, 1), "2": (512, 96)}  # by the number of the pair
     assert isinstance(kd.student.adapters["1"], nn.Conv2d)
     assert isinstance(kd.student.adapters["2"], nn.Linear)
-    same = dict(mimic=["layer1 -> layer1", "fc -> fc"], mimic_loss=["l2"], teacher_image_size=[32])
+    same = dict(mimic=["layer1 -> layer1", "fc -> fc"], mimic_loss=["l2"], teacher_image_size=[16])
     assert len(student_of(pupil(school, tmp_path, **same)).student.adapters) == 0
-    vit = dict(model="test_vit", mimic=["blocks.3 -> blocks.1"], mimic_loss=["l2"])
+    vit = dict(model="test_vit", image_size=32, mimic=["blocks.3 -> blocks.1"], mimic_loss=["l2"])
     save_file(
         models.create("test_vit2", 10, image_size=32).state_dict(), tmp_path / "t.safetensors"
     )
@@ -717,18 +719,18 @@ def test_adapters_learn_and_are_no_part_of_the_model(school, tmp_path, monkeypat
 def test_a_lesson_leaves_no_hooks_even_where_a_forward_fails(school, tmp_path):
     kd = student_of(pupil(school, tmp_path, "wide", **MODULES))
     networks = (kd.student, kd.teachers[0].model)
-    images = torch.zeros(2, 3, 32, 32)
+    images = torch.zeros(2, 3, 16, 16)
     features = kd.lesson(images)[0].features
     assert {n: tuple(f.shape) for n, f in features.items()} == {
-        "layer1": (2, 64, 8, 8),
+        "layer1": (2, 64, 4, 4),
         "global_pool": (2, 512),
     }
     assert not any(f.requires_grad for f in features.values())
     _, features = kd.student(images)
-    assert {i: tuple(f.shape) for i, f in features.items()} == {1: (2, 64, 8, 8), 2: (2, 512)}
+    assert {i: tuple(f.shape) for i, f in features.items()} == {1: (2, 64, 4, 4), 2: (2, 512)}
     for call in (kd.lesson, kd.student):
         with pytest.raises(RuntimeError):
-            call(torch.zeros(2, 5, 32, 32))
+            call(torch.zeros(2, 5, 16, 16))
     assert not any(m._forward_hooks for net in networks for m in net.modules())
 
 

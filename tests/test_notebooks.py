@@ -445,6 +445,7 @@ def commanded(root: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **places})
 
 
+@pytest.mark.slow
 def test_the_notebook_command_prints_counts_a_line_per_epoch_and_the_result(tmp_path):
     """Under a name that papermill would take for a number; then a start that fails."""
     done = commanded(tmp_path, "-p", "name=1_000", "-p", "model=test_resnet")
@@ -565,9 +566,8 @@ LOOP = "for row in training.fit(recipe, run):\n    pass"
 BUTTONS = "await widgets.train(recipe, run)"
 
 
-@pytest.mark.parametrize("loop, why", [
-    pytest.param(LOOP, "Ctrl-C", marks=pytest.mark.slow), (BUTTONS, "the stop event")
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("loop, why", [(LOOP, "Ctrl-C"), (BUTTONS, "the stop event")])
 def test_interrupt_in_a_kernel_ends_the_cell_normally_and_the_kernel_lives(tmp_path, loop, why):
     manager, client = start_new_kernel(kernel_name="python3")
     try:

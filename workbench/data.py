@@ -177,8 +177,10 @@ def _class_names(recipe: Any, folders: list[str] | None) -> list[str] | None:
 def _check_names(side: str, frame: pd.DataFrame, names: list[str]) -> None:
     """Raises DataError where a folder is named as a class, and most of it has another label."""
     some = frame.iloc[:: len(frame) // 100_000 + 1]
-    folders = some.file.map(lambda file: os.path.basename(os.path.dirname(file)))
-    known = folders.isin(names)
+    classes = set(names)
+    folder = lambda file: next((p for p in file.split("/")[-2::-1] if p in classes), None)
+    folders = some.file.map(folder)  # the innermost that is named as a class
+    known = folders.notna()
     pairs = pd.DataFrame({"folder": folders[known], "label": some.label[known]})
     for (folder, label), share in (
         pairs.groupby("folder").label.value_counts(normalize=True).items()
