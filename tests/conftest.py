@@ -4,6 +4,8 @@ import atexit
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from workbench.__main__ import main  # noqa: E402
 from workbench.recipe import Recipe  # noqa: E402
 
 CLASSES = ("a", "b", "c")
@@ -45,6 +48,21 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `workbench` with these words in this process, where torch is imported already."""
+
+    def call(*words) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["workbench", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        (out, err), code = capsys.readouterr(), ended.value.code
+        text = code if isinstance(code, str) else ""  # which Python prints before it ends with 1
+        return subprocess.CompletedProcess(words, 1 if text else code or 0, out, err + text)
+
+    return call
 
 
 def in_float64() -> None:

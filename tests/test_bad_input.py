@@ -7,8 +7,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -627,7 +625,7 @@ def test_a_run_goes_on_only_with_its_own_class_names(world):
             train(recipe)
 
 
-def test_training_and_the_doctor_name_what_was_passed_over_and_empty_classes(world):
+def test_training_and_the_doctor_name_what_was_passed_over_and_empty_classes(world, command):
     (world / "pictures/train/d").mkdir()
     (world / "pictures/train/a/notes.txt").touch()
     recipe = small(world, name="new", epochs=1, **FOLDERS)
@@ -951,16 +949,7 @@ def test_weights_spoilt_by_the_last_step_of_an_epoch_are_written_nowhere(world):
 # ---- the commands
 
 
-def command(*words) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "workbench", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_the_train_command_says_one_sentence_and_no_traceback(world):
+def test_the_train_command_says_one_sentence_and_no_traceback(world, command):
     first_row(world, "a/0.png cat")
     recipe = world / "recipe.yaml"
     small(world).write(recipe)
@@ -973,7 +962,7 @@ def test_the_train_command_says_one_sentence_and_no_traceback(world):
     assert record(world / "runs" / "first-seed0") == before
 
 
-def test_the_train_command_lists_all_that_is_wrong_with_a_recipe(world):
+def test_the_train_command_lists_all_that_is_wrong_with_a_recipe(world, command):
     written(world, "recipe.yaml", "learning_rate: 0.1\nepochs: 0\n")
     done = command("train", world / "recipe.yaml", "-p", "modell=resnet18")
     assert done.returncode == 1
@@ -982,7 +971,7 @@ def test_the_train_command_lists_all_that_is_wrong_with_a_recipe(world):
     assert "Traceback" not in done.stderr
 
 
-def test_check_data_names_everything_that_training_would_refuse_or_set_aside(world):
+def test_check_data_names_everything_that_training_would_refuse_or_set_aside(world, command):
     swapped(world, b"")
     shutil.copy(world / "pictures/train/b/0.png", world / "pictures/val/b/0.png")
     first_row(world, "../val/c/0.png -3")

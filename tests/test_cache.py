@@ -480,6 +480,7 @@ def test_a_build_that_was_killed_goes_on_with_the_parts_that_are_there(many, tmp
     assert {path.suffix for path in files(folder)} == {".pixels"}
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_build_and_neither_spoils_it(many, tmp_path):
     frame, folder = many, tmp_path / "kept"
     both = [building(frame, folder) for _ in range(2)]

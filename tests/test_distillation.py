@@ -85,6 +85,7 @@ def pupil(school: Path, folder: Path, teachers: str = "run", **changes) -> Recip
         "val_every": 2,
         "log_every": 1,
         "image_size": 16,
+        "val_resize": 16,
         "workers": 0,
         "runs_dir": str(folder),
         "teacher": [str(sources[t]) for t in teachers.split()],
@@ -613,7 +614,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(school, tmp_path):
     weights = models.create("test_convnext", 10, seed=1).state_dict()
     save_file(weights, tmp_path / "t.safetensors")
     knobs = dict(teacher=[str(tmp_path / "t.safetensors")], teacher_model=["test_convnext"])
-    knobs |= dict(model="test_convnext", image_size=32, precision="fp32")
+    knobs |= dict(model="test_convnext", image_size=32, val_resize=32, precision="fp32")
     knobs |= dict(task_weight=0.0, weight_decay=0.0)
     same = train(pupil(school, tmp_path, weights=str(tmp_path / "t.safetensors"), **knobs))
     assert same.steps().mimic_loss.abs().max() < 1e-6
@@ -659,7 +660,8 @@ def test_an_adapter_is_made_where_channels_differ_and_only_there(school, tmp_pat
     assert isinstance(kd.student.adapters["2"], nn.Linear)
     same = dict(mimic=["layer1 -> layer1", "fc -> fc"], mimic_loss=["l2"], teacher_image_size=[16])
     assert len(student_of(pupil(school, tmp_path, **same)).student.adapters) == 0
-    vit = dict(model="test_vit", image_size=32, mimic=["blocks.3 -> blocks.1"], mimic_loss=["l2"])
+    vit = dict(model="test_vit", mimic=["blocks.3 -> blocks.1"], mimic_loss=["l2"])
+    vit |= dict(image_size=32, val_resize=32)
     save_file(
         models.create("test_vit2", 10, image_size=32).state_dict(), tmp_path / "t.safetensors"
     )
@@ -918,6 +920,8 @@ def _train_in_team(rank, port, knobs, cache):
 
 WITHOUT_BATCH_STATISTICS = {
     "model": "test_convnext",
+    "image_size": 32,
+    "val_resize": 32,
     "precision": "fp32",
     "batch_size": 46,  # the last step has two pictures: none for the second process
     "lr": 0.01,
@@ -1015,7 +1019,7 @@ def test_a_run_that_reads_its_teachers_answers_is_the_run_that_asked(
 
 def test_another_student_reads_the_same_answers(school, tmp_path, cache, monkeypatch):
     train(pupil(school, tmp_path, cache_teacher=True))
-    other = dict(model="test_convnext", lr=0.01, nesterov=False, optimizer="adamw", loss="bce")
+    other = dict(model="test_byobnet", lr=0.01, nesterov=False, optimizer="adamw", loss="bce")
     other |= dict(mimic_loss=["dist"], temperature=2.0, mimic_weight=[2.0], teacher_weight=[3.0])
     other |= dict(epochs=3, val_every=3, task_weight=0.5, name="other", dropout=0.2, ema_decay=0.9)
     run = train(pupil(school, tmp_path, cache_teacher=True, **other))

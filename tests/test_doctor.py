@@ -235,13 +235,16 @@ def test_a_batch_larger_than_the_list_is_refused_in_words():
 # ---- teachers, judged by running them
 
 
+SMALL = {"image_size": 16, "val_resize": 16}
+
+
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory) -> dict[str, str]:
     """Run folders of two short trainings on digits: cross-entropy and binary cross-entropy."""
     folder, threads = tmp_path_factory.mktemp("teachers"), torch.get_num_threads()
     torch.set_num_threads(1)
-    short = {"fraction": 0.5, "epochs": 4, "val_every": 4, "lr": 0.05, "nesterov": True,
-             "workers": 0, "runs_dir": str(folder)}  # fmt: skip
+    short = {"fraction": 0.4, "epochs": 4, "val_every": 4, "lr": 0.05, "nesterov": True,
+             "workers": 0, "runs_dir": str(folder), **SMALL}  # fmt: skip
     losses = {"ce": {}, "bce": {"loss": "bce", "bce_sum": True, "label_smoothing": 0.1}}
     found = {n: str(train(Recipe(name=n, **short, **k)).path) for n, k in losses.items()}
     torch.set_num_threads(threads)
@@ -249,8 +252,16 @@ def taught(tmp_path_factory) -> dict[str, str]:
 
 
 def student(taught: dict[str, str], **changes) -> Recipe:
-    knobs = {"fraction": 0.2, "seed": 1, "crop_scale": [0.5, 1.0], "mixup_alpha": 0.2,
-             "precision": "fp32", "workers": 0, "teacher": list(taught.values())}  # fmt: skip
+    knobs = {
+        "fraction": 0.2,
+        "seed": 1,
+        "crop_scale": [0.5, 1.0],
+        "mixup_alpha": 0.2,
+        "precision": "fp32",
+        "workers": 0,
+        "teacher": list(taught.values()),
+        **SMALL,
+    }
     return Recipe(**{**knobs, **changes})
 
 
@@ -275,7 +286,7 @@ def one_by_one(model: torch.nn.Module, content: data.Data) -> np.ndarray:
     rows = []
     for path in content.val.path:
         picture = images.decode(path)
-        picture = picture.resize((32, 32), images.Image.Resampling.BILINEAR)
+        picture = picture.resize((16, 16), images.Image.Resampling.BILINEAR)
         values = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
         rows.append(model(((values - mean) / std)[None])[0].numpy())
     return np.stack(rows).astype(np.float64)

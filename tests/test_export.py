@@ -28,7 +28,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from workbench import (
-    ROOT,
     augmentation,
     comparison,
     consumer,
@@ -1004,12 +1003,11 @@ def test_what_is_no_sound_package_is_one_error_and_nothing_is_written(kind, file
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
-def test_the_command_checks_a_package_and_says_one_sentence(built, tmp_path):
-    done = CliRunner().invoke(app, ["export", "--check", str(built)])
-    assert done.exit_code == 0 and "sound; small 1.0.0, test_resnet, 10 classes" in done.stdout
+def test_the_command_checks_a_package_and_says_one_sentence(built, tmp_path, command):
+    done = command("export", "--check", built)
+    assert done.returncode == 0 and "sound; small 1.0.0, test_resnet, 10 classes" in done.stdout
     broken = _bytes(tmp_path, b"no tar")
-    command = [sys.executable, "-m", "workbench", "export", "--check"]
-    done = subprocess.run([*command, str(broken)], capture_output=True, text=True, cwd=ROOT)
+    done = command("export", "--check", broken)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "is no sound package" in done.stderr
 
