@@ -11,9 +11,9 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PICTURES, run_folder
+from conftest import JUDGED, PICTURES, run_folder, save_noise
 
-from workbench import ROOT, comparison, plots, runs, training, views, widgets
+from workbench import ROOT, comparison, data, plots, runs, training, views, widgets
 from workbench.comparison import ComparisonError
 from workbench.recipe import Recipe
 
@@ -216,6 +216,24 @@ def test_the_recipe_that_is_looked_at_is_shared_by_the_views(root):
     assert picker.recipe.value == "b", "what is looked at stays"
 
 
+def test_a_single_recipe_has_nothing_to_compare_with_and_is_no_error(root):
+    picker, asked = widgets.Picker(root, ["a-seed0", "a-seed1"]), []
+    view = widgets.Explorer(
+        lambda found, name: asked.append(name) or [], picker, name=picker.recipe
+    )
+    assert "There is one recipe" in html_of(view) and "Error" not in html_of(view)
+    assert asked == []
+    picker.runs.value = ("a-seed0", "b-seed0")
+    assert asked[-1] == "b"
+
+
+def test_the_epoch_of_a_run_that_continues_another_is_that_of_both(root):
+    metrics = pd.DataFrame({"epoch": [5, 6], "step": [10, 12], "top1": [50.0, 80.0]})
+    metrics.to_csv(root / "a-seed0" / "metrics.csv", index=False)
+    label = dict(map(reversed, widgets.Picker(root).runs.options))["a-seed0"]
+    assert label.endswith("(finished, epoch 6)")
+
+
 def test_a_run_in_training_is_marked_and_followed(root):
     run = runs.Run(root / "a-seed0")
     picker = widgets.Picker(root)
@@ -260,6 +278,26 @@ def test_a_run_that_breaks_while_it_is_picked_is_told_not_thrown(root):
     (root / "a-seed0" / "predictions.parquet").write_bytes(b"PAR1")
     picker.runs.value = ("b-seed0", "a-seed0")
     assert "a-seed0" in html_of(view) and "leave it out" in html_of(view)
+
+
+def test_an_image_gained_by_some_runs_says_how_many_are_right(tmp_path, monkeypatch):
+    """The class that most runs predict may be right before and after."""
+    paths = []
+    for name, seeds in (("a", [(0, 1), (1, 0)]), ("b", [(0, 1), (0, 1)])):
+        for seed, predicted in enumerate(seeds):
+            path = run_folder(tmp_path, name, seed, n=2, lr=0.1 if name == "a" else 0.2)
+            frame = pd.read_parquet(path / "predictions.parquet")
+            frame["label"], frame["class1"] = [0, 1], np.array(predicted, np.int32)
+            frame.to_parquet(path / "predictions.parquet", index=False)
+            paths.append(path)
+    titles, place = [], save_noise(tmp_path / "0.png", 0)
+    val = pd.DataFrame({"list": 0, "file": ["0.png", "1.png"], "path": str(place)})
+    monkeypatch.setattr(data, "open_data", lambda recipe: data.Data(None, val, JUDGED))
+    monkeypatch.setattr(plots, "grid", lambda images, texts, **_: titles.extend(texts))
+    views.flips(comparison.compare(paths), "b", "gained")
+    zero, one = JUDGED[:2]
+    assert titles == [f"{zero} (50% right)\nto {zero}\nis {zero}",
+                      f"{zero} (50% right)\nto {one}\nis {one}"]  # fmt: skip
 
 
 def test_no_picture_gained_is_a_table_of_none(tmp_path):

@@ -621,6 +621,19 @@ def test_a_run_still_to_go_on_is_said_first_and_in_the_table(tmp_path):
     assert found.table.epochs.tolist() == [8, "2 of 8"]
 
 
+@pytest.mark.parametrize("finished_first", [True, False])
+def test_of_two_runs_of_one_seed_the_finished_one_is_compared(tmp_path, finished_first):
+    finished = run_folder(tmp_path / "x", "a", top1=0.9)
+    stopped = run_folder(tmp_path / "y", "a", top1=0.5)
+    stopped = stopped.rename(tmp_path / "y" / "stopped")
+    (stopped / "status.json").write_text(json.dumps({"state": "stopped"}))
+    found = compare([finished, stopped] if finished_first else [stopped, finished])
+    assert [run.path for group in found.groups for run in group.runs] == [finished]
+    [flag] = [f for f in found.flags if "left out" in f]
+    assert flag.startswith("stopped is left out") and "has not finished (stopped)" in flag
+    assert "machine" not in flag
+
+
 def test_the_same_run_again_with_other_answers_is_said(tmp_path):
     first = run_folder(tmp_path / "x", "a")
     again = run_folder(tmp_path / "y", "a")

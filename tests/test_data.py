@@ -1623,6 +1623,20 @@ def test_streams_are_the_stream_of_each_place_without_a_trace_of_the_one_before(
             np.testing.assert_array_equal(draw(a), draw(b))
 
 
+def test_counts_have_every_class_also_one_without_training_images(pictures):
+    (pictures / "train" / "aa").mkdir()
+    found = opened(pictures)
+    assert found.classes == ["a", "aa", "b", "c"] and found.counts == [6, 0, 6, 6]
+
+
+def test_check_data_says_where_an_image_of_both_sides_has_another_label(pictures):
+    shutil.copy(pictures / "train" / "a" / "0.png", pictures / "val" / "b" / "again.png")
+    recipe = Recipe(dataset="files", data_dir=str(pictures))
+    found = data.check_data(recipe, cache=False, progress=False)
+    [detail] = found[found.finding == "in train and validation"].detail
+    assert detail == "in training as a/0.png, labelled 0 there"
+
+
 def test_a_hidden_file_is_named_by_check_data_and_is_no_fault(
     pictures, tmp_path, monkeypatch, capsys
 ):

@@ -699,6 +699,16 @@ def test_the_card_says_what_was_measured(files, trained):
     assert "model_whole.onnx" in body and "model.pt2" in body
 
 
+def test_the_card_names_leaks_and_classes_without_training_images(files, trained):
+    meta = export.Meta(**json.loads(files["meta.json"]))
+    report, recipe = json.loads(files["parity.json"]), Recipe(**trained.recipe())
+    found = {"in_both": 2, "without_pictures": ["4", "7"]}
+    text = export.card(meta, report, recipe, trained.environment() | found)
+    assert "2 of the validation pictures were in training too" in text
+    assert "Without a training picture: 4, 7." in text
+    assert "in training too" not in files["README.md"].decode()
+
+
 def test_the_schema_describes_every_field(files):
     told = export.schema()
     for name in ("meta.json", "parameters.json"):

@@ -295,7 +295,7 @@ def test_lists_of_both_kinds_start_from_their_folder_and_may_carry_labels(photos
     assert [entry.file for entry in prediction.find([objects])] == ["0.png", "ü.png"]
     assert predict(Colours(), [plain]).error.tolist() == ["", "", *["missing: no such file"] * 2]
     both = [entry.file for entry in prediction.find([plain, objects])]
-    assert both[0] == f"{plain}/0.png" and both[4] == f"{objects}/0.png"
+    assert both[0] == f"{photos}/0.png" and both[4] == f"{photos}/0.png"
 
 
 def test_an_entry_leaves_its_lists_folder_by_an_absolute_path_alone(photos):
@@ -1056,6 +1056,14 @@ def test_a_folder_of_pictures_that_is_a_file_is_one_sentence(photos, tmp_path):
     (tmp_path / "taken").touch()
     with pytest.raises(PredictionError, match="was not written"):
         predict(Colours(), [photos], pictures=tmp_path / "taken")
+
+
+def test_an_entry_of_a_list_is_named_by_a_path_that_exists(photos, tmp_path):
+    (photos.parent / "more.txt").write_text(f"{photos.name}/0.png 0\n")
+    (photos.parent / "more.jsonl").write_text(json.dumps({"filename": f"{photos.name}/1.png"}))
+    inputs = [photos, photos.parent / "more.txt", photos.parent / "more.jsonl"]
+    for file in predict(Colours(), inputs).file:
+        assert Path(file).exists(), file
 
 
 # ---- the command

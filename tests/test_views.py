@@ -467,6 +467,13 @@ def started(run, **more) -> None:
         run.write_json("environment.json", {**record, "precision": "fp32", "start": "seed", **more})
 
 
+def test_probabilities_have_one_unit_however_small_they_are():
+    table = pd.DataFrame({"class": ["a", "b", "c"], "p": [0.999, 5e-4, 9e-7]})
+    figure = plots.answer(PICTURES[0], table)
+    texts = [text.get_text().strip() for text in figure.axes[1].texts]
+    assert texts == ["99.9 %", "0.05 %", "9e-05 %"]
+
+
 def test_a_distillation_names_its_teachers_and_what_is_kept_of_their_answers(tmp_path, capsys):
     run = runs.Run(tmp_path)
     teachers = [

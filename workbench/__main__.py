@@ -191,14 +191,12 @@ def doctor(
         paths = [base / path for path in recipe.train_list or recipe.train_root]
         if recipe.dataset == "files" and not any(map(Path.exists, paths)):  # before torch loads
             sys.exit(f"there is no {paths[0]}; set data_dir, or give --images and --classes")
-        import numpy as np
-
         from workbench import data, training
 
         content = data.open_data(recipe)
         training.create_model(recipe, len(content.classes))  # checks its image sizes
         images, classes = len(content.train), len(content.classes)
-        counts = np.bincount(content.train.label, minlength=classes).tolist()
+        counts = content.counts
         if content.passed:
             print(data.passed_over(content.passed))
     sizes = {"images": images, "classes": classes, "counts": counts}

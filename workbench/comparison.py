@@ -626,17 +626,16 @@ def _groups(opened: list[_Opened], flags: list[str]) -> list[Group]:
     groups: list[Group] = []
     for alike in members.values():
         kept: dict[Any, _Opened] = {}
-        for one in alike:
-            seed = one.recipe["seed"]
-            if seed in kept:
-                same = one.predictions.class1.equals(kept[seed].predictions.class1)
-                flags.append(
-                    f"{one.name} {LEFT_OUT}: it is {kept[seed].name} again, with the same seed"
-                    + ("" if same else ", and other answers, as another machine or number of "
-                       "threads gives them")
-                )  # fmt: skip
-            else:
-                kept[seed] = one
+        for one in sorted(alike, key=lambda one: one.status["state"] != "finished"):
+            first = kept.setdefault(one.recipe["seed"], one)
+            if first is one:
+                continue
+            why = f"it is {first.name} again, with the same seed"
+            if one.status["state"] != first.status["state"]:
+                why += f", and has not finished ({one.status['state']})"
+            elif not one.predictions.class1.equals(first.predictions.class1):
+                why += ", and other predictions, as another machine or number of threads gives them"
+            flags.append(f"{one.name} {LEFT_OUT}: {why}")
         ones = [kept[seed] for seed in sorted(kept, key=str)]
         name = str(ones[0].recipe["name"])
         while name in [g.name for g in groups]:  # another recipe under the same name

@@ -65,6 +65,11 @@ class Data:
     classes: list[str]
     passed: list[tuple[str, str, str]] = field(default_factory=list)
 
+    @property
+    def counts(self) -> list[int]:
+        """Training images of every class, 0 for a class without any."""
+        return np.bincount(self.train.label, minlength=len(self.classes)).tolist()
+
 
 # ---- lists
 
@@ -648,9 +653,11 @@ def report(data: Data, *, cache: bool = True, progress: bool = True) -> pd.DataF
                 other = "" if r.label == first.label else f", labelled {first.label} there"
                 rows.append(("duplicate", side, r.file, r.label, f"of {first.file}{other}"))
     train, val = (f[f.problem == ""] for f in examined.values())
-    places = train.drop_duplicates("digest").set_index("digest").file
+    places = train.drop_duplicates("digest").set_index("digest")
     for r in val[val.digest.isin(places.index)].itertuples():
-        detail = f"in training as {places[r.digest]}"
+        there = places.loc[r.digest]
+        other = "" if r.label == there.label else f", labelled {there.label} there"
+        detail = f"in training as {there.file}{other}"
         rows.append(("in train and validation", "val", r.file, r.label, detail))
     return pd.DataFrame(rows, columns=["finding", "side", "file", "label", "detail"])
 

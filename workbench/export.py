@@ -624,7 +624,7 @@ def package(
         "parity.json": json.dumps(report, indent=2) + "\n",
         "recipe.yaml": recipe.yaml(k for k in recipe.changed() if k == "name" or k not in PLACE),
         "flips.csv": flipped.to_csv(index=False),
-        "README.md": card(Meta(**meta), report, recipe, environment["train_images"]),
+        "README.md": card(Meta(**meta), report, recipe, environment),
     }
     files |= {file: text.encode() for file, text in texts.items()}
     return _packed(out / f"{stem}.tar", files)
@@ -774,8 +774,12 @@ def _packed(path: Path, files: Mapping[str, bytes]) -> Path:
     return path
 
 
-def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int) -> str:
-    """The model card, README.md of the package, in the form the Hugging Face hub reads."""
+def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, environment: Mapping) -> str:
+    """The model card, README.md of the package, in the form the Hugging Face hub reads.
+
+    `environment` is that of the training.
+    """
+    leaks, empty = environment.get("in_both"), environment.get("without_pictures")
     forms, n = report["forms"], report["pictures"]
     top1 = forms["torch"]["top1"]
     low, high = comparison.wilson(round(top1 * n / 100), n)
@@ -789,7 +793,8 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
         f"# {meta.model_name} {meta.version}", "",
         f"A {meta.model} that tells {len(meta.classes)} classes apart: "
         f"{', '.join(meta.classes[:12])}{' and so on' if len(meta.classes) > 12 else ''}.", "",
-        f"Trained by the recipe in `recipe.yaml` ({recipe.epochs} epochs, {trained_on:,} pictures, "
+        f"Trained by the recipe in `recipe.yaml` ({recipe.epochs} epochs, "
+        f"{environment['train_images']:,} pictures, "
         f"fingerprint {recipe.fingerprint}); {meta.weights} weights of the last epoch.", "",
         f"**Top-1 {top1:.2f} %** (95 % interval {100 * low:.2f} to "
         f"{100 * high:.2f}, n={n:,}, validation list {report['data']}).", "",
@@ -821,7 +826,9 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, trained_on: int)
         "`logits`.", "", *(text for form, text in others.items() if form in kept), "",
         "## Limits", "", "It answers one of its classes for any picture, also for one that shows "
         "none of them. Its accuracy is that on pictures like those of the validation list; on "
-        "others it was not measured.", "",
+        "others it was not measured.",
+        *([f"{leaks:,} of the validation pictures were in training too."] if leaks else []),
+        *([f"Without a training picture: {', '.join(empty[:12])}."] if empty else []), "",
     ]  # fmt: skip
     return "\n".join(lines)
 

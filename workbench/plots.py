@@ -90,7 +90,7 @@ def answer(picture: Any, table: pd.DataFrame) -> Figure:
     left.set_axis_off()
     right.barh(range(len(table)), 100 * table.p, color=COLOURS[0])
     for i, p in enumerate(table.p):
-        text = f" {100 * p:.1f} % " if p >= 0.001 else f" {p:.1g} "
+        text = f" {100 * p:.1f} % " if p >= 0.001 else f" {100 * p:.1g} % "
         right.text(100 * p, i, text, va="center", ha="right" if p > 0.8 else "left", fontsize=8,
                    color="white" if p > 0.8 else "black")  # fmt: skip
     right.set_yticks(range(len(table)), [_short(name, 24) for name in table["class"]], fontsize=8)

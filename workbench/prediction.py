@@ -157,18 +157,18 @@ def find(
     passed = [] if passed is None else passed
     for path in given:
         if os.path.isdir(path):
-            entries = _in_folder(path, passed)
+            entries, base = _in_folder(path, passed), path
         elif not os.path.exists(path):
             raise PredictionError(f"input {path!r} is not there; name pictures, folders or lists")
         elif path.lower().endswith(LISTS):
-            entries = _in_list(path)
+            entries, base = _in_list(path), os.path.dirname(path)
         else:
             alone = os.path.basename(path) if len(given) == 1 else path
             found.append(Picture(alone, path, _irregular(path)))
             continue
         for entry in entries:
             single = len(given) == 1 or os.path.isabs(entry.file)
-            found.append(entry if single else entry._replace(file=f"{path}/{entry.file}"))
+            found.append(entry if single else entry._replace(file=os.path.join(base, entry.file)))
     if not found:
         named, suffixes = (
             ", ".join(map(repr, given)) or "nothing",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -160,8 +161,9 @@ def flips(
 ) -> plots.Figure | pd.DataFrame:
     """The pictures that changed sides from the first recipe to `name`, most runs first.
 
-    `side` is gained or lost, `of` part of a class's name. Each stands under its answers before and
-    after and its label; a table, where the pictures themselves are not at hand.
+    `side` is gained or lost, `of` part of a class's name. Above each are the predictions before and
+    after, with the share of the runs that are right where they disagree, and its label; a table,
+    where the pictures themselves are not at hand.
     """
     first = found.groups[0]
     table = found.flips(name, first.name)
@@ -200,10 +202,17 @@ def _changed(
     if not pictures:
         return table.head(24)
     texts = [
-        f"{classes[row.before]}\nto {classes[row.after]}\nis {classes[row.label]}"
+        f"{_told(row, 'before', classes)}\nto {_told(row, 'after', classes)}\n"
+        f"is {classes[row.label]}"
         for row in shown.itertuples()
     ]
     return plots.grid(pictures, texts, columns=12, heading=heading)
+
+
+def _told(row: Any, side: str, classes: Sequence[str]) -> str:
+    """The class most runs predict, and how many are right where not all agree."""
+    share = getattr(row, f"right_{side}", 0.0)
+    return classes[getattr(row, side)] + (f" ({share:.0%} right)" if 0 < share < 1 else "")
 
 
 def explained(

@@ -318,6 +318,9 @@ class Explorer(View):
         if self._source is not None and self._source.found is None:
             self._complain(self._source.problem)
             return
+        if None in given.values():
+            self._show("There is one recipe; pick runs of another to compare it with.", b"")
+            return
         found = () if self._source is None else (self._source.found,)
         try:
             shown = self._draw(*found, **given)
@@ -544,7 +547,8 @@ class Picker(View):
             top1 = metrics.top1.dropna().tolist() if "top1" in metrics else []
             said = f"{top1[-1]:6.2f} %" if top1 else "     - %"
             mark = "\u25cf training" if state == "running" else state
-            label = f"{said}  {run.path.name}  ({mark}, epoch {len(metrics)})"
+            epoch = int(metrics.epoch.iloc[-1]) if len(metrics) else 0
+            label = f"{said}  {run.path.name}  ({mark}, epoch {epoch})"
             known = self._labels[run.path.name] = ((state, stamp), label)
         return known[1]
 
