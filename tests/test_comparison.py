@@ -634,6 +634,12 @@ def test_of_two_runs_of_one_seed_the_finished_one_is_compared(tmp_path, finished
     assert "machine" not in flag
 
 
+@pytest.mark.parametrize("p, text", [(0.0496, "0.050"), (0.0454, "0.045"), (0.0512, "0.051")])
+def test_a_p_beside_the_level_keeps_its_side(p, text):
+    found = comparison.Difference(1.0, 0.1, 1.9, p, (1, 1), 500, 2.0, p)
+    assert f"p {text}," in str(comparison.Verdict("b", "a", found))
+
+
 def test_the_same_run_again_with_other_answers_is_said(tmp_path):
     first = run_folder(tmp_path / "x", "a")
     again = run_folder(tmp_path / "y", "a")
@@ -643,7 +649,7 @@ def test_the_same_run_again_with_other_answers_is_said(tmp_path):
     frame.loc[0, "class1"] = 3
     frame.to_parquet(again / "predictions.parquet", index=False)
     [flag] = [f for f in compare([first, again]).sentences() if "left out" in f]
-    assert "other answers" in flag and not flag.startswith("not like with like")
+    assert "other predictions" in flag and not flag.startswith("not like with like")
 
 
 def test_an_average_that_nobody_kept_is_said(tmp_path):

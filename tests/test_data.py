@@ -489,6 +489,25 @@ def test_a_link_to_a_folder_brings_no_image_twice_or_under_another_class(picture
     assert [(side, file) for side, file, _ in found.passed] == [("train", link)]
 
 
+@pytest.mark.parametrize("roots", [["train", "train"], ["train", "again"]])
+def test_a_root_given_twice_is_read_once(pictures, roots):
+    before = opened(pictures)
+    (pictures / "again").symlink_to("train")
+    found = opened(pictures, train_root=roots)
+    pd.testing.assert_frame_equal(found.train, before.train)
+    again = "a folder that is read already"
+    assert found.passed == [("train", name, again) for name in CLASSES]
+
+
+def test_a_pipe_named_as_an_image_is_not_waited_for(pictures):
+    os.mkfifo(pictures / "train" / "a" / "pipe.png")
+    recipe = Recipe(dataset="files", data_dir=str(pictures))
+    found = data.check_data(recipe, cache=False, progress=False)
+    assert found[["finding", "file", "detail"]].values.tolist() == [
+        ["unreadable", "a/pipe.png", "no regular file"]
+    ]
+
+
 def test_class_folders_and_images_may_be_links(pictures, tmp_path):
     before = opened(pictures)
     (pictures / "train/a").rename(tmp_path / "elsewhere")

@@ -567,6 +567,19 @@ def test_an_image_is_lost_where_it_is_moved_further_than_its_side(form, size):
     assert (np.mean(moved) > 0.03) == (form == "up" and size == 32)
 
 
+def test_a_crop_of_one_pixel_leaves_one_colour_and_the_advice_fits():
+    told = said("warning", crop_scale=[0.001, 0.002])
+    assert "covers 3/4 of their pixels" in told and "randaug_form" not in told
+
+
+def test_without_data_the_doctor_measures_only_what_a_recipe_gives_reason_for():
+    worth = doctor.worth_measuring
+    assert not worth(Recipe()) and not worth(Recipe(randaug_n=2, randaug_form="timm"))
+    assert worth(Recipe(weights="runs/a-seed0")) and worth(Recipe(randaug_n=2, randaug_form="up"))
+    large = {"image_size": 224, "val_resize": 256}
+    assert not worth(Recipe(randaug_n=2, randaug_form="up", **large))
+
+
 def test_an_average_longer_than_the_training_is_warned_of():
     told = said("warning", {"images": 164 * 32, "classes": 10}, epochs=1, batch_size=32,
                 ema_decay=0.9999)  # fmt: skip

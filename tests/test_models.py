@@ -741,6 +741,8 @@ LAYOUTS = {
         "state_dict": {**{f"net.{k}": v for k, v in t.items()}, "criterion.weight": torch.ones(3)}
     },
     "timm_train.pth.tar": lambda t: {"state_dict": t, "args": argparse.Namespace(lr=0.1)},
+    "tutorial.pt": lambda t: {"model_state_dict": t, "optimizer_state_dict": {"state": {}}},
+    "alone.pt": lambda t: {"epoch": 3, "weights": {f"module.{k}": v for k, v in t.items()}},
     "numpy_scalar.pt": lambda t: {"state_dict": t, "best": np.float64(3), "n": np.int64(2)},
 }
 
@@ -752,6 +754,13 @@ def test_what_other_trainers_save_is_loaded_whole(tmp_path, name):
     result = load(model, tmp_path / name)
     assert same(model, source) and not result.anew
     assert result.ignored == (["criterion.weight"] if "net" in name else [])
+
+
+def test_of_several_state_dicts_under_unknown_names_none_is_guessed(tmp_path):
+    state = tiny(seed=1).state_dict()
+    torch.save({"student": state, "expert": state}, tmp_path / "x.pth")
+    words = str(unchanged_by(tiny(), tmp_path / "x.pth"))
+    assert "holds several state dicts, ['student', 'expert']; save the one of the model" in words
 
 
 def test_the_average_of_timms_trainer_is_preferred_as_timm_does(tmp_path):

@@ -200,7 +200,8 @@ def doctor(
         if content.passed:
             print(data.passed_over(content.passed))
     sizes = {"images": images, "classes": classes, "counts": counts}
-    for finding in rules.examine(recipe, **sizes, measured=counts is not None):
+    measured = counts is not None or rules.worth_measuring(recipe)
+    for finding in rules.examine(recipe, **sizes, measured=measured):
         print(finding)
     if recipe.teacher and counts:
         report = rules.teachers(recipe, content)

@@ -395,6 +395,8 @@ class Verdict:
 
 
 def _p(p: float) -> str:
+    if 0.045 <= p < 0.055:  # not rounded to the other side of 0.05
+        return f"{p:.3f}"
     return f"{p:.1g}" if p < 0.095 else f"{p:.2f}"
 
 

@@ -370,11 +370,11 @@ def read_folders(
         for folder in sorted(os.listdir(root)):
             path, name = os.path.join(root, folder), unicodedata.normalize("NFC", folder)
             real = os.path.realpath(path)
-            again = real in seen or _inside(real, top) or f"{top}/".startswith(f"{real}/")
+            nested = _inside(real, top) or f"{top}/".startswith(f"{real}/")
             if why := _hidden(folder) or ("in no class folder" if not os.path.isdir(path) else ""):
                 passed.append((folder, why))
-            elif os.path.islink(path) and again:
-                passed.append((folder, "a link to a folder that is read already"))
+            elif real in seen or os.path.islink(path) and nested:
+                passed.append((folder, "a folder that is read already"))
             else:
                 seen.add(real)
                 names.add(name)
@@ -550,8 +550,11 @@ class _Unseen(contextlib.nullcontext):
 
 
 def file_digest(path: str) -> str:
-    """What identifies a file's bytes, as `digest` of an examined frame. Raises OSError."""
-    with open(path, "rb") as file:
+    """What identifies a file's bytes, as `digest` of an examined frame.
+
+    Raises OSError, and ImageError for a pipe, which would be waited for.
+    """
+    with images.opened(path) as file:
         return hashlib.file_digest(file, "sha1").hexdigest()
 
 
@@ -559,6 +562,8 @@ def _facts(path: str) -> tuple:
     try:
         digest = file_digest(path)
         size = os.path.getsize(path)
+    except images.ImageError as error:
+        return 0, 0, 0, "", error.reason, error.detail
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         return 0, 0, 0, "", reason, error.strerror or str(error)

@@ -614,7 +614,8 @@ def _least_share(recipe: Any, classes: int) -> float:
 
 def lost_share(recipe: Any, draws: int = 200) -> float:
     """The share of training images of noise of which one colour covers 3/4 after augmentation."""
-    if not (recipe.randaug_n or recipe.autoaugment or recipe.brightness or recipe.contrast):
+    jitter = recipe.randaug_n or recipe.autoaugment or recipe.brightness or recipe.contrast
+    if not jitter and recipe.crop_scale[0] * recipe.image_size**2 > 4:  # pixels
         return 0.0
     import numpy as np
 
@@ -631,9 +632,21 @@ def lost_share(recipe: Any, draws: int = 200) -> float:
 def _nothing_left(recipe, per_epoch, steps, classes):
     return (share := lost_share(recipe)) >= 0.01 and (
         f"augmentation leaves little or nothing of {share:.0%} of the training images: one colour "
-        "covers 3/4 of their pixels or more; make it milder, or take randaug_form: timm, which "
-        "moves by at most 45 % of the side (up by randaug_m times 10 pixels at any image_size)"
+        "covers 3/4 of their pixels or more; make it milder"
+        + ", or take randaug_form: timm, which moves by at most 45 % of the side (up by randaug_m "
+        "times 10 pixels at any image_size)" * _moves_far(recipe)
     )
+
+
+def _moves_far(recipe: Any) -> bool:
+    """Whether RandAugment in UP's form moves an image by 10 randaug_m pixels and out of itself."""
+    far = 10 * recipe.randaug_m >= recipe.image_size
+    return bool(recipe.randaug_n and recipe.randaug_form == "up" and far)
+
+
+def worth_measuring(recipe: Any) -> bool:
+    """Whether `measured` may find something of a recipe whose data are not at hand."""
+    return bool(recipe.weights or recipe.pretrained or recipe.resume_from) or _moves_far(recipe)
 
 
 def _other_normalization(recipe, per_epoch, steps, classes):

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from workbench import consumer
-from workbench.consumer import REASONS, UPRIGHT, ImageError  # noqa: F401, for readers of errors
+from workbench.consumer import REASONS, UPRIGHT, ImageError, opened  # noqa: F401, for readers
 
 cv2.setNumThreads(0)  # a loader has a process per core; OpenCV's threads do not survive its fork
 
@@ -189,7 +189,7 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 
 def _open(path: str | Path) -> Pixels | Jpeg:
-    with consumer.opened(path) as file:
+    with opened(path) as file:
         is_jpeg = file.raw.read(3) == b"\xff\xd8\xff"
         file.raw.seek(0)
         if is_jpeg and (found := _jpeg(file.raw.readall())):

@@ -343,17 +343,23 @@ def read_weights(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     if path.name == "last.pt" and isinstance(content, Mapping) and content.get("ema"):
         kind, measured = runs.Run(path.parent).choose_weights()
         keys, measured = keys[3:] if kind == "raw" else keys, measured and f", {measured}"
+    held = content if isinstance(content, Mapping) else {}
     for key in keys:
-        inner = content.get(key) if isinstance(content, Mapping) else None
+        inner = held.get(key)
         if isinstance(inner, Mapping):
             below = ("ema_state_dict", "state_dict", "model")  # the first is United Perception's
             deeper = next((inner[k] for k in below if k in inner), inner)
             if tensors := _tensors(deeper):
                 return f"{path} [{key}{measured}]", tensors
-    if isinstance(content, Mapping) and (tensors := _tensors(content)):
+    if tensors := _tensors(held):
         return str(path), tensors
-    held = list(content) if isinstance(content, Mapping) else type(content).__name__
-    raise ModelError(f"{path} holds no state dict, but {held!r:.200}")
+    others = {key: tensors for key, inner in held.items() if (tensors := _tensors(inner))}
+    if len(others) == 1:  # under a name of its own, such as model_state_dict
+        [(key, tensors)] = others.items()
+        return f"{path} [{key}]", tensors
+    several = f"several state dicts, {list(others)}; save" if others else (
+        f"no state dict, but {list(held) or type(content).__name__!r:.200}; name")  # fmt: skip
+    raise ModelError(f"{path} holds {several} the one of the model")
 
 
 def _tensors(mapping: Any) -> dict[str, torch.Tensor]:
