@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import JUDGED, PICTURES, run_folder
 from scipy import optimize, stats
 from scipy.special import xlogy
 from sklearn.calibration import calibration_curve
+from sklearn.metrics import confusion_matrix
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -582,6 +584,33 @@ def test_the_difference_of_confusions_is_per_run(two):
     expected.loc["ant", "ant"], expected.loc["ant", "dog"] = 1, -1
     expected.loc["bee", "cat"], expected.loc["bee", "dog"] = 1, -1
     pd.testing.assert_frame_equal(table, expected)
+
+
+@pytest.mark.parametrize("classes, images", [(12, 900), (10_450, 20_000)])
+def test_the_confusions_of_the_classes_that_changed_most_take_no_table_of_all(classes, images):
+    rng, names = np.random.default_rng(0), [f"class {i}" for i in range(classes)]
+    label, groups = rng.integers(0, classes, images), []
+    for name, runs in (("a", 2), ("b", 3)):
+        guess = [np.where(rng.random(images) < 0.7, label, rng.integers(0, classes, images))
+                 for _ in range(runs)]  # fmt: skip
+        frames = [pd.DataFrame({"label": label, "class1": k.astype(np.int32)}) for k in guess]
+        right = np.stack([k == label for k in guess])
+        groups.append(comparison.Group(name, [None] * runs, {}, frames, right, [*range(runs)]))
+    found = comparison.Comparison(groups, [], [], pd.DataFrame({"label": label}), names)
+    tracemalloc.start()
+    part = found.confusion("b", "a", most=8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # a table of all pairs of 10,450 classes has 874e6 bytes
+    assert part.shape == (8, 8) and part.attrs["classes"] == classes
+    of = [names.index(name) for name in part.index]
+    old, new = (sum(confusion_matrix(f.label, f.class1, labels=of) for f in g.predictions)
+                / len(g.runs) for g in groups)  # fmt: skip
+    np.testing.assert_allclose(part, new - old, atol=1e-12)
+    if classes == 12:
+        whole = abs(found.confusion("b", "a").to_numpy())
+        most = np.argsort(-(whole.sum(0) + whole.sum(1)), kind="stable")[:8]
+        assert of == sorted(most)
 
 
 def test_agreement_is_the_share_of_equal_answers(two):

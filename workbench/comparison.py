@@ -458,15 +458,29 @@ class Comparison:
             table[group.name] = 100 * hits / np.where(counts, counts, np.nan)
         return table
 
-    def confusion(self, name: str, against: str) -> pd.DataFrame:
-        """Counts of predicted (columns) by true classes, the first less the second, per run."""
-        tables = []
-        for group in (self.group(name), self.group(against)):
-            table = np.zeros((len(self.classes), len(self.classes)))
-            for frame in group.predictions:
-                np.add.at(table, (frame.label.to_numpy(), frame.class1.to_numpy()), 1)
-            tables.append(table / len(group.runs))
-        return pd.DataFrame(tables[0] - tables[1], index=self.classes, columns=self.classes)
+    def confusion(self, name: str, against: str, most: int | None = None) -> pd.DataFrame:
+        """Counts of predicted (columns) by true classes, the first less the second, per run.
+
+        Of the `most` classes that changed most alone; attrs has the number of all classes.
+        """
+        count, groups = len(self.classes), (self.group(name), self.group(against))
+        pair = lambda frame: frame.label.to_numpy(np.int64) * count + frame.class1.to_numpy()
+        found = [np.concatenate([*map(pair, group.predictions)]) for group in groups]
+        pairs, place = np.unique(np.concatenate(found), return_inverse=True)
+        ours, theirs = (
+            np.bincount(part, minlength=len(pairs)) / len(group.runs)
+            for part, group in zip(np.split(place, [len(found[0])]), groups, strict=True)
+        )
+        changes, (true, said) = ours - theirs, np.divmod(pairs, count)
+        moved = sum(np.bincount(side, abs(changes), count) for side in (true, said))
+        kept = np.sort(np.argsort(-moved, kind="stable")[:most])
+        shown = np.isin(true, kept) & np.isin(said, kept)
+        table = np.zeros((len(kept), len(kept)))
+        table[tuple(np.searchsorted(kept, x[shown]) for x in (true, said))] = changes[shown]
+        names = [self.classes[k] for k in kept]
+        frame = pd.DataFrame(table, index=names, columns=names)
+        frame.attrs["classes"] = count
+        return frame
 
     def agreement(self) -> pd.DataFrame:
         """The share of the pictures, in percent, to which two runs give the same answer."""

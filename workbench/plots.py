@@ -505,11 +505,8 @@ def confusion(table: pd.DataFrame, most: int = 30) -> Figure:
     return figure
 
 
-def confusion_change(table: pd.DataFrame, most: int = 20) -> Figure:
-    """By how many pictures each confusion changed, of the classes that changed most."""
-    size = np.abs(table.to_numpy())
-    kept = np.sort(np.argsort(-(size.sum(0) + size.sum(1)), kind="stable")[:most])
-    part = table.iloc[kept, kept]
+def confusion_change(part: pd.DataFrame) -> Figure:
+    """By how many pictures each confusion changed: Comparison.confusion's table."""
     size = min(9.0, 2.2 + 0.32 * len(part))
     figure = Figure(size + 1.2, size)
     ax = figure.subplots()
@@ -524,8 +521,8 @@ def confusion_change(table: pd.DataFrame, most: int = 20) -> Figure:
         if count:
             ink = "white" if abs(count) > 0.7 * largest else "black"
             ax.text(j, i, f"{count:+.3g}", ha="center", va="center", fontsize=7, color=ink)
-    if len(part) < len(table):
-        ax.set_title(f"the {len(part)} of {len(table)} classes that changed most", fontsize=9)
+    if len(part) < (classes := part.attrs.get("classes", 0)):
+        ax.set_title(f"the {len(part)} of {classes} classes that changed most", fontsize=9)
     return figure
 
 
