@@ -212,6 +212,7 @@ DATA = {
     "flip": 0.5,
     "val_every": 5,
     "workers": 4,
+    "precision": "fp32",
 }
 JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
 STRONG = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}
@@ -398,7 +399,8 @@ FAMILIES: dict[str, tuple[dict, int, dict]] = {
     "mobilenet": (
         {**MOBILE, "runtime": "  iter_base: true\n  fp16: true"},
         16,
-        dict(model="mobilenetv2_100", epochs=250, batch_size=1024, lr=0.4, weight_decay=4e-5)
+        dict(model="mobilenetv2_100", precision="auto", epochs=250, batch_size=1024, lr=0.4)
+        | dict(weight_decay=4e-5)
         | dict(decay_all=False, ema_decay=0.999, val_every=1, **N, **WARM, **LS, **JITTER),
     ),
     "mobilenet as it is": (
@@ -1849,6 +1851,251 @@ def test_a_key_in_a_place_where_it_is_not_read_is_not_said_to_be_near_itself():
         config(scheduler=unwarmed("StepLR", "step_size: 9, max_epoch: 5"))
     )
     assert said(found, f"{KWARGS}.max_epoch", MISSING) == "not known here; left out"
+
+
+# ---- what is taken, with a note, and what is no finding
+
+
+def net(kind: str, kwargs: str = "", name: str = "backbone") -> str:
+    return f"net: [{{name: {name}, type: {kind}, kwargs: {{{kwargs}}}}}]"
+
+
+def optimizer(more: str) -> str:
+    return f"optimizer: {{type: AdamW, kwargs: {{lr: 0.1, weight_decay: 0.1}}, {more}}}"
+
+
+def transforms(train: str = "*random_resized_crop, *to_tensor", test: str = "") -> str:
+    """A training list, or a validation list, of UP's usual transforms."""
+    side, names = ("test", test) if test else ("train", train)
+    return f"dataset: {{{side}: {{dataset: {{type: cls, kwargs: {{transformer: [{names}]}}}}}}}}"
+
+
+def loss(kind: str, kwargs: str) -> str:
+    return f"net: [{{kwargs: {{cls_loss: {{type: {kind}, kwargs: {{{kwargs}}}}}}}}}]"
+
+
+def hook(kind: str, kwargs: str) -> str:
+    return f"hooks: [{{type: {kind}, kwargs: {{{kwargs}}}}}]"
+
+
+def schedules(kind: str, kwargs: str) -> str:
+    plain = "warmup_register_type: no_scale_lr"
+    return f"lr_scheduler: {{{plain}, type: {kind}, kwargs: {{{kwargs}}}}}"
+
+
+GROUP = "{{type: {}, kwargs: {{weight_decay: 0.0}}}}".format
+SOLO = "normalize: {type: solo_bn}"
+HEAD = "{name: head, type: base_cls_head, kwargs: {num_classes: 1000}}"
+FINDINGS = [  # (text, knobs of the recipe, kind of the note, where, words in it)
+    (optimizer(f"pconfig: {{bn_b: {GROUP('weight')}}}"), {}, DEFECT,
+     "optimizer.pconfig.bn_b.type", "no bias is in the group"),
+    (optimizer(f"pconfig: {{ln_w: {GROUP('bias')}}}"), {}, DEFECT,
+     "optimizer.pconfig.ln_w.type", "no weight is in the group"),
+    (optimizer("pconfig: {bn_b: {kwargs: {weight_decay: 0.0}}}"), {"decay_all": False}, DEFECT,
+     "optimizer.pconfig.bn_b.type", "missing"),
+    (optimizer("pconfig: {nodecay: [layer4]}"), {"decay_all": True}, MISSING,
+     "optimizer.pconfig.nodecay", "see decay_all"),
+    (optimizer("pconfig: {nodecay: [relative_position_bias_table]}"), {"decay_all": True}, MISSING,
+     "optimizer.pconfig.nodecay", "see decay_all"),
+    (optimizer("special_param_group: [{key: compose, weight_decay: 0.0}]"), {"decay_all": True},
+     MISSING, "optimizer.special_param_group[0]", "see decay_all"),
+    ("optimizer: {type: SGD, kwargs: {lr: 0.1, maximize: true}}", {}, MISSING,
+     "optimizer.kwargs.maximize", "True is not reproduced; False is taken"),
+    # networks
+    (net("efficientnet_b0", SOLO), {"drop_path": 0.3}, TAKEN, "net[0].type", "UP's default"),
+    (net("swin_tiny", "window_size: 14"), {"model": "swin_tiny"}, MISSING, "net[0].type",
+     "of these kwargs; choose a model; the nearest is 'swin_tiny_patch4_window7_224'"),
+    (net("vit_base"), {}, MISSING, "net[0].type", "the nearest is 'vit_base_patch32_224'"),
+    *[(net("resnet50", f"normalize: {{type: {kind}}}"), {"model": "resnet50"}, MISSING,
+       "net[0].kwargs.normalize.type", words)
+      for kind, words in {"gn": "no counterpart", "ln": "no counterpart", "caffe_freeze_bn":
+                          "batch norms are trained", "solo_nb": "nearest is 'solo_bn'"}.items()],
+    (net("resnet50", f"{SOLO}, out_layers: [3], out_strides: [16]"), {}, MISSING,
+     "net[0].kwargs.out_strides", "the last stage, of stride 32"),
+    (net("convnext_tiny", "out_layers: [2]"), {}, MISSING, "net[0].kwargs.out_layers",
+     "the last stage"),
+    (net("resnet50", f"{SOLO}, nnie: true"), {}, MISSING, "net[0].kwargs.nnie", "not reproduced"),
+    (net("mobilenet_v2", f"{SOLO}, c4_output: true"), {}, MISSING, "net[0].kwargs.c4_output",
+     "not reproduced"),
+    (net("convnext_tiny", "init_value: 0.1"), {}, MISSING, "net[0].kwargs.init_value", "left out"),
+    (net("convnext_tiny", "layer_scale: false"), {}, MISSING, "net[0].kwargs.layer_scale",
+     "left out"),
+    (net("base_cls_haed", "num_classes: 10", "head"), {}, MISSING, "net[0].type",
+     "the nearest is 'base_cls_head'"),
+    (net("resnet18", SOLO)[:-1] + ", {name: backbone, type: resnet34, kwargs: {}}]",
+     {"model": "resnet34"}, MISSING, "net[1]", "second backbone"),
+    # losses
+    *[(loss(kind, "smooth_ratio: 0.1"), {"label_smoothing": 0.0}, DEFECT,
+       "net[0].kwargs.cls_loss.kwargs.smooth_ratio", f"{kind} does not take it")
+      for kind in ("ce", "stce", "bce")],
+    (loss("label_smooth_ce", "num_classes: 10"), {"label_smoothing": 0.0}, DEFECT,
+     "net[0].kwargs.cls_loss.kwargs.smooth_ratio", "missing"),
+    (loss("label_smooth_ce", "smooth_ratio: 0.1, num_classes: 10").replace("[", f"[{HEAD}, "),
+     {"label_smoothing": 0.1}, MISSING, "net[1].kwargs.cls_loss.kwargs.num_classes",
+     "10 is not reproduced; 1000 is taken"),
+    # hooks, moving average, runner
+    (hook("grad_cliper", "mode: pre_defined, max_norm: 5"), {"clip_grad_norm": None}, MISSING,
+     "hooks[0]", "the nearest is 'grad_clipper'"),
+    (hook("reload", "group: 4"), {}, MISSING, "hooks[0]", "no counterpart of reload"),
+    (hook("grad_clipper", "mode: pre_defined"), {"clip_grad_norm": None}, DEFECT,
+     "hooks[0].kwargs.max_norm", "missing"),
+    (hook("grad_clipper", "max_norm: 5"), {"clip_grad_norm": 5.0}, DEFECT, "hooks[0].kwargs.mode",
+     "missing"),
+    ("ema: {enable: true, ema_type: linear}", {"ema_decay": None}, DEFECT, "ema.kwargs.decay",
+     "missing"),
+    ("ema: {kwargs: {decay: 0.9}}", {"ema_decay": 0.9}, DEFECT, "ema.enable", "missing"),
+    ("ema: {enable: true, ema_type: lineer, kwargs: {decay: 0.9}}", {"ema_decay": 0.9}, MISSING,
+     "ema.ema_type", "the nearest is 'linear'"),
+    ("runtime: {runner: {type: kd}}\n" + net("resnet18", SOLO), {"teacher": []}, DEFECT, "mimic",
+     "kd and a mimic"),
+    ("fp16: {enable: true}", {"precision": "fp32"}, DEFECT, "fp16", "it trained in fp32"),
+    # data
+    (transforms("*random_horizontal_flip, *to_tensor"), {}, MISSING,
+     "dataset.train.dataset.kwargs.transformer", "no torch_random_resized_crop: UP trains on the"),
+    (transforms(test="*torch_center_crop, *to_tensor"), {}, MISSING,
+     "dataset.test.dataset.kwargs.transformer", "no torch_resize: UP crops the image as it is"),
+    (transforms(test="*torch_resize, *to_tensor"), {}, MISSING,
+     "dataset.test.dataset.kwargs.transformer", "no torch_center_crop"),
+    (transforms(test="*torch_resize, {type: torch_resize, kwargs: {size: 320}}"),
+     {"val_resize": 320}, MISSING, "dataset.test.dataset.kwargs.transformer", "only the last"),
+    ("a: {type: torch_random_augmentation, kwargs: {n: 2}}", {"randaug_n": 2}, DEFECT,
+     "a.kwargs.m", "missing"),
+    ("a: {type: torch_color_jitter, kwargs: {brightness: 0.2, contrast: 0.2}}", {}, DEFECT,
+     "a.kwargs.saturation", "missing"),
+    ("a: {type: torch_color_jitter, kwargs: {brightness: 1.5, contrast: 0.2, saturation: 0.2}}",
+     {"brightness": 0.0, "contrast": 0.2}, MISSING, "a.kwargs.brightness", "left out"),
+    ("a: {type: batch_mixup, kwargs: {alpha: -1}}", {"mixup_alpha": 0.0}, MISSING,
+     "a.kwargs.alpha", "left out"),
+    ("a: {type: torch_randerase, kwargs: {mode: Pixel}}", {"erase_mode": "pixel"}, MISSING,
+     "a.kwargs.mode", "left out"),
+    ("a: {type: torch_random_resized_crop}", {}, DEFECT, "a.kwargs.size", "missing"),
+    (transforms().replace("type: cls", "type: coco"), {}, MISSING, "dataset.train.dataset.type",
+     "cls is taken"),
+    (transforms().replace("kwargs: {", "kwargs: {meta_type: imagnet, "), {}, MISSING,
+     "dataset.train.dataset.kwargs.meta_type", "the nearest is 'imagenet'"),
+    (transforms().replace("kwargs: {", "kwargs: {reload_cfg: {group: 4}, "), {}, MISSING,
+     "dataset.train.dataset.kwargs.reload_cfg", "left out"),
+    ("dataset: {train: {batch_sampler: {type: bsae}}}", {}, MISSING,
+     "dataset.train.batch_sampler.type", "the nearest is 'base'"),
+    ("dataset: {train: {batch_sampler: {kwargs: {sampler: {type: local}}}}}", {}, MISSING,
+     "dataset.train.batch_sampler.kwargs.sampler.type", "the whole list"),
+    ("dataset: {dataloader: {kwargs: {batch_fn: {type: batch_mixup}}}, train: {dataloader: {kwargs:"
+     " {batch_fn: {type: batch_cutmix}}}}}", {"cutmix_alpha": 1.0, "mixup_alpha": 0.0}, DEFECT,
+     "dataset.dataloader", "dataset.train.dataloader alone"),
+    # schedules
+    (schedules("StepLR", "gamma: 0.5"), {"schedule": "constant"}, DEFECT,
+     "lr_scheduler.kwargs.step_size", "missing"),
+    (schedules("MultiStepLR", "gamma: 0.5"), {"schedule": "constant"}, DEFECT,
+     "lr_scheduler.kwargs.milestones", "missing"),
+    (schedules("StepLR", "step_size: [30, 60]"), {}, DEFECT, "lr_scheduler.kwargs.step_size",
+     "wants one number"),
+    (schedules("OneCycleLR", "max_epoch: 9"), {"lr": 0.1}, DEFECT, "lr_scheduler.kwargs.max_lr",
+     "missing"),
+    (schedules("polylr", "power: 1.0"), {"schedule": "polynomial"}, DEFECT,
+     "lr_scheduler.kwargs.max_epoch", "UP takes -1, so lr grows"),
+    ("lr_scheduler: {warmup_iters: 9}", {}, MISSING, "lr_scheduler.warmup_iters",
+     "the nearest is 'warmup_iter'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, knobs, kind, where, words", FINDINGS)
+def test_what_up_does_otherwise_or_what_is_left_out_is_told(text, knobs, kind, where, words):
+    found = united_perception.loads(text, gpus=8)
+    assert {k: v for k, v in found.recipe.model_dump().items() if k in knobs} == knobs
+    assert words in said(found, where, kind), told(found, MISSING, DEFECT, NOTHING)
+
+
+@pytest.mark.parametrize(
+    "text, knobs",
+    [
+        (optimizer(f"pconfig: {{bn_b: {GROUP('bias')}, bn_w: {GROUP('weight')}}}"),
+         {"decay_all": False}),
+        (optimizer(f"pconfig: {{nodecay: [relative_position_bias_table], ln_b: {GROUP('bias')}}}"),
+         {"decay_all": False}),
+        (optimizer("pconfig: {nodecay: [ndim_is1]}"), {"decay_all": False}),
+        ("a: {type: torch_auto_augmentation, kwargs: {size: 224, scale: [0.08, 1]}}",
+         {"autoaugment": True}),
+        (net("mobilenet_v2", f"{SOLO}, out_strides: [32], c4_output: false"),
+         {"model": "mobilenetv2_100"}),
+        (net("resnet50", f"{SOLO}, nnie: false, out_layers: [4], out_strides: [32]"), {}),
+        (net("swin_base_384", swin_kwargs(128, 18, 4).replace("\n", ", ").rstrip(" ,")
+             + ", window_size: 12, pretrain_img_size: 384"),
+         {"model": "swin_base_patch4_window12_384"}),
+        (net("efficientnet_b0", f"{SOLO}, override_params: {{drop_connect_rate: 0.2}}"),
+         {"drop_path": 0.2}),
+        ("optimizer: {type: SGD, kwargs: {lr: 0.1, maximize: false}}", {}),
+        (hook("memory_checkpoint", "enable: true"), {}),
+        ("runtime: {fp16: true}", {"precision": "auto"}),
+    ],
+)  # fmt: skip
+def test_what_is_as_in_up_is_no_finding(text, knobs):
+    found = united_perception.loads(text)
+    assert told(found, MISSING, DEFECT) == ""
+    assert {k: v for k, v in found.recipe.model_dump().items() if k in knobs} == knobs
+
+
+def test_a_configuration_without_fp16_trains_in_fp32():
+    assert united_perception.loads(config()).recipe.precision == "fp32"
+    half = config(runtime="  fp16: true")
+    assert united_perception.loads(half).recipe.precision == "auto"
+
+
+def test_a_share_of_the_list_has_shorter_epochs():
+    text = edited(
+        ("type: cls\n      kwargs:\n", "type: cls\n      kwargs:\n        fraction: 0.5\n"),
+        ("max_epoch: 100", "max_iter: 25030"),
+        ("milestones: [30, 60, 90]", "milestones: [4, 15]"),
+        ("warmup_iter: 2500", "warmup_iter: 6260"),
+    )
+    found = united_perception.loads(text, gpus=8)
+    assert found.recipe.epochs == 20 and "1,252 steps an epoch" in told(found, TAKEN)
+    assert found.recipe.milestones == [15]  # the warm-up is 5 epochs
+    assert "[4] inside the warm-up" in said(found, f"{KWARGS}.milestones")
+
+
+def test_a_step_inside_the_warm_up_is_never_applied():
+    found, rates = scheduled("StepLR", "step_size: 2, gamma: 0.9", warm=100, epochs=12)
+    lr, theirs = 0.4, []
+    for t in range(240):  # UP's chain: the warm-up overwrites lr, a step multiplies it
+        if t < 100:
+            lr = 0.1 + 0.3 * t / 99
+        elif t % 40 == 0:
+            lr *= 0.9
+        theirs.append(lr)
+    assert rates == pytest.approx(theirs, rel=1e-9)
+    assert "[2, 4] inside the warm-up" in said(found, f"{KWARGS}.step_size")
+
+
+def test_a_polylr_shorter_than_the_training_goes_below_its_end():
+    found, rates = scheduled("polylr", "max_epoch: 50, power: 1.0")
+    theirs = [0.4 * (1 - t / 1000) for t in range(2000)]
+    assert gap_said(found) == pytest.approx(largest(rates, theirs), abs=0.1)
+    assert "in UP lr ends at -0.3996" in said(found, f"{KWARGS}.max_epoch")
+    found, _ = scheduled("polylr", "max_epoch: 50, power: 0.9")
+    assert "complex after 50 epochs, where UP stops" in said(found, f"{KWARGS}.max_epoch")
+    assert "differs by" not in told(found, MISSING)
+
+
+def test_a_polylrs_jump_stands_at_its_length_and_its_default_is_no_length():
+    found, _ = scheduled("polylr", "max_epoch: 100, max_iter: -1", warm=200)
+    assert "lr jumps from 0.4 to 0.36 after it" in said(found, f"{KWARGS}.max_epoch")
+    assert "warm_epoch" not in told(found, DEFECT)
+
+
+def test_a_one_cycle_climbs_again_after_its_end_and_knows_of_no_scaling():
+    kwargs = "max_lr: 0.7, max_epoch: 50, cycle_momentum: false"
+    found, rates = scheduled("OneCycleLR", kwargs)
+    theirs = []
+    for t in range(2000):
+        low, share = (0.028, t / 299) if t <= 299 else (0.7 / 250_000, (t - 299) / 700)
+        rise = t <= 299
+        wave = (1 - math.cos(math.pi * share)) / 2 if rise else (1 + math.cos(math.pi * share)) / 2
+        theirs.append(low + (0.7 - low) * wave)
+    assert gap_said(found) == pytest.approx(largest(rates, theirs), abs=0.1)
+    assert "UP stops" not in told(found, DEFECT)
+    scheduler = unwarmed("OneCycleLR", kwargs).replace("no_scale_lr", "base")
+    found = united_perception.loads(config(scheduler=scheduler), gpus=16)
+    assert found.recipe.lr == 0.7 and "multiplies lr" not in told(found, DEFECT)
 
 
 # ---- the blocks of the page, each alone

@@ -76,9 +76,8 @@ class Found:
             how |= {"default_flow_style": True, "allow_unicode": True}
             line = yaml.safe_dump({knob: value}, **how).strip()[1:-1]
             if note := self.origin.get(knob):
-                line = (
-                    f"{line:<25} # {note.where}{note.text.removeprefix(f'{knob} {_short(value)}')}"
-                )
+                text = note.text.removeprefix(f"{knob} {_short(value)}")
+                line = f"{line:<25} # {note.where}{text}"
             lines.append(line)
         return "\n".join(lines) + "\n"
 
@@ -349,12 +348,12 @@ _DEFAULTS, _BLOCKS = _TABLES["defaults"], set(_TABLES["blocks"].split())
 _NOTHING = {key: why for why, keys in _TABLES["nothing"].items() for key in keys.split()}
 _WARMUPS, _SWINS, _LOSSES = (_TABLES[key] for key in ("warmups", "swins", "mimic_losses"))
 _VALIDATION = ("torch_resize", "torch_center_crop")
+_NORMS, _POSITIONS = r"ndim_is1|bias$|_b$|bn|norm|(^|[._])ln", "pos_|position|token"  # in names
 _GROUPS = "bn_w bn_b ln_w ln_b linear_w linear_b nodecay layer_decay".split()
 
 # Keys that are read by their names alone, for the hint beside one that is not known.
 _KEYS = {*_BLOCKS, *_NOTHING, *_DEFAULTS, *_TABLES["keys"].split()}
-_KEYS.update(*_TRANSFORMS.values())
-_KEYS.update(*(table for _, *tables in _OPTIMIZERS.values() for table in tables))
+_KEYS.update(*_TRANSFORMS.values(), *(t for _, *tables in _OPTIMIZERS.values() for t in tables))
 _KEYS.update(*({length, *table} for _, length, table in _SCHEDULES.values()))
 _KEYS.discard("")
 
@@ -379,6 +378,7 @@ _TIMM = {
 
 def _near(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.6)
+    close = [_TIMM[near] for near in close] if names is _TIMM else close
     return f"; the nearest is {close[0]!r}" if close and close[0] != name else ""
 
 
@@ -560,7 +560,7 @@ class _Importer:
             knob, default = knob if isinstance(knob, list) else (knob, None)
             kind = _KINDS.get(knob) or type(Recipe.model_fields[knob].default)
             if (value := self.get(node, key, kind) if key else None) is not None:
-                (take or self.take)(knob, value, node.value[key].where)
+                (take or self.take)(knob, value, self.where(node, key))
             elif default is not None:
                 self.take(knob, default, node.where.removesuffix(".kwargs") + ".type", "implied")
 
@@ -571,9 +571,10 @@ class _Importer:
                 return Recipe(**self.values)
             except RecipeError as error:
                 problems = {text.partition(":")[0]: text for text in error.problems}
-                idle = {k: text for k, text in problems.items() if " would change nothing " in text}
-                for knob, text in idle.items():
-                    self.leave(knob, NOTHING, text)
+                idle = {k: MISSING for k in problems if k in _TABLES["loose"]}
+                idle |= {k: NOTHING for k, text in problems.items() if " change nothing " in text}
+                for knob, kind in idle.items():
+                    self.leave(knob, kind, problems[knob])
                 if not idle:
                     where = lambda k: f" ({self.origin[k].where})" if k in self.origin else ""
                     lines = [f"\n  - {text}{where(knob)}" for knob, text in problems.items()]
@@ -584,8 +585,15 @@ class _Importer:
         for part in dict.fromkeys(part for part in self.root.all() if part.where):
             for path, pattern, kind, text in _TABLES["facts"]:
                 if not part.told and re.search(f"{path}$", part.where):
-                    if re.fullmatch(pattern, str(part.plain())):
-                        self.note(_KIND_NAMES[kind], part, text)
+                    if re.fullmatch(pattern, came := str(part.plain())):
+                        names = re.findall(r"\w+", pattern) if pattern.startswith("(?!(") else ()
+                        self.note(_KIND_NAMES[kind], part, text + _near(came, names))
+            block = part.value if isinstance(part.value, dict) and not part.told else {}
+            titles = part.where, str(block["type"].value) if "type" in block else ""
+            for name, keys in _TABLES["required"].items() if block else ():
+                if any(re.fullmatch(rf"(.*\.)?{name}", title) for title in titles):
+                    for key in (key for key in keys.split() if not self.at(part, key)):
+                        self.say(DEFECT, self.where(part, key), "missing: UP stops (TypeError)")
         self.tell("", self.root, {note.where for note in (*self.notes, *self.origin.values())})
         if self.batch and self.gpus is None:
             self.say(TAKEN, "--gpus", "not given, 1 assumed: batch_size is UP's for one GPU")
@@ -607,7 +615,8 @@ class _Importer:
             elif usual is not None:
                 self.note(MISSING, node, f"{_short(came)} is not reproduced; {usual} is taken")
             else:
-                self.note(MISSING, node, f"not known here; left out{_near(key, _KEYS)}")
+                keys = _KEYS | set(_TABLES["mimic_keys"].split() if "mimic" in node.where else ())
+                self.note(MISSING, node, f"not known here; left out{_near(key, keys)}")
         elif not isinstance(value, dict | list):
             self.note(TAKEN, node, _short(value))
         else:
@@ -621,8 +630,9 @@ class _Importer:
         self.put(at, {"random_seed": "seed"})
         if (device := self.get(at, "device", str)) in ("cpu", "mps"):
             self.take("device", device, "runtime.device")
-        if self.get(at, "fp16", object) is False:
-            self.take("precision", "fp32", "runtime.fp16")
+        fp16, whole = self.get(at, "fp16", object), {"dataset", "trainer"} <= set(self.root.value)
+        if fp16 is False or (not fp16 and (whole or "fp16" in self.root.value)):
+            self.take("precision", "fp32", "runtime.fp16", "UP's default" if fp16 is None else "")
         self.runner = self.get(at, "runner.type", str, "base")
         self.by_step = self.get(at, "iter_base", bool, False)
         self.meant_by_step = self.by_step or self.get(self.root, "iter_base", bool, False)
@@ -641,17 +651,18 @@ class _Importer:
                 if found := self.get(kwargs, key, [str]):
                     paths[f"{side.replace('test', 'val')}_{end}"] = found, self.where(kwargs, key)
             self.get(block, "type", str)
-            self.get(kwargs, "meta_type", [str])
-            self.get(kwargs, "image_reader.type", str)
-            self.get(kwargs, "image_reader.kwargs.color_mode", str)
+            for key in ("meta_type", "image_reader.type", "image_reader.kwargs.color_mode"):
+                self.get(kwargs, key, [str])
             self.transforms(kwargs, side)
         self.put(self.block(inner["train"], "kwargs"), {"fraction": "fraction"})
         self.places(paths)
-        for home in (data, self.block(data, "train")):
-            self.loader(home)
+        train = self.block(data, "train")
         for key in ("batch_sampler", "dataloader"):
+            if key in train.value and (node := self.at(data, key)):
+                self.note(DEFECT, node, f"UP reads dataset.train.{key} alone")
             if node := self.at(data, f"test.{key}"):
                 self.note(NOTHING, node, "chosen here, it changes no result")
+        self.loader(_Node({**data.value, **train.value}, train.where, data.line))
         for node in list(self.root.children()):
             name = node.value.get("type") if isinstance(node.value, dict) else None
             if not name or name.used or name.plain() not in list(_TRANSFORMS):
@@ -714,7 +725,10 @@ class _Importer:
         if order != sorted(order):
             text = "here the order is crop, flip, AutoAugment, RandAugment, jitter, erase"
             self.say(MISSING, node.where, text)
-        kinds = [name.removesuffix("Incre") for name in done if name and side == "train"]
+        for name, text in _TABLES["expected"][side].items() if done else ():
+            if name not in done:
+                self.say(MISSING, node.where, f"no {name}: {text}")
+        kinds = [name.removesuffix("Incre") for name in done if name]
         for name in sorted({name for name in kinds if kinds.count(name) > 1}):
             self.say(MISSING, node.where, f"UP applies every {name}; only the last is taken")
         if side == "train" and "to_tensor" in done and "normalize" not in done:
@@ -737,6 +751,8 @@ class _Importer:
             self.note(MISSING, node, "no counterpart: validation takes one centre crop")
         else:
             self.put(kwargs, _TRANSFORMS[name])
+            for key, other in kwargs.value.items() if name == "torch_auto_augmentation" else ():
+                self.note(NOTHING, other, f"UP's AutoAugment makes no use of {key}")
             self.soft |= "mix" in name
             # With one alpha 0, UP leaves the batches alone that would be mixed the other way.
             mixes = [self.values.get(f"{way}_alpha", 0) > 0 for way in ("mixup", "cutmix")]
@@ -764,7 +780,8 @@ class _Importer:
     def steps(self) -> int | None:
         """Steps of an epoch; None where the text names no batch size."""
         self.counted |= self.batch is not None
-        return self.batch and math.ceil((self.images or IMAGENET) / self.batch)
+        images = int((self.images or IMAGENET) * self.values.get("fraction", 1.0))
+        return self.batch and max(1, math.ceil(images / self.batch))
 
     @property
     def total(self) -> int | None:
@@ -804,8 +821,7 @@ class _Importer:
             self.take("val_every", every, self.where(at, "test_freq"), why)
         ema = self.block(self.root, "ema")
         if not self.get(ema, "enable", bool, True):
-            self.note(NOTHING, ema, "enable is false")
-            return
+            return self.note(NOTHING, ema, "enable is false")
         self.put(self.block(ema, "kwargs"), {"decay": "ema_decay"})
         for key in ("ema_type", "kwargs.inner_T", "kwargs.warmup"):
             self.get(ema, key, object)
@@ -837,30 +853,35 @@ class _Importer:
         many = node is None or isinstance(node.value, list)
         for entry in self.entries(node) if many else [self.mapping(node)]:
             named = self.get(entry, "key", str)
-            for name, group in {named: entry}.items() if named else entry.value.items():
+            groups = {named: entry} if named else entry.value
+            for name, group in sorted(groups.items(), key=lambda pair: pair[0] == "nodecay"):
                 self.group(name, group, not named)
 
     def group(self, name: str, group: _Node, by_kind: bool) -> None:
         inner = group.value if isinstance(group.value, dict) else {}
         decays = [self.get(group, f"{k}weight_decay", float) for k in ("", "kwargs.") if inner]
+        kind = self.get(group, "type", str) if inner else None
         if by_kind and name == "layer_decay":
             self.put(group, {"value": "layer_decay", "base_lr": "lr"})
-            if (kind := self.get(group, "type", str)) != "vit_base":
+            if kind != "vit_base":
                 self.say(DEFECT, f"{group.where}.type", f"UP stops at {kind}: vit_base alone")
             return
-        spared = by_kind or re.search("bias|bn|norm|ln|pos|token", name)  # as decay_all: false
+        nodecay = name == "nodecay"
+        parts = [str(part.value) for part in group.children()] if nodecay else [name]
+        spared = all(re.search(f"{_NORMS}|{_POSITIONS}", part) for part in parts)
+        spared &= "decay_all" in self.values or any(re.search(_NORMS, part) for part in parts)
         if "nodecay" in inner:
             self.note(DEFECT, inner["nodecay"], f"UP ignores it inside {name}")
         if by_kind and name not in _GROUPS:
             self.note(DEFECT, group, f"UP knows no group {name} and stops with a KeyError")
-        elif name == "nodecay" or (0 in decays and name != "linear_w" and spared):
+        elif spared and (nodecay or 0 in decays):  # as decay_all: false
             why = f"{name} has none; here norms, biases and position embeddings together"
             self.take("decay_all", False, group.where, why)
-            for part in group.all() if name == "nodecay" else ():
+            for part in group.all() if nodecay else ():
                 part.used = True
             more = self.block(group, "kwargs").value if inner else {}
             for key, node in {**inner, **more}.items():
-                if key not in ("key", "weight_decay", "kwargs", "nodecay"):
+                if key not in ("key", "type", "weight_decay", "kwargs", "nodecay"):
                     self.note(MISSING, node, f"{key} of {name} alone is not reproduced")
         else:
             self.note(MISSING, group, "no counterpart: groups differ in decay alone, see decay_all")
@@ -868,7 +889,7 @@ class _Importer:
     def scheduler(self, at: _Node) -> None:
         name, kwargs = self.get(at, "type", str, ""), self.block(at, "kwargs")
         ours, key, table = _SCHEDULES.get(name, ("", "T_max", {}))
-        key = "max_iter" if name == "polylr" and "max_iter" in kwargs.value else key
+        key = "max_iter" if name == "polylr" and self.get(kwargs, "max_iter", int, -1) > 0 else key
         said = self.get(kwargs, key, [float], [], least=1e-9)
         where, longest, steps = self.where(kwargs, key), max(said, default=0), self.steps
         meant = self.meant_by_step or key == "max_iter"
@@ -884,6 +905,9 @@ class _Importer:
             text = f"no counterpart of {name or 'none'}; a cosine is taken{_near(name, _SCHEDULES)}"
             self.say(MISSING, f"{at.where}.type", text)
             return
+        climbed = climb / steps if steps else self.values.get("warmup_epochs", 0)
+        if ours == "step" and lengths and 0 < (every := round(lengths[0])) < climbed:
+            ours, lengths = "multistep", [*range(every, self.epochs or every, every)]
         self.take("schedule", ours, f"{at.where}.type")
         self.put(kwargs, table)
         if ours in ("multistep", "step"):
@@ -893,7 +917,6 @@ class _Importer:
                 self.say(DEFECT, where, f"{late} are never over in {self.epochs} epochs")
             if rounded != lengths:
                 self.say(MISSING, where, f"as whole epochs, each once: {rounded}")
-            climbed = climb / steps if steps else self.values.get("warmup_epochs", 0)
             if (early := [m for m in reached if m < climbed]) and ours == "multistep":
                 self.say(DEFECT, where, f"{early} inside the warm-up: UP never applies them")
                 reached = reached[len(early) :]
@@ -903,21 +926,20 @@ class _Importer:
                 self.take("step_epochs", reached[0], where)
             else:
                 self.take("milestones", reached, where)
-        elif not said:
-            self.say(DEFECT, where, "missing: UP stops with a TypeError; all epochs here")
-        else:
+        elif not said and name == "polylr":
+            self.say(DEFECT, where, "missing: UP takes -1, so lr grows as (1 + epochs)^power")
+        elif said:
             self.falling(name, kwargs, where, (longest, lengths[-1]), climb)
 
     def falling(self, name: str, kwargs: _Node, where: str, length: tuple, climb: int) -> None:
         """Options of a steady schedule; `length` as written and in epochs, `climb` in steps."""
         (said, epochs), steps, total = length, self.steps or 0, self.total
         peak, low = self.values.get("lr", 1.0), self.values.get("lr_min", 0.0)
-        begin = "warmup_iter" if name == "CosineAnnealingLR" else "warm_epoch"
-        start, begin = self.get(kwargs, begin, float, least=0), self.where(kwargs, begin)
-        if start is None and name == "CosineLREpochScheduler":
-            self.say(DEFECT, begin, "missing: UP stops; the warm-up is taken")
-            start = climb / (steps or 1)
-        start, ours = start or 0.0, (self.epochs or 0) * steps
+        begins = {"CosineAnnealingLR": "warmup_iter", "CosineLREpochScheduler": "warm_epoch"}
+        begin = begins.get(name, where.rpartition(".")[2])
+        usual = climb / (steps or 1) if begin == "warm_epoch" else 0.0
+        start = self.get(kwargs, begin, float, usual, least=0) if name in begins else 0.0
+        begin, ours = self.where(kwargs, begin), (self.epochs or 0) * steps
         warmup, period = schedule.Warmup(climb), None
         last = said * (1 if self.by_step or where.endswith("max_iter") else steps)
         wave = lambda share: low + (peak - low) * (1 + math.cos(math.pi * share)) / 2
@@ -930,13 +952,15 @@ class _Importer:
             here = schedule.Cosine(peak, ours, low, warmup, period=period)
         elif name == "polylr":
             power = self.values.get("power", 1.0)
-            there = lambda t: low + (peak - low) * max(0.0, 1 - t / last) ** power
+            if power % 1 and last < (total or 0):
+                return self.say(DEFECT, where, f"complex after {epochs:g} epochs, where UP stops")
+            there = lambda t: low + (peak - low) * (1 - t / last) ** power
             here = schedule.Polynomial(peak, ours, power, low, warmup)
         elif name == "OneCycleLR":
             rise = self.values.get("pct_start", 0.3)
-            there, here = (schedule.OneCycle(peak, n, rise) for n in (round(last), ours))
-            if epochs < (self.epochs or 0):
-                self.say(DEFECT, where, f"UP stops there, before the {self.epochs} epochs")
+            cycle, here = (schedule.OneCycle(peak, n, rise) for n in (round(last), ours))
+            end, both = round(last) - 1, 2 * (1 - rise) * round(last)  # UP's lr climbs again
+            there = lambda t: cycle(t if t < end else end - min((t - end) % both, (end - t) % both))
             if self.get(kwargs, "cycle_momentum", bool, True) or climb:
                 self.say(MISSING, where, "not reproduced: momentum from 0.95 to 0.85, a warm-up")
         else:
@@ -962,31 +986,27 @@ class _Importer:
         unit, (where, mistaken) = "" if "lr" in self.values else " x lr", end
         apart = lambda t: abs(there(t) - here(t)) / peak
         if apart(climb) > 1e-4 and name != "OneCycleLR":
-            text = f"{begin[1]:g}, but the warm-up takes {climb:,} steps ({climb / steps:.2f} "
-            text += f"epochs): in UP lr jumps from {peak:.5g} to {there(climb):.5g}{unit} after it"
+            text = f"{begin[1]:g}, but " if "warm" in begin[0] else ""
+            text += f"the warm-up takes {climb:,} steps ({climb / steps:.2f} epochs): in UP lr "
+            text += f"jumps from {peak:.5g} to {there(climb):.5g}{unit} after it"
             self.say(DEFECT, begin[0], text)
         low = self.values.get("lr_min", 0.0)
-        if there(total - 1) - low > 1e-4 * peak:
+        if abs(there(total - 1) - low) > 1e-4 * peak:
             text = f"{mistaken}in UP lr ends at {there(total - 1):.8g}{unit} and not at {low:g}"
             self.say(DEFECT, where, f"{text}, here at {here(total - 1):.4g}{unit}")
-        if mistaken:
-            return
         most = max([*range(climb, total, math.ceil(total / 5000)), total - 1], key=apart)
-        if (gap := apart(most)) > 1e-3:
-            text = f"not reproduced: UP's lr differs by up to {100 * gap:.1f} % of its peak, in "
-            text += (
-                f"epoch {most // steps + 1} {there(most):.5g}{unit}, here {here(most):.5g}{unit}"
-            )
-            self.say(MISSING, where, text)
+        if (gap := apart(most)) > 1e-3 and not mistaken:
+            text = f"UP's lr differs by up to {100 * gap:.1f} % of its peak, in epoch"
+            both = f"{most // steps + 1} {there(most):.5g}{unit}, here {here(most):.5g}{unit}"
+            self.say(MISSING, where, f"not reproduced: {text} {both}")
 
     def warmup(self, at: _Node, unit: int | None) -> int:
         """Takes the warm-up and the lr it climbs to; the number of its steps comes back."""
         steps = self.get(at, "warmup_iter", int, 0, least=0)
         epochs = self.get(at, "warmup_epochs", float, 0.0, least=0)
         by_epochs = int(epochs * (unit or 0))
-        key, other = "warmup_iter", "warmup_epochs"
-        if by_epochs > steps or (epochs and not steps):
-            key, other = other, key
+        longer = by_epochs > steps or (epochs and not steps)
+        key, other = ("warmup_iter", "warmup_epochs")[:: -1 if longer else 1]
         if steps and epochs:
             self.say(NOTHING, self.where(at, other), f"{key} is longer")
         steps, where = max(steps, by_epochs), self.where(at, key)
@@ -1028,7 +1048,7 @@ class _Importer:
         """What UP multiplies lr by; it is in the knob afterwards."""
         register = self.get(at, "warmup_register_type", str, "base")
         where, lr = self.where(at, "warmup_register_type"), self.values.get("lr")
-        if register == "no_scale_lr":
+        if register == "no_scale_lr" or self.get(at, "type", str) == "OneCycleLR":
             return 1.0
         if register != "base" or not self.batch or lr is None:
             why = "UP multiplies lr by GPUs x batch size unless this is no_scale_lr"
@@ -1047,7 +1067,12 @@ class _Importer:
         for block in self.entries(node):
             name, kind = self.get(block, "name", str, ""), self.get(block, "type", str, "")
             kwargs = self.block(block, "kwargs")
+            if kind not in (known := _TABLES["parts"].get(name, [kind])):
+                text = f"no counterpart of {kind}; {known[0]} is taken{_near(kind, known)}"
+                self.say(MISSING, self.where(block, "type"), text)
             if name == "backbone" and kind:
+                if take == self.take and "model" in self.values:
+                    self.say(MISSING, block.where, "a second backbone; the last is taken")
                 self.backbone(block, kind, kwargs, take)
             elif name == "head" or kind.endswith("_head"):
                 self.put(kwargs, {"dropout": "dropout"}, take)
@@ -1057,6 +1082,7 @@ class _Importer:
                 counts = self.get(kwargs, "num_classes", [int], [], least=1)
                 if counts:
                     take("num_classes", counts[0], where)
+                    self.defaults = {"num_classes": counts[0], **self.defaults}
                 if len(counts) > 1:
                     self.say(MISSING, where, f"no counterpart of {len(counts)} heads; one is taken")
             elif "cls_loss" in kwargs.value and take == self.take:
@@ -1073,27 +1099,28 @@ class _Importer:
             keys, usual = ("embed_dim", "depths", "num_heads"), _SWINS["tiny"]
             shape = [self.get(kwargs, k, object, u) for k, u in zip(keys, usual, strict=True)]
             size = next((size for size, own in _SWINS.items() if own == shape), "of no known size")
-            plain = key = f"swin{size}" + "384" * (self.get(kwargs, "window_size", int, 7) == 12)
+            window = {7: "", 12: "384"}.get(self.get(kwargs, "window_size", int, 7), "w")
+            plain = key = f"swin{size}{window}"
             if size not in kind:
                 self.say(DEFECT, where, f"UP goes by kwargs, not by name: Swin {size}, {shape}")
         if key in _TIMM or plain in _TIMM.values():
             take("model", _TIMM.get(key, plain), where)
         else:
             take("model", kind, where)
-            self.say(MISSING, where, f"timm has no {kind}; choose a model{_near(kind, _TIMM)}")
+            text = f"timm has no {kind}" + " of these kwargs" * key.startswith("swin")
+            self.say(MISSING, where, f"{text}; choose a model{_near(key, _TIMM)}")
         if plain != kind and key in RESNETS:
             take("avg_down", True, where)
             text = "no whole ResNet-D in UP: 7x7 stem unless deep_stem, a padded pool in shortcuts"
             self.say(DEFECT, where, f"{text}; avg_down is the nearest, deep_stem makes it whole")
-        table = {"deep_stem": "deep_stem", "avg_down": "avg_down", "drop_path_rate": "drop_path"}
-        self.put(kwargs, {**table, "drop_path": "drop_path"}, take)
+        self.put(kwargs, _TABLES["backbone"], take)
         self.get(kwargs, "normalize.type", str)
         if take != self.take:
             return
-        vit = key.startswith(("vit", "deit"))
-        if (vit or key.startswith("swin")) and "drop_path" not in self.values:
-            self.take("drop_path", 0.1 if vit else 0.2, where, "UP's default")
-        if vit:
+        for begin, share in _TABLES["drop_paths"].items():
+            if key.startswith(begin) and "drop_path" not in self.values:
+                self.take("drop_path", share, where, "UP's default")
+        if key.startswith(("vit", "deit")):
             rates = [name for name in kwargs.value if "drop" in name and "path" not in name]
             text = ", ".join(f"{name} {self.get(kwargs, name, float, 0.1):g}" for name in rates)
             text = f"dropout and attention dropout in every block, 0.1 but for {text or 'none'}"
@@ -1116,10 +1143,13 @@ class _Importer:
             node = next(iter(node.value), _Node({}, node.where, node.line))
         at = self.mapping(node)
         name, where = self.get(at, "type", str, ""), f"{at.where}.type"
+        if name != "label_smooth_ce" and (ratio := self.at(at, "kwargs.smooth_ratio")):
+            self.note(DEFECT, ratio, f"{name} does not take it: UP stops with a TypeError")
         mixed = self.values.get("mixup_alpha", 0) > 0 or self.values.get("cutmix_alpha", 0) > 0
         if name in ("ce", "stce", "label_smooth_ce"):
             self.take("loss", "ce", where)
-            self.put(self.block(at, "kwargs"), {"smooth_ratio": "label_smoothing"})
+            if name == "label_smooth_ce":
+                self.put(self.block(at, "kwargs"), {"smooth_ratio": "label_smoothing"})
             if name == "stce" and not self.soft and "dataset" in self.root.value:
                 self.say(DEFECT, where, "UP's stce takes mixed labels alone and fails on these")
             if mixed and (share := self.values.get("label_smoothing")):
@@ -1151,7 +1181,8 @@ class _Importer:
         for at in self.entries(self.root.value.get("hooks")):
             name, mode = self.get(at, "type", str, ""), self.get(at, "kwargs.mode", str, "")
             if name != "grad_clipper":
-                self.note(NOTHING, at, _NOTHING.get(name, f"no counterpart of {name}"))
+                text = f"no counterpart of {name}{_near(name, [*_NOTHING, 'grad_clipper'])}"
+                self.note(NOTHING if name in _NOTHING else MISSING, at, _NOTHING.get(name, text))
             elif mode not in ("", "pre_defined"):
                 self.note(MISSING, at, f"no counterpart of {mode}, a limit that follows the norms")
             elif most := self.get(at, "kwargs.max_norm", float, least=1e-9):
@@ -1173,8 +1204,8 @@ class _Importer:
                     lessons[key] = job
         if not self.get(mimic, "task_loss", bool, True):
             self.take("task_weight", 0.0, "mimic.task_loss")
-        if lessons and "net" in self.root.value and self.runner != "kd":
-            self.say(DEFECT, "mimic", "UP distils only with runtime.runner.type kd")
+        if "net" in self.root.value and bool(lessons) != (self.runner == "kd"):
+            self.say(DEFECT, "mimic", "UP distils only with runtime.runner.type kd and a mimic")
         for i, (key, job) in enumerate(lessons.items(), 1):
             self.add("teacher_model", nets.pop(key, ""), f"{key}[0].type")
             self.lesson(key, job, f"teacher{i}:" if len(lessons) > 1 else "")
@@ -1282,8 +1313,7 @@ class _Importer:
         if "to_kestrel" not in self.root.value:
             return None
         at = self.block(self.root, "to_kestrel")
-        values = {key: self.get(at, key, kind) for key, kind in _KESTREL.items()}
-        found = {key: value for key, value in values.items() if value is not None}
+        found = {k: v for k, kind in _KESTREL.items() if (v := self.get(at, k, kind)) is not None}
         say = lambda key, text: self.say(DEFECT, f"to_kestrel.{key}", text)
         if found.get("toks_type") != "cls":
             say("toks_type", "only cls packs a classifier")
