@@ -2037,7 +2037,20 @@ def test_what_is_as_in_up_is_no_finding(text, knobs):
 def test_a_configuration_without_fp16_trains_in_fp32():
     assert united_perception.loads(config()).recipe.precision == "fp32"
     half = config(runtime="  fp16: true")
-    assert united_perception.loads(half).recipe.precision == "auto"
+    assert united_perception.united_perception.loads(half).recipe.precision == "auto"
+
+
+def test_a_text_without_batch_size_or_network_says_what_is_taken_for_them():
+    found = united_perception.loads("optimizer: {type: SGD, kwargs: {lr: 0.1}}", gpus=32)
+    said = {note.where: note.text for note in found.notes}
+    assert "no batch size in this text" in said["--gpus"]
+    assert said["--set batch_size"] == f"not in this text, {found.recipe.batch_size} is taken"
+    assert said["--set model"] == f"not in this text, {found.recipe.model} is taken"
+    assert "--set batch_size" in found.summary() and "--set model" in found.params()
+    slots, gpus, _ = FAMILIES["resnet50D"]
+    assert not [
+        n for n in united_perception.loads(config(**slots), gpus=gpus).notes if "--set" in n.where
+    ]
 
 
 def test_a_share_of_the_list_has_shorter_epochs():

@@ -597,6 +597,12 @@ class _Importer:
         self.tell("", self.root, {note.where for note in (*self.notes, *self.origin.values())})
         if self.batch and self.gpus is None:
             self.say(TAKEN, "--gpus", "not given, 1 assumed: batch_size is UP's for one GPU")
+        if self.gpus and not self.batch:
+            self.say(TAKEN, "--gpus", "no batch size in this text that it would multiply")
+        for knob in ("batch_size", "model"):
+            if self.values and knob not in self.values:
+                text = f"not in this text, {Recipe.model_fields[knob].default} is taken"
+                self.say(TAKEN, f"--set {knob}", text)
         if self.counted and self.images is None:
             text = f"not given, {IMAGENET:,} assumed (ImageNet-1k): {self.steps:,} steps an epoch"
             self.say(TAKEN, "--train-images", text)
