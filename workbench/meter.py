@@ -65,12 +65,12 @@ class Speed:
         one_core = self.cached if recipe.cache else self.files
         now, loader = self.together(one_core), one_core * self.loaders
         share = now / (one_core * self.cores) if self.device == "cpu" else 0.0
+        limit = _limit(loader, self.model, share)
         text = (
             f"{self.loaders} of {self.cores} cores load {loader:,.0f} img/s from "
-            f"{'a cache' if recipe.cache else 'files'}, the model takes {self.model:,.0f}: "
-            f"{_limit(loader, self.model, share)}"
+            f"{'a cache' if recipe.cache else 'files'}, the model takes {self.model:,.0f}: {limit}"
         )
-        if loader >= self.model:
+        if "the model" in limit:
             return f"{text}."
         if not recipe.cache and (gain := self.together(self.cached) / now) > 1.15:
             return f"{text}; a cache (cache: true) would give about {gain:.1f}x."
@@ -86,7 +86,7 @@ def _limit(loader: float, model: float, share: float) -> str:
 
     `share` is the part of the CPU that loading takes from the model, 0 where that is on a device.
     """
-    if loader < model:
+    if loader < model or share > 0.5:
         return "the loader is the limit"
     if share <= 0.13:  # without it a training is at most 1.15 times as fast
         return "the model is the limit; faster loading would change little"
