@@ -984,6 +984,7 @@ except data.DataError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of open files here")
 def test_too_many_open_files_end_in_a_sentence_and_the_loaders_with_it():
     command = [sys.executable, "-W", "ignore", "-c", FEW_FILES]

@@ -1017,6 +1017,7 @@ def test_a_run_that_reads_its_teachers_answers_is_the_run_that_asked(
     assert "teacher_cache" not in asked.environment()
 
 
+@pytest.mark.slow
 def test_another_student_reads_the_same_answers(school, tmp_path, cache, monkeypatch):
     train(pupil(school, tmp_path, cache_teacher=True))
     other = dict(model="test_byobnet", lr=0.01, nesterov=False, optimizer="adamw", loss="bce")

@@ -1052,7 +1052,14 @@ SEEN_IN = {
 OBSERVER = {knob: view for view, knobs in SEEN_IN.items() for knob in knobs.split()}
 
 
-@each
+def _slow(path) -> tuple:
+    """The shipped sets are quick cases; the files of large models take a second or more each."""
+    return () if re.match("digits|letters|cifar10", path.stem) else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=_slow(path)) for path in PARAMS]
+)
 def test_every_knob_of_a_file_changes_what_is_done(path, tree):
     """Each knob alone is put back to its default (or a stated default elsewhere), unchecked."""
     recipe, vain, before = Recipe.read(path), [], {}

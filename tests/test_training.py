@@ -135,7 +135,7 @@ def stood_at(run: runs.Run) -> int:
             0.0, "SIGKILL", {"augment_on_device": True, "randaug_n": 2}, marks=pytest.mark.slow
         ),
         pytest.param(10.0, "SIGTERM", STRIKES, marks=pytest.mark.slow),
-        (10.0, "STOP", {}),
+        pytest.param(10.0, "STOP", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_stopped_anywhere_ends_bit_for_bit_as_the_undisturbed_one(
