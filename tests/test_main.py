@@ -1,6 +1,7 @@
 """The commands: what they print, and the exit code a script decides by."""
 
 import json
+import subprocess
 import sys
 
 import pandas as pd
@@ -174,3 +175,21 @@ def test_compare_leaves_out_what_was_not_evaluated_and_asks_for_the_folder_first
 def test_a_notebook_that_takes_no_recipe_is_refused(params):
     done = invoke("notebook", ROOT / "notebooks" / "05_compare.ipynb", params)
     assert isinstance(done.exception, runs.RunError) and "takes no recipe" in str(done.exception)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_notebook_that_fails_speaks_of_a_checkpoint_only_where_one_is(
+    params, tmp_path, monkeypatch, checkpoint
+):
+    def papermill(*_, **__):
+        run = runs.Run(tmp_path / "runs" / "small-seed0")
+        with run.writing():
+            run.set_status("failed")
+        if checkpoint:
+            run.file("last.pt").touch()
+        return subprocess.CompletedProcess((), 1)
+
+    monkeypatch.setattr(command.subprocess, "run", papermill)
+    done = invoke("notebook", ROOT / "notebooks" / "02_baseline.ipynb", params)
+    assert done.exit_code == 1
+    assert ("from the last checkpoint" in done.stderr) == checkpoint

@@ -128,7 +128,8 @@ def notebook(
     status = run.status()
     trained = status != before  # else the status is that of an earlier start
     if code:
-        print(trace, "the same command goes on from the last checkpoint" * trained, file=sys.stderr)
+        again = "the same command goes on from the last checkpoint"
+        print(trace, again * (trained and run.file("last.pt").exists()), file=sys.stderr)
     if trained and status["state"] == "stopped":
         raise typer.Exit(STOPPED)
     if code:
