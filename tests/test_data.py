@@ -489,6 +489,17 @@ def test_a_link_to_a_folder_brings_no_image_twice_or_under_another_class(picture
     assert [(side, file) for side, file, _ in found.passed] == [("train", link)]
 
 
+def test_data_dir_and_roots_are_found_in_the_other_form_of_their_accents(pictures):
+    before = opened(pictures)
+    place = pictures.parent / "caf\u00e9"
+    shutil.copytree(pictures, place)
+    (place / "train").rename(place / "m\u00e1s")
+    found = opened(pictures.parent / "cafe\u0301", train_root="ma\u0301s")
+    pd.testing.assert_frame_equal(
+        found.train.drop(columns="path"), before.train.drop(columns="path")
+    )
+
+
 @pytest.mark.parametrize("roots", [["train", "train"], ["train", "again"]])
 def test_a_root_given_twice_is_read_once(pictures, roots):
     before = opened(pictures)

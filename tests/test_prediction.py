@@ -279,6 +279,11 @@ def test_what_a_folder_holds_beside_images_is_named(photos):
     }  # fmt: skip
 
 
+def test_an_input_is_found_in_the_other_form_of_its_accents(photos):
+    shutil.copytree(photos, photos.parent / "caf\u00e9")
+    assert len(prediction.find([photos.parent / "cafe\u0301"])) == len(prediction.find([photos]))
+
+
 def test_a_list_finds_files_in_the_other_form_of_their_accents(photos):
     shutil.copy(photos / "0.png", photos / "cafe\u0301.png")
     [entry] = prediction.find([write_list(photos / "list.txt", "caf\u00e9.png")])

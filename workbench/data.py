@@ -139,13 +139,13 @@ def _files_sources(recipe: Any) -> dict[str, tuple[list[Path], list[Path]]]:
     sides = (recipe.train_list or recipe.train_root, recipe.val_list or recipe.val_root)
     if not recipe.data_dir and not all(Path(p).is_absolute() for side in sides for p in side):
         raise DataError("data_dir is missing; dataset: files needs the folder the pictures lie in")
-    base = ROOT / Path(recipe.data_dir).expanduser()
+    base = Path(on_disk(str(ROOT / Path(recipe.data_dir).expanduser())))
     if not base.is_dir():
         raise DataError(f"data_dir {str(base)!r} is no folder; set data_dir to where the data lie")
     sources = {}
     for side in ("train", "val"):
-        lists = [base / path for path in getattr(recipe, f"{side}_list")]
-        roots = [base / path for path in getattr(recipe, f"{side}_root")]
+        found = lambda name: [Path(on_disk(str(base / p))) for p in getattr(recipe, name)]
+        lists, roots = found(f"{side}_list"), found(f"{side}_root")
         if side == "val" and recipe.val_fraction:
             continue
         for root in roots:
@@ -162,7 +162,7 @@ def _files_sources(recipe: Any) -> dict[str, tuple[list[Path], list[Path]]]:
 def _class_names(recipe: Any, folders: list[str] | None) -> list[str] | None:
     if not recipe.class_names:
         return folders
-    path = ROOT / Path(recipe.data_dir).expanduser() / recipe.class_names
+    path = Path(on_disk(str(ROOT / Path(recipe.data_dir).expanduser() / recipe.class_names)))
     try:
         names = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

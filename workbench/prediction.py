@@ -150,7 +150,7 @@ def find(
     with the input as given, so two pictures never share one. Raises PredictionError when an input
     is not there or given twice, a list has a bad line, or nothing is found.
     """
-    given = [os.path.normpath(os.path.expanduser(path)) for path in inputs]
+    given = [data.on_disk(os.path.normpath(os.path.expanduser(path))) for path in inputs]
     if twice := [path for path, count in Counter(given).items() if count > 1]:
         raise PredictionError(f"input {twice[0]!r} is given twice; leave one out")
     found: list[Picture] = []
