@@ -567,6 +567,12 @@ def test_an_image_is_lost_where_it_is_moved_further_than_its_side(form, size):
     assert (np.mean(moved) > 0.03) == (form == "up" and size == 32)
 
 
+def test_what_augmentation_leaves_can_be_asked_of_a_recipe_alone():
+    up = Recipe(randaug_n=2, randaug_form="up")
+    assert "one colour covers 3/4" in doctor.nothing_left(up, draws=50)
+    assert doctor.nothing_left(up.replace(randaug_form="timm"), draws=50) == ""
+
+
 def test_a_crop_of_one_pixel_leaves_one_colour_and_the_advice_fits():
     told = said("warning", crop_scale=[0.001, 0.002])
     assert "covers 3/4 of their pixels" in told and "randaug_form" not in told

@@ -629,12 +629,15 @@ def lost_share(recipe: Any, draws: int = 200) -> float:
     return float(np.mean(np.array(most) > 0.75 * size**2))
 
 
-def _nothing_left(recipe, per_epoch, steps, classes):
-    return (share := lost_share(recipe)) >= 0.01 and (
+def nothing_left(recipe: Any, *_: Any, draws: int = 200) -> str:
+    """A warning, where augmentation leaves nothing of 1 % of the images or more; else empty."""
+    if (share := lost_share(recipe, draws)) < 0.01:
+        return ""
+    milder = ", or take randaug_form: timm, which moves by at most 45 % of the side (up by "
+    milder += "randaug_m times 10 pixels at any image_size)"
+    return (
         f"augmentation leaves little or nothing of {share:.0%} of the training images: one colour "
-        "covers 3/4 of their pixels or more; make it milder"
-        + ", or take randaug_form: timm, which moves by at most 45 % of the side (up by randaug_m "
-        "times 10 pixels at any image_size)" * _moves_far(recipe)
+        f"covers 3/4 of their pixels or more; make it milder{milder * _moves_far(recipe)}"
     )
 
 
@@ -753,6 +756,6 @@ _EVIDENCE = [
     (_frozen_at_random, "United Perception freezes pre-trained layers"),
 ]
 _MEASURED = [
-    (_nothing_left, "200 draws of this recipe's augmentation on an image of noise"),
+    (nothing_left, "200 draws of this recipe's augmentation on an image of noise"),
     (_other_normalization, "its run's recipe; timm's pretrained_cfg"),
 ]
