@@ -988,7 +988,7 @@ def test_two_processes_follow_one(school, tmp_path, float64, cache, knobs):
 @pytest.mark.parametrize(
     "knobs",
     [
-        dict(micro_batch_size=16, ema_decay=0.9, **MIXED),
+        pytest.param(dict(micro_batch_size=16, ema_decay=0.9, **MIXED), marks=pytest.mark.slow),
         dict(repeated_aug=2, class_balance=1.0, mimic_loss=["dist"], fraction=0.1),
         pytest.param(
             dict(teachers="run wide", teacher_weight=[1.0, 0.2], drop_last=True, fraction=0.1),

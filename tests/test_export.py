@@ -239,20 +239,25 @@ def test_the_shipped_script_predicts_every_kind_of_file_as_workbench_predict_doe
     }  # fmt: skip
 
 
-def exported(name: str, size: int, pixels: bool = False) -> tuple[export.Network, export.Answer]:
+def network_of(name: str, size: int, pixels: bool = False) -> export.Network:
     model = timm.create_model(name, num_classes=10).eval()
     recipe = Recipe(image_size=size, val_resize=size)
-    network = export.Network(model, export.preprocess(recipe, pixels)).eval()
+    return export.Network(model, export.preprocess(recipe, pixels)).eval()
+
+
+def exported(name: str, size: int, pixels: bool = False) -> tuple[export.Network, export.Answer]:
+    network = network_of(name, size, pixels)
     return network, export._runner(export.session(export.to_onnx(network)))
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("resnet18", 64),
+        ("test_resnet", 32),
         *[
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ("resnet18", 64),
                 ("resnet50", 64),
                 ("resnet50d", 64),
                 ("mobilenetv3_large_100", 64),
@@ -284,7 +289,9 @@ def test_with_pixels_the_network_takes_bytes_and_normalises_itself():
     np.testing.assert_allclose(answer(network.feed(noise)), plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "interpolation", ["bilinear", pytest.param("bicubic", marks=pytest.mark.slow)]
+)
 def test_a_whole_network_sees_of_any_picture_what_pillow_shows_but_for_a_grey_level(interpolation):
     recipe = Recipe(image_size=24, val_resize=27, interpolation=interpolation)
     seen = export.preprocess(recipe, pixels=True)
@@ -898,8 +905,7 @@ def external(content: bytes) -> bytes:
 
 
 def smaller(_: bytes) -> bytes:
-    network, _ = exported("test_resnet", 24)
-    return export.to_onnx(network)
+    return export.to_onnx(network_of("test_resnet", 24))
 
 
 BROKEN = {

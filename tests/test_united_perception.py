@@ -2037,7 +2037,7 @@ def test_what_is_as_in_up_is_no_finding(text, knobs):
 def test_a_configuration_without_fp16_trains_in_fp32():
     assert united_perception.loads(config()).recipe.precision == "fp32"
     half = config(runtime="  fp16: true")
-    assert united_perception.united_perception.loads(half).recipe.precision == "auto"
+    assert united_perception.loads(half).recipe.precision == "auto"
 
 
 def test_a_text_without_batch_size_or_network_says_what_is_taken_for_them():
