@@ -36,6 +36,7 @@ SEEN = ("image_size", "val_image_size", "val_resize", "interpolation")  # how a 
 
 
 LEFT_OUT = "is left out"
+ALL_RAW = "raw weights are compared: no run kept an average (EMA)"
 LEGEND = (
     "top1 and top5 in percent; low to high is the 95 % interval of top1 over what `interval` says; "
     "ece the calibration error, 0 to 1; differs: a knob's value (that of the first recipe; idle: "
@@ -414,7 +415,8 @@ class Comparison:
         """Verdicts and flags as text, in this order; what to do where there is one recipe."""
         if not self.verdicts:
             return [f"one recipe, {self.groups[0].name}: nothing to compare it with", *self.flags]
-        unlike = lambda flag: flag if LEFT_OUT in flag else f"not like with like: {flag}"
+        fair = lambda flag: LEFT_OUT in flag or flag == ALL_RAW
+        unlike = lambda flag: flag if fair(flag) else f"not like with like: {flag}"
         return [*map(str, self.verdicts), *map(unlike, self.flags)]
 
     @functools.cached_property
@@ -599,9 +601,10 @@ def _same_pictures(opened: list[_Opened], flags: list[str]) -> pd.DataFrame:
     common = first.predictions[[*key, "label"]]
     for other in opened[1:]:
         if other.classes != first.classes:
+            counts, alike = [len(o.classes) for o in (other, first)], "other names or another order"
+            how = alike if len({*counts}) == 1 else f"{counts[0]} classes and {counts[1]}"
             raise ComparisonError(
-                f"{other.name} knows {len(other.classes)} classes, {first.name} "
-                f"{len(first.classes)}, or others in another order; compare within one data set"
+                f"{other.name} and {first.name} have {how}; compare runs of one data set"
             )
         theirs, ours = (o.environment.get("val_data") for o in (other, first))
         if theirs and ours and theirs != ours:
@@ -669,7 +672,7 @@ def _unlike(opened: list[_Opened], groups: list[Group], weights: str) -> list[st
     if weights == "ema":
         raw = [one.name for one in opened if one.weights == "raw"]
         if kinds == {"raw"}:
-            flags.append("raw weights are compared: no run kept an average (EMA)")
+            flags.append(ALL_RAW)
         if len(kinds) > 1:
             flags.append(f"averaged weights (EMA) against raw ones: {_few(raw)} kept no average")
     for one in opened:
