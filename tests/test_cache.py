@@ -496,6 +496,7 @@ def test_two_processes_share_a_build_and_neither_spoils_it(many, tmp_path):
     assert_holds(fill(frame, folder), frame)
 
 
+@pytest.mark.slow
 def test_whoever_comes_second_waits_for_a_part_that_is_being_built(photos, tmp_path, monkeypatch):
     folder = tmp_path / "kept"
     process = building(photos[:4], folder)

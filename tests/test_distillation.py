@@ -474,7 +474,7 @@ LOOPS = {
 }
 
 
-QUICK = {"logits", "modules of two teachers"}
+QUICK = {"logits"}
 
 
 @pytest.mark.parametrize(

@@ -250,22 +250,18 @@ def exported(name: str, size: int, pixels: bool = False) -> tuple[export.Network
     return network, export._runner(export.session(export.to_onnx(network)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [
         ("test_resnet", 32),
-        *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ("resnet18", 64),
-                ("resnet50", 64),
-                ("resnet50d", 64),
-                ("mobilenetv3_large_100", 64),
-                ("convnext_tiny", 64),
-                ("vit_small_patch16_224", 224),
-                ("swin_tiny_patch4_window7_224", 224),
-            ]
-        ],
+        ("resnet18", 64),
+        ("resnet50", 64),
+        ("resnet50d", 64),
+        ("mobilenetv3_large_100", 64),
+        ("convnext_tiny", 64),
+        ("vit_small_patch16_224", 224),
+        ("swin_tiny_patch4_window7_224", 224),
     ],
 )
 def test_a_network_leaves_torch_with_its_answers_at_any_batch_size(name, size):
@@ -278,6 +274,7 @@ def test_a_network_leaves_torch_with_its_answers_at_any_batch_size(name, size):
         assert np.abs(came - plain).max() <= 1e-4 * max(1, np.abs(plain).max())
 
 
+@pytest.mark.slow
 def test_with_pixels_the_network_takes_bytes_and_normalises_itself():
     network, answer = exported("test_resnet", 32, pixels=True)
     noise = network.noise(3)

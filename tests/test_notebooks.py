@@ -96,6 +96,7 @@ def test_the_parameters_cell_holds_every_knob_at_its_default(path):
     assert Recipe.collect({"In": ["", tagged[0].source], **committed}) == Recipe()
 
 
+@pytest.mark.slow
 def test_a_misspelt_knob_ends_papermill_with_a_message_and_leaves_no_run(tmp_path):
     params = params_file(tmp_path, lerning_rate=0.5)
     done = subprocess.run(

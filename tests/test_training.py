@@ -130,7 +130,7 @@ def stood_at(run: runs.Run) -> int:
         pytest.param(0.0, "SIGKILL", {}, marks=pytest.mark.slow),
         # checkpoints at the ends of epochs: whole steps are done again
         pytest.param(10.0, "SIGKILL", {}, marks=pytest.mark.slow),
-        (0.0, "SIGKILL", STRIKES),
+        pytest.param(0.0, "SIGKILL", STRIKES, marks=pytest.mark.slow),
         pytest.param(
             0.0, "SIGKILL", {"augment_on_device": True, "randaug_n": 2}, marks=pytest.mark.slow
         ),
