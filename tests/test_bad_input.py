@@ -926,7 +926,7 @@ def test_a_loss_that_is_not_finite_names_step_and_pictures_and_keeps_the_last_go
 
 
 def test_the_first_loss_that_is_not_finite_is_the_one_named(world):
-    recipe = small(world, name="new", lr=1e12, momentum=0.0)  # spoilt by the step before
+    recipe = small(world, name="new", lr=1e300, momentum=0.0)  # no weight is finite after a step
     with pytest.raises(TrainingError, match="at step 1;"):
         train(recipe)
     run = runs.Run(recipe.folder)
