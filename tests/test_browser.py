@@ -187,7 +187,7 @@ def cell(page: Page, name: str):
 
 def picture(page: Page, name: str) -> str:
     """Where the picture of a cell's view comes from: another one for every picture."""
-    image = cell(page, name).locator("img.widget-image").first
+    image = cell(page, name).locator("img.widget-image:visible").first
     image.wait_for(state="visible")
     return image.get_attribute("src")
 
@@ -258,6 +258,8 @@ def test_a_knob_of_the_augmentations_draws_another_picture_and_its_value_is_copi
     slider("randaug_n").focus()
     page.keyboard.press("End")
     _until(lambda: magnitude.get_attribute("disabled") is None, 30)
+    # United Perception's form moves an image of 32 pixels out of itself.
+    _until(lambda: "leaves little or nothing of" in knobs.inner_text(), 30)
     before = picture(page, "try")
     knobs.get_by_text("what the model eats", exact=True).click()
     redrawn(page, "try", before)
