@@ -169,8 +169,9 @@ def test_the_augmentation_notebook_runs_on_any_recipe(tmp_path):
     assert pictures["grid"] == 3 and pictures["strengths"] == pictures["distances"] == 2
     assert all(pictures[cell] == 1 for cell in ("randaugment", "eats", "mixed", "lr"))
     assert pictures["try"] == 1, "the widget's static twin"
-    [lines] = [o.data["text/html"] for c in executed.cells if c.id == "try"
-               for o in c.outputs if "text/html" in o.get("data", {})]  # fmt: skip
+    [lines, lost] = [o.data["text/html"] for c in executed.cells if c.id == "try"
+                     for o in c.outputs if "text/html" in o.get("data", {})]  # fmt: skip
+    assert "something is left of every picture" in lost
     assert "randaug_n: 2  #" in lines and "<pre>" in lines
     [table] = [o.data["text/html"] for c in executed.cells if c.id == "randaugment"
                for o in c.outputs if "text/html" in o.get("data", {})]  # fmt: skip
