@@ -441,7 +441,7 @@ def test_other_pictures_are_refused(six):
 
 
 def test_other_classes_are_refused(six):
-    for classes, words in ((JUDGED[::-1], "other names or another order"),
+    for classes, words in ((JUDGED[::-1], "classes of other names or in another order"),
                            (JUDGED[:3], "3 classes and 4;")):  # fmt: skip
         changed(six[3], "environment.json", classes=classes)
         with pytest.raises(ComparisonError, match=f"better-seed0 and plain-seed0 have {words}"):
@@ -665,7 +665,7 @@ def test_of_two_runs_of_one_seed_the_finished_one_is_compared(tmp_path, finished
     assert "machine" not in flag
 
 
-@pytest.mark.parametrize("p, text", [(0.0496, "0.050"), (0.0454, "0.045"), (0.0512, "0.051")])
+@pytest.mark.parametrize("p, text", [(0.0496, "0.0496"), (0.0503, "0.0503"), (0.0454, "0.0454")])
 def test_a_p_beside_the_level_keeps_its_side(p, text):
     found = comparison.Difference(1.0, 0.1, 1.9, p, (1, 1), 500, 2.0, p)
     assert f"p {text}," in str(comparison.Verdict("b", "a", found))

@@ -65,7 +65,7 @@ def test_the_loader_is_measured_with_the_files_and_without_them(digits, monkeypa
     look = images.open
     monkeypatch.setattr(images, "open", lambda path: (time.sleep(0.01), look(path))[1])
     speed = meter.measure(Recipe(flip=0.5), digits, 1.0)
-    assert 0 < speed.files < 100  # 10 ms for the file alone
+    assert 40 < speed.files < 100  # 10 ms for the file, and little besides
     assert speed.cached > 5 * speed.files
     assert speed.cores == data.cores() and 1 <= speed.loaders <= speed.cores
 
@@ -81,7 +81,7 @@ def test_the_model_is_measured_by_its_step(digits, monkeypatch):
 
     monkeypatch.setattr(training, "create_model", slow)
     speed = meter.measure(Recipe(batch_size=32), digits, 1.0)
-    assert 0 < speed.model < 160
+    assert 30 < speed.model < 160
 
 
 def test_measuring_leaves_the_random_numbers_and_the_threads_alone(digits):

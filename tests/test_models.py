@@ -760,7 +760,7 @@ def test_of_several_state_dicts_under_unknown_names_none_is_guessed(tmp_path):
     state = tiny(seed=1).state_dict()
     torch.save({"student": state, "expert": state}, tmp_path / "x.pth")
     words = str(unchanged_by(tiny(), tmp_path / "x.pth"))
-    assert "holds several state dicts, ['student', 'expert']; save the one of the model" in words
+    assert "holds several state dicts, ['student', 'expert']; save that of the model alone" in words
 
 
 def test_the_average_of_timms_trainer_is_preferred_as_timm_does(tmp_path):

@@ -397,7 +397,7 @@ class Verdict:
 
 def _p(p: float) -> str:
     if 0.045 <= p < 0.055:  # not rounded to the other side of 0.05
-        return f"{p:.3f}"
+        return f"{p:.3g}"
     return f"{p:.1g}" if p < 0.095 else f"{p:.2f}"
 
 
@@ -601,8 +601,9 @@ def _same_pictures(opened: list[_Opened], flags: list[str]) -> pd.DataFrame:
     common = first.predictions[[*key, "label"]]
     for other in opened[1:]:
         if other.classes != first.classes:
-            counts, alike = [len(o.classes) for o in (other, first)], "other names or another order"
-            how = alike if len({*counts}) == 1 else f"{counts[0]} classes and {counts[1]}"
+            theirs, ours = len(other.classes), len(first.classes)
+            how = f"{theirs} classes and {ours}" if theirs != ours else (
+                "classes of other names or in another order")  # fmt: skip
             raise ComparisonError(
                 f"{other.name} and {first.name} have {how}; compare runs of one data set"
             )

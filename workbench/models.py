@@ -357,9 +357,9 @@ def read_weights(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     if len(others) == 1:  # under a name of its own, such as model_state_dict
         [(key, tensors)] = others.items()
         return f"{path} [{key}]", tensors
-    several = f"several state dicts, {list(others)}; save" if others else (
-        f"no state dict, but {list(held) or type(content).__name__!r:.200}; name")  # fmt: skip
-    raise ModelError(f"{path} holds {several} the one of the model")
+    came = f"several state dicts, {list(others)}" if others else (
+        f"no state dict, but {list(held) or type(content).__name__!r:.200}")  # fmt: skip
+    raise ModelError(f"{path} holds {came}; save that of the model alone")
 
 
 def _tensors(mapping: Any) -> dict[str, torch.Tensor]:

@@ -146,9 +146,10 @@ def find(
     appended to `passed`, with the reason) or a list: .txt with a path a line, a
     label after the last space is passed over; .jsonl with {"filename": path} a line. A list's
     paths start from its folder. Absolute ones may lie anywhere; one that leaves the folder by
-    `..` gets an error. One input's pictures are named from it on; of several inputs names begin
-    with the input as given, so two pictures never share one. Raises PredictionError when an input
-    is not there or given twice, a list has a bad line, or nothing is found.
+    `..` gets an error. One input's images are named from it on; of several inputs names begin with
+    the folder as given, of a list with its folder, so two images never share one. Raises
+    PredictionError when an input is not there or given twice, a list has a bad line, or nothing is
+    found.
     """
     given = [data.on_disk(os.path.normpath(os.path.expanduser(path))) for path in inputs]
     if twice := [path for path, count in Counter(given).items() if count > 1]:

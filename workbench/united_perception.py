@@ -593,7 +593,8 @@ class _Importer:
             for name, keys in _TABLES["required"].items() if block else ():
                 if any(re.fullmatch(rf"(.*\.)?{name}", title) for title in titles):
                     for key in (key for key in keys.split() if not self.at(part, key)):
-                        self.say(DEFECT, self.where(part, key), "missing: UP stops (TypeError)")
+                        text = "missing: UP stops (a TypeError, KeyError or failed assertion)"
+                        self.say(DEFECT, self.where(part, key), text)
         self.tell("", self.root, {note.where for note in (*self.notes, *self.origin.values())})
         if self.batch and self.gpus is None:
             self.say(TAKEN, "--gpus", "not given, 1 assumed: batch_size is UP's for one GPU")
