@@ -1250,7 +1250,8 @@ OF_THE_STUDENT = """
  clip_grad_norm ema_decay loss
  bce_threshold bce_sum bce_shift label_smoothing up_smoothing teacher_weight mimic mimic_loss
  mimic_weight temperature dkd_beta mimic_warmup_epochs task_weight cache_teacher resume_from
- cache cache_dir auto_resume val_every checkpoint_minutes log_every device precision workers
+ cache cache_dir auto_resume val_every checkpoint_minutes log_every device precision compile
+ workers
  runs_dir
 """.split()
 

@@ -229,6 +229,40 @@ def test_leaving_the_loop_keeps_the_step_and_the_next_loop_goes_on(tmp_path, und
     assert_same_run(undisturbed, run)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_resumes_exactly(tmp_path):
+    """A resume compiles the same kernels again, for the same shapes."""
+    whole = train(small(tmp_path / "whole", compile=True))
+    recipe = small(tmp_path / "left", compile=True)
+    run = runs.Run(recipe.folder)
+    for limit in (4, 17):  # inside the first epoch, inside the second
+        for row in training.fit(recipe, run):
+            if row["kind"] == "step" and row["step"] == limit:
+                break
+        del row
+    list(training.fit(recipe, run))
+    assert_same_run(whole, run)
+
+
+def test_compile_without_a_compiler_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(training.TrainingError, match="needs a C.. compiler"):
+        train(small(tmp_path, compile=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, STRIKES], ids=["plain", "strikes"])
+def test_a_compiled_model_learns_as_the_eager_one(tmp_path, knobs):
+    """Without dropout, whose random numbers a compiled kernel draws in another order."""
+    knobs = {**knobs, "dropout": 0.0, "drop_path": 0.0, "epochs": 1, "warmup_epochs": 0.5}
+    eager, compiled = (
+        train(small(tmp_path / str(flag), **knobs, compile=flag)) for flag in (False, True)
+    )
+    first, second = (run.steps().loss for run in (eager, compiled))
+    np.testing.assert_allclose(second[:3], first[:3], rtol=1e-4)
+    np.testing.assert_allclose(second, first, rtol=2e-2)
+
+
 def test_an_error_in_the_loops_body_does_not_lock_the_run_for_the_next_try(tmp_path):
     recipe = small(tmp_path)
     run = runs.Run(recipe.folder)

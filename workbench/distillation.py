@@ -517,7 +517,7 @@ INDIFFERENT = frozenset(
     " teacher_weight teacher_image_size teacher_mean teacher_std mimic mimic_loss mimic_weight"
     " temperature dkd_beta mimic_warmup_epochs task_weight cache_teacher resume_from auto_resume"
     " val_every checkpoint_minutes log_every device precision workers runs_dir outside_root"
-    " train_list val_fraction num_classes dataset cache cache_dir".split()
+    " train_list val_fraction num_classes dataset cache cache_dir compile".split()
 )
 
 

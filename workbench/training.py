@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import threading
@@ -556,6 +557,11 @@ def _train(
     device = team.device
     precision = pick_precision(recipe.precision, device)
     workers = pick_workers(recipe.workers, team.local_world)
+    if recipe.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise TrainingError(
+            "compile: torch.compile needs a C++ compiler and found no g++; install one, name it "
+            "in the environment variable CXX, or set compile to false"
+        )
 
     content = prepared or data.open_data(recipe)
     # The model first: whether it can train is known before every image is read.
@@ -633,6 +639,7 @@ def _train(
         **_environment(device),
         "precision": precision,
         "processes": team.world,
+        "distributed": dist.get_backend() if team.side else None,
         "workers": workers,
         "threads": torch.get_num_threads(),
         "parameters": models.parameters(model),
@@ -815,6 +822,8 @@ def _train(
                 head = [models.module(model, name[:-1]) for name in models.heads(model)]
                 _wake(model, frozen, head if probe else None)
                 wrapped = team.wrap(student)  # gradients are shared for what learns from here on
+                if recipe.compile:  # a kernel per shape: the same ones before and after a resume
+                    wrapped = torch.compile(wrapped, dynamic=False)
             lr = rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -831,7 +840,7 @@ def _train(
                 last = batch.last
                 _quarantine(run, "train", train, batch.failures, named, step)
                 count = len(batch.labels)
-                with wrapped.no_sync() if team.world > 1 and not last else _nothing:
+                with wrapped.no_sync() if team.side and not last else _nothing:
                     if count:
                         images, targets = prepare(batch)
                         alone = norms and count == 1  # the others of its part vanished
@@ -1224,7 +1233,7 @@ class _Team:
     @contextlib.contextmanager
     def of(cls, recipe: Any) -> Iterator["_Team"]:
         device = pick_device(recipe.device)
-        if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_torchelastic_launched():
             yield cls(device, 0, 1, 1)
             return
         if device.type == "cuda":
@@ -1233,7 +1242,7 @@ class _Team:
         try:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             team = cls(device, dist.get_rank(), dist.get_world_size(), local_world)
-            if 2 * team.world > recipe.batch_size:
+            if team.world > 1 and 2 * team.world > recipe.batch_size:
                 raise TrainingError(
                     f"batch_size {recipe.batch_size} cannot be shared by {team.world} processes; "
                     "each takes two pictures or more"
@@ -1245,7 +1254,7 @@ class _Team:
             dist.destroy_process_group()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        if self.world == 1:
+        if self.side is None:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         with warnings.catch_warnings():  # its successor would overwrite buffers at the start
@@ -1254,7 +1263,7 @@ class _Team:
 
     def max(self, code: int) -> int:
         """The largest of all processes' codes: they stop and save at the same step."""
-        if self.world == 1:
+        if self.side is None:
             return code
         value = torch.tensor(code)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.side)
@@ -1265,7 +1274,7 @@ class _Team:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over processes of a CPU tensor."""
-        if self.world > 1:
+        if self.side is not None:
             dist.all_reduce(values, group=self.side)
         return values
 
@@ -1274,7 +1283,7 @@ class _Team:
 
         Of frozen ones, the same everywhere, the mean in float64 is what they are, to the bit.
         """
-        if self.world == 1:
+        if self.side is None:
             return
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -1284,7 +1293,7 @@ class _Team:
 
     def gather(self, frame: Any) -> Any:
         """All processes' rows, in the order of the validation list."""
-        if self.world == 1:
+        if self.side is None:
             return frame
         frames: list[Any] = [None] * self.world
         dist.all_gather_object(frames, frame, group=self.side)
