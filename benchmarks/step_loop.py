@@ -65,7 +65,15 @@ def bare_block(recipe, model, optimizer, normalize, reader, device, precision) -
         torch.cuda.synchronize()
 
 
-def measure(model_name: str, image_size: int, batch_size: int, device_name: str, blocks: int):
+def measure(
+    model_name: str,
+    image_size: int,
+    batch_size: int,
+    device_name: str,
+    blocks: int,
+    *,
+    compile: bool = False,
+):
     folder = tempfile.mkdtemp()
     recipe = Recipe(
         model=model_name,
@@ -81,6 +89,7 @@ def measure(model_name: str, image_size: int, batch_size: int, device_name: str,
         workers=0,
         verify_data=False,
         device=device_name,
+        compile=compile,
         runs_dir=folder,
     )
     device = training.pick_device(recipe.device)
@@ -93,6 +102,7 @@ def measure(model_name: str, image_size: int, batch_size: int, device_name: str,
 
     model = training.create_model(recipe, 10).to(device, memory_format=torch.channels_last).train()
     optimizer = training.create_optimizer(recipe, model)
+    model = torch.compile(model, dynamic=False) if compile else model
     bare = (recipe, model, optimizer, training.Normalize(recipe, device), cycle(made), device)
     ratios, ours_ms, bare_ms = [], [], []
     with mock.patch.object(data, "batches", lambda *_, **__: cycle(made)):
@@ -119,9 +129,15 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--compile", action="store_true")
     asked = parser.parse_args()
     ratio, ours, bare, device = measure(
-        asked.model, asked.image_size, asked.batch_size, asked.device, asked.blocks
+        asked.model,
+        asked.image_size,
+        asked.batch_size,
+        asked.device,
+        asked.blocks,
+        compile=asked.compile,
     )
     print(
         f"{asked.model} at {asked.image_size} px, batch {asked.batch_size}, {device}: "

@@ -434,6 +434,7 @@ def test_no_value_comes_back_from_the_device():
         seen.max().item()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("kind", ["smooth", "noise"])
 def test_a_gpu_gives_the_same(kind):

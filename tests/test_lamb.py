@@ -380,6 +380,7 @@ def test_a_step_asks_the_device_for_no_number(options, monkeypatch):
     assert waits.seen > 0 and waits.found == []
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_agrees_with_the_cpu_and_is_never_waited_for():
     ours, theirs = parameters(channels_last=True), parameters()
