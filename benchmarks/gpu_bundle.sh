@@ -20,9 +20,10 @@ packages="pydantic pydantic-core annotated-types typing-inspection simplejpeg ca
   kiwisolver pyparsing safetensors pyyaml papermill ansicolors requests urllib3 idna certifi charset-normalizer
   tenacity nbclient nbformat fastjsonschema jsonschema jsonschema-specifications referencing rpds-py attrs
   jupyter-client jupyter-core platformdirs pyzmq tornado traitlets ipykernel comm ipython ipython-pygments-lexers
-  decorator matplotlib-inline nest-asyncio pexpect ptyprocess prompt-toolkit wcwidth stack-data executing
+  decorator typing-extensions packaging matplotlib-inline nest-asyncio pexpect ptyprocess prompt-toolkit wcwidth stack-data executing
   asttokens pure-eval ipywidgets nest-asyncio2 entrypoints annotated-doc"
 platforms=""
+missing=""
 for name in manylinux_2_28 manylinux_2_27 manylinux_2_26 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux_2_12 \
   manylinux2010 manylinux_2_5 manylinux1; do
   platforms="$platforms --platform ${name}_x86_64"
@@ -32,8 +33,9 @@ for package in $packages; do
   if grep -qiE "^${package//-/[-_]}(==|[[:space:]]|$)" "$has"; then continue; fi
   python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "$python" \
     --implementation cp $platforms --dest "$bundle/wheels" "$package" \
-    || echo "no wheel of $package" >&2
+    || { echo "no wheel of $package for Python $python" >&2; missing=1; }
 done
+if [ -n "$missing" ]; then exit 1; fi
 if [ -n "$cifar" ]; then
   gzip --stdout --best "$cifar" > "$bundle/cifar10.tar.gz"
 fi

@@ -3,26 +3,28 @@
     python benchmarks/gpu_check.py [--device cuda|cpu] [--minutes 9] [--data TAR_GZ] [--out DIR]
 
 Each part runs as a process of its own with a time limit, and appends what it measured to
-DIR/results.jsonl, row by row, so an interrupted run keeps what it has. What a part leaves of its
-time goes to the last one. At the end DIR/gpu_check.md has the tables for README. Without --data
-the CIFAR-10 part is left out. `--device cpu` runs the same parts with tiny sizes, two at a time:
-it tests this script, and its figures mean nothing.
+DIR/results.jsonl, row by row, so an interrupted run keeps what it has; DIR/gpu_check.md has the
+tables for README. Time that a part leaves is shared by those after it. DIR must be empty; with
+--only it may have results, to which the named parts are added. Without --data the CIFAR-10 part is
+left out. `--device cpu` runs the same parts with tiny sizes, two at a time: it tests this script,
+and its figures mean nothing.
 """
 
 import argparse
 import contextlib
+import importlib.metadata
 import itertools
 import json
 import os
 import platform
 import re
-import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
+GPU_TESTS = ("test_lamb", "test_batched", "test_gpu")
 TARGETS = {"step loop": 1.03, "LAMB": 0.6}
 
 
@@ -37,36 +40,35 @@ TARGETS = {"step loop": 1.03, "LAMB": 0.6}
 
 
 def machine(options) -> Iterator[Row]:
-    import timm
-    import torch
-    import torchvision
-
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     smi = ""
     with contextlib.suppress(OSError):
         smi = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    yield {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    packages = ("torch", "torchvision", "timm")
+    yield {  # before torch is imported, which may take a minute on a cold disk
         "name, driver, memory": smi or "none",
         "cpu": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
     }
+    import torch
+
+    yield {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch finds no GPU")
 
 
 def tests(options) -> Iterator[Row]:
-    """pytest -m gpu, a row as each test ends; then what the tests recorded."""
-    report = options.out / "tests.xml"
-    report.write_text("<testsuites/>")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--junit-xml", str(report)]
-    command += ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "junit_family=xunit1"]
-    command += ["--durations=10", "--color=no"]
-    command += ["tests/test_gpu.py", "tests/test_lamb.py", "tests/test_batched.py"]
-    environment = {**os.environ, "WORKBENCH_TEST_DEVICE": options.device, "PYTHONUNBUFFERED": "1"}
+    """pytest -m gpu, a row as each test ends; the tests append what they measure themselves."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--durations=10", "--color=no"]
+    command += ["-p", "no:cacheprovider", "-o", "addopts="]
+    command += [f"tests/{name}.py" for name in GPU_TESTS]
+    environment = {
+        **os.environ,
+        "WORKBENCH_TEST_DEVICE": options.device,
+        "WORKBENCH_TEST_RESULTS": str(options.out / "results.jsonl"),
+        "PYTHONUNBUFFERED": "1",
+    }
     child = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
@@ -75,11 +77,7 @@ def tests(options) -> Iterator[Row]:
         print(line, end="", flush=True)  # to tests.log
         if found := re.match(r"tests/\S*::(.*) (PASSED|FAILED|ERROR|SKIPPED)", line):
             yield {"test": found[1], "result": found[2].lower()}
-    code = child.wait()
-    for case in ElementTree.parse(report).iter("testcase"):
-        if found := {p.get("name"): p.get("value") for p in case.iter("property")}:
-            yield {"test": case.get("name"), "recorded": json.dumps(found)}
-    if code:
+    if code := child.wait():
         raise SystemExit(f"pytest ended with {code}; see tests.log")
 
 
@@ -87,7 +85,7 @@ def papermill(options) -> Iterator[Row]:
     output = options.out / "02_baseline.ipynb"
     command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks/02_baseline.ipynb")]
     command += [str(output), "-f", str(ROOT / "params/digits_strikes.yaml"), "-k", "python3"]
-    command += ["-p", "device", options.device, "-p", "runs_dir", str(options.out / "runs")]
+    command += ["-p", "device", options.device, "-p", "runs_dir", str(options.scratch / "runs")]
     command += ["-p", "epochs", "2", "-p", "fraction", "0.1"] if options.device == "cpu" else []
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -97,7 +95,7 @@ def papermill(options) -> Iterator[Row]:
         "notebook": output.name,
         "exit code": done.returncode,
         "seconds": round(time.monotonic() - start, 1),
-        **last_epoch(options.out / "runs" / "digits_strikes-seed0"),
+        **last_epoch(options.scratch / "runs" / "digits_strikes-seed0"),
     }
 
 
@@ -121,24 +119,23 @@ def step_loop(options) -> Iterator[Row]:
     import torch
 
     cuda = options.device == "cuda"
-    models = ("resnet18", "resnet50") if cuda else ("test_resnet",)
-    size, batch, blocks = (224, 256, 4) if cuda else (32, 16, 1)
-    for compile, model in itertools.product((False, True), models):
+    size, batch = (224, 256) if cuda else (32, 16)
+    forms = [("resnet50", False, 4), ("resnet50", True, 2), ("resnet18", False, 4)]
+    for model, compile, blocks in forms if cuda else [("test_resnet", c, 1) for c in (False, True)]:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        ratio, ours, bare, _ = benchmark.measure(
-            model, size, batch, options.device, blocks, compile=compile
-        )
+        found = benchmark.measure(model, size, batch, options.device, blocks, compile=compile)
         yield {
             "model": model,
             "pixels": size,
             "batch": batch,
             "compile": compile,
-            "ours (ms)": round(ours, 2),
-            "bare (ms)": round(bare, 2),
-            "ratio": round(ratio, 3),
+            "warm-up of both (s)": round(found.warmup, 1),
+            "ours (ms)": round(found.ours, 2),
+            "bare (ms)": round(found.bare, 2),
+            "ratio": round(found.ratio, 3),
             "target": TARGETS["step loop"],
-            "img/s": round(1000 * batch / ours),
+            "img/s": round(1000 * batch / found.ours),
             "memory, both (MB)": round(torch.cuda.max_memory_allocated() / 1e6) if cuda else None,
         }
 
@@ -170,7 +167,7 @@ def loaders(options) -> Iterator[Row]:
     from workbench.recipe import Recipe
 
     cuda = options.device == "cuda"
-    folder = options.out / "jpegs"
+    folder = options.scratch / "jpegs"
     folder.mkdir(exist_ok=True)
     files = jpegs(None, folder)[: None if cuda else 40]
     for side, copies in (("train", 40 if cuda else 2), ("val", 1)):
@@ -183,10 +180,10 @@ def loaders(options) -> Iterator[Row]:
         "model": "resnet18" if cuda else "test_resnet", "image_size": 224 if cuda else 64,
         "val_resize": 256 if cuda else 64, "batch_size": 256 if cuda else 8, "lr": 0.01,
         "crop_scale": [0.08, 1.0], "flip": 0.5, "randaug_n": 2, "label_smoothing": 0.1,
-        "drop_last": True, "log_every": 10, "epochs": 2, "device": options.device,
-        "runs_dir": str(options.out / "runs"), "workers": None if cuda else 1,
+        "drop_last": True, "log_every": 10, "epochs": 2, "val_every": 2, "device": options.device,
+        "runs_dir": str(options.scratch / "runs"), "workers": None if cuda else 1,
     }  # fmt: skip
-    pixels = {"cache": True, "train_resize": 256, "cache_dir": str(options.out / "pixels")}
+    pixels = {"cache": True, "train_resize": 256, "cache_dir": str(options.scratch / "pixels")}
     forms = itertools.product((False, True), (False, True))
     for number, (cached, on_device) in enumerate(forms):
         form = Recipe(
@@ -196,9 +193,10 @@ def loaders(options) -> Iterator[Row]:
         run = runs.Run(form.folder)
         for _ in training.fit(form, run):
             pass
-        # The first epoch starts the loaders and warms up; the second is measured.
+        # The first epoch starts the loaders and warms up. At the start of the second their queue
+        # is full: 16 batches, which are left out where there are enough.
         steps = run.steps()
-        steps = steps[steps.epoch == 2]
+        steps = steps[steps.epoch == 2].iloc[2 if cuda else 0 :]
         yield {
             "read from": "cache" if cached else "JPEG",
             "augment_on_device": on_device,
@@ -216,69 +214,95 @@ def cifar(options) -> Iterator[Row]:
     if options.data is None:
         yield {"left out": "no --data"}
         return
-    folder = options.out / "data"
+    folder = options.scratch / "data"
     with tarfile.open(options.data) as tar:
         tar.extractall(folder, filter="data")
-    [root] = [p.parent for p in folder.rglob("meta") if p.is_dir()]
-    end = time.monotonic() + options.seconds
-    shared = ["data_dir=" + str(root), f"runs_dir={options.out / 'runs'}", "cache=true"]
-    shared += [f"device={options.device}", f"cache_dir={options.out / 'pixels'}", "log_every=50"]
+    [root] = [p.parent for p in folder.glob("*/meta")]
+    shared = {
+        "data_dir": str(root), "runs_dir": str(options.scratch / "runs"), "cache": True,
+        "cache_dir": str(options.scratch / "pixels"), "device": options.device, "log_every": 50,
+    }  # fmt: skip
     names = ["cifar10_baseline", "cifar10_bag_of_tricks", "cifar10_strikes"]
+    longer: dict[str, Row] = {}
     if options.device == "cuda":
         workers = max(1, len(os.sched_getaffinity(0)) // 3)
-        shared += ["epochs=20", f"workers={workers}"]
-        longer = {"cifar10_baseline": ["milestones=[6, 12, 18]"]}
-        seeds, students = range(3), ["mimic_loss=kl", "mimic_loss=dist"]
+        epochs = options.epochs
+        shared |= {"epochs": epochs, "val_every": max(1, epochs // 3), "workers": workers}
+        steps = [round(share * epochs) for share in (0.3, 0.6, 0.9)]  # as in the recipe
+        longer = {"cifar10_baseline": {"milestones": steps}}
+        seeds, students = range(3), ["kl", "dist"]
     else:
-        shared += ["epochs=1", "workers=0", "fraction=0.004", "model=test_resnet"]
-        shared += ["warmup_epochs=0.5"]
-        longer = {"cifar10_baseline": ["milestones=[]", "schedule=cosine"]}
+        shared |= {"epochs": 1, "workers": 0, "fraction": 0.004, "model": "test_resnet"}
+        shared |= {"warmup_epochs": 0.5}
+        longer = {"cifar10_baseline": {"milestones": [], "schedule": "cosine"}}
         seeds, students, names = range(1), [], names[:2]
+    prepare(f"params/{names[0]}.yaml", {**shared, **longer.get(names[0], {})})
     taken = 0.0
     for seed in seeds:
-        jobs = [(name, [*shared, *longer.get(name, []), f"seed={seed}"]) for name in names]
-        if time.monotonic() + taken > end:
-            break
-        start = time.monotonic()
-        yield from trained(jobs, options.out / "runs")
-        taken = time.monotonic() - start
-    compared = [str(options.out / "runs" / f"{name}-seed{s}") for name in names for s in seeds]
-    compared = [path for path in compared if (Path(path) / "predictions.parquet").exists()]
-    command = [sys.executable, "-m", "workbench", "compare", *compared]
+        if time.time() + taken > options.deadline:
+            return
+        start = time.time()
+        jobs = [(name, {**shared, **longer.get(name, {}), "seed": seed}) for name in names]
+        yield from trained(jobs)
+        taken = time.time() - start
+        yield verdicts(options, names)
+    if not students or time.time() + 2 * taken > options.deadline:
+        return
+    yield from trained([("cifar10_teacher", {**shared, "epochs": options.epochs // 2})])
+    place = str(options.scratch / "runs" / "cifar10_teacher-seed0")
+    for seed in seeds:
+        if time.time() + taken > options.deadline:
+            return
+        own = {**shared, "teacher": place, "seed": seed}
+        yield from trained(
+            [
+                ("cifar10_distillation", {**own, "mimic_loss": kind, "name": f"cifar10_{kind}"})
+                for kind in students
+            ]
+        )
+        yield verdicts(options, [f"cifar10_{kind}" for kind in students])
+
+
+def prepare(params: str, overrides: Row) -> None:
+    """Verifies the images and builds the pixel cache once, before several runs need them."""
+    from workbench import data, training
+    from workbench.recipe import Recipe
+
+    recipe = Recipe.read(ROOT / params, **overrides)
+    dataset = data.open_data(recipe)
+    train, val = data.examine(dataset.train), data.examine(dataset.val)
+    training.keep(recipe, train, val)
+
+
+def verdicts(options, names: list[str]) -> Row:
+    paths = [path for name in names for path in (options.scratch / "runs").glob(f"{name}-seed*")]
+    paths = [str(path) for path in sorted(paths) if (path / "predictions.parquet").exists()]
+    command = [sys.executable, "-m", "workbench", "compare", *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    yield {"verdicts": done.stdout or done.stderr[-500:]}
-    teacher = [("cifar10_teacher", [*shared, "epochs=10"])]
-    if students and time.monotonic() + 2 * taken < end:
-        yield from trained(teacher, options.out / "runs")
-        for seed in seeds:
-            if time.monotonic() + taken > end:
-                break
-            jobs = []
-            for loss in students:
-                name = f"name=cifar10_{loss.partition('=')[2]}"
-                place = f"teacher={options.out / 'runs' / 'cifar10_teacher-seed0'}"
-                jobs.append(("cifar10_distillation", [*shared, loss, name, place, f"seed={seed}"]))
-            yield from trained(jobs, options.out / "runs")
+    return {"verdicts": done.stdout or done.stderr[-500:]}
 
 
-def trained(jobs: list[tuple[str, list[str]]], runs_dir: Path) -> Iterator[Row]:
-    """Trains params files with their overrides, all at a time; a row per run."""
-    children = []
+def trained(jobs: list[tuple[str, Row]]) -> Iterator[Row]:
+    """Trains params files with their overrides, all at a time; a row as each run ends."""
+    children = {}
     for params, overrides in jobs:
-        named = dict(text.split("=", 1) for text in overrides)
-        place = runs_dir / f"{named.get('name', params)}-seed{named.get('seed', 0)}"
+        place = Path(overrides["runs_dir"], f"{overrides.get('name', params)}-seed"
+                     f"{overrides.get('seed', 0)}")  # fmt: skip
         command = [sys.executable, "-m", "workbench", "train", f"params/{params}.yaml"]
-        command += [word for text in overrides for word in ("-p", text)]
-        log = place.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
+        command += [word for k, v in overrides.items() for word in ("-p", f"{k}={v}")]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.with_suffix(".log").open("w") as file:
             child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        children.append((place, log, child))
-    for place, log, child in children:
-        if child.wait():
-            raise SystemExit(f"{place.name}: {log.read_text()[-1500:]}")
-        else:
-            yield {"run": place.name, **last_epoch(place)}
+        children[child] = place
+    while children:
+        time.sleep(0.2)
+        for child in [c for c in children if c.poll() is not None]:
+            place = children.pop(child)
+            if child.returncode:
+                error = place.with_suffix(".log").read_text()[-800:]
+                yield {"run": place.name, "failed": error}
+            else:
+                yield {"run": place.name, **last_epoch(place)}
 
 
 # ---- the sequence
@@ -286,54 +310,66 @@ def trained(jobs: list[tuple[str, list[str]]], runs_dir: Path) -> Iterator[Row]:
 # part: share of the time, in the order of their value; the last also gets what the others leave
 PARTS = {
     machine: 0.03,
-    tests: 0.27,
-    papermill: 0.12,
-    step_loop: 0.2,
-    lamb: 0.06,
-    loaders: 0.12,
+    tests: 0.33,
+    papermill: 0.1,
+    step_loop: 0.19,
+    lamb: 0.05,
+    loaders: 0.1,
     cifar: 0.2,
 }
+LEAST = {machine: 90.0}  # seconds, for the first import of torch
 
 
-def run_parts(options) -> None:
+def run_parts(options, parts: list) -> None:
     """One after the other on a GPU, each within its share of the time; two at a time on a CPU."""
-    end, left = time.monotonic() + 60 * options.minutes, 1.0
+    end, left = time.monotonic() + 60 * options.minutes, sum(PARTS[part] for part in parts)
     if options.device == "cpu":
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda part: run_part(part, options, end - time.monotonic()), PARTS))
+            list(pool.map(lambda part: run_part(part, options, end - time.monotonic()), parts))
         return
-    for part, share in PARTS.items():
-        remaining = end - time.monotonic()
-        last = part is list(PARTS)[-1]
-        run_part(part, options, max(20.0, remaining if last else remaining * share / left))
-        left -= share
+    for part in parts:
+        share = (end - time.monotonic()) * PARTS[part] / left
+        run_part(part, options, max(LEAST.get(part, 20.0), share))
+        left -= PARTS[part]
 
 
 def run_part(part, options, seconds: float) -> None:
-    """Runs one part in a process group of its own, ends it when its time is over."""
-    command = [sys.executable, __file__, "--part", part.__name__, "--seconds", str(seconds)]
-    command += ["--device", options.device, "--out", str(options.out)]
+    """Runs one part in a process of its own, and ends it when its time is over."""
+    command = [sys.executable, __file__, "--part", part.__name__, "--device", options.device]
+    command += ["--deadline", str(time.time() + seconds - 10), "--out", str(options.out)]
+    command += ["--scratch", str(options.scratch), "--epochs", str(options.epochs)]
     command += ["--data", str(options.data)] if options.data else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [
         str(ROOT), os.environ.get("PYTHONPATH")]))}  # fmt: skip
     start = time.monotonic()
-    with (options.out / f"{part.__name__}.log").open("w") as log:
-        child = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+    path = options.out / f"{part.__name__}.log"
+    with path.open("w") as log:
+        child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            state = "done" if child.wait(seconds) == 0 else "failed"
+            state = "done" if child.wait(max(1.0, seconds)) == 0 else "failed"
         except subprocess.TimeoutExpired:
             state = f"stopped after its {seconds:.0f} seconds"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, 9)
+            end_family(child.pid)
             child.wait()
     row = {"state": state, "seconds": round(time.monotonic() - start, 1)}
-    if state == "failed":
-        row["error"] = (options.out / f"{part.__name__}.log").read_text()[-1500:]
+    if state != "done":
+        row["error"] = path.read_text()[-1500:]
     append(options.out, part.__name__, row)
+    report = markdown(options.out, options.device)
+    (options.out / "gpu_check.md").write_text(report, encoding="utf-8")
     print(f"{part.__name__}: {state}, {row['seconds']} s", flush=True)
+
+
+def end_family(pid: int) -> None:
+    """Kills a process and its descendants, some of which are in sessions of their own."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def append(out: Path, part: str, row: Row) -> None:
@@ -369,8 +405,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as tar.gz")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--epochs", type=int, default=12, help="of the CIFAR-10 recipes")
+    parser.add_argument("--only", default="", help="parts, separated by commas")
+    for hidden, kind in (("--part", str), ("--deadline", float), ("--scratch", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out = options.out.resolve()
     options.data = options.data and options.data.resolve()
@@ -379,15 +417,22 @@ def main() -> None:
         for row in globals()[options.part](options):
             append(options.out, options.part, row)
         return
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
-    run_parts(options)
-    report = markdown(options.out, options.device)
-    (options.out / "gpu_check.md").write_text(report, encoding="utf-8")
-    print(report)
+    named = {part.__name__: part for part in PARTS}
+    if unknown := set(filter(None, options.only.split(","))) - set(named):
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(named)}")
+    parts = [part for name, part in named.items() if name in (options.only or name).split(",")]
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.only and any(options.out.iterdir()):
+        parser.error(f"{options.out} is not empty; name another folder, or --only some parts")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory(prefix="gpu_check.", ignore_cleanup_errors=True) as scratch:
+        options.scratch = Path(scratch)
+        run_parts(options, parts)
+    print((options.out / "gpu_check.md").read_text(encoding="utf-8"))
     results = (options.out / "results.jsonl").read_text().splitlines()
-    states = [r["state"] for r in map(json.loads, results) if "state" in r]
-    sys.exit(any(state != "done" for state in states))
+    # Of a part that was repeated the last state counts.
+    states = {r["part"]: r["state"] for r in map(json.loads, results) if "state" in r}
+    sys.exit(any(state != "done" for state in states.values()))
 
 
 if __name__ == "__main__":

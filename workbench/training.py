@@ -557,10 +557,12 @@ def _train(
     device = team.device
     precision = pick_precision(recipe.precision, device)
     workers = pick_workers(recipe.workers, team.local_world)
-    if recipe.compile and not shutil.which(os.environ.get("CXX", "g++")):
+    compilers = [os.environ.get("CXX", "g++")]  # C++ on a CPU; Triton takes a C compiler on a GPU
+    compilers += [os.environ.get("CC", "gcc"), "clang"] if device.type != "cpu" else []
+    if recipe.compile and not any(map(shutil.which, compilers)):
         raise TrainingError(
-            "compile: torch.compile needs a C++ compiler and found no g++; install one, name it "
-            "in the environment variable CXX, or set compile to false"
+            f"compile: torch.compile needs a C++ compiler and found no {compilers[0]}; install "
+            "one, name it in the environment variable CXX, or set compile to false"
         )
 
     content = prepared or data.open_data(recipe)
