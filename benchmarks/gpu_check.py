@@ -170,7 +170,7 @@ def loaders(options) -> Iterator[Row]:
     folder = options.scratch / "jpegs"
     folder.mkdir(exist_ok=True)
     files = jpegs(None, folder)[: None if cuda else 40]
-    for side, copies in (("train", 40 if cuda else 2), ("val", 1)):
+    for side, copies in (("train", 80 if cuda else 2), ("val", 1)):
         for copy, (i, path) in itertools.product(range(copies), enumerate(files)):
             link = folder / "data" / side / f"class{i % 4}" / f"{copy}_{i:04d}.jpg"
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +279,8 @@ def verdicts(options, names: list[str]) -> Row:
     paths = [str(path) for path in sorted(paths) if (path / "predictions.parquet").exists()]
     command = [sys.executable, "-m", "workbench", "compare", *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return {"verdicts": done.stdout or done.stderr[-500:]}
+    failed = {"failed": done.stderr[-500:]} if done.returncode else {}
+    return {"verdicts": done.stdout, **failed}
 
 
 def trained(jobs: list[tuple[str, Row]]) -> Iterator[Row]:
@@ -307,7 +308,7 @@ def trained(jobs: list[tuple[str, Row]]) -> Iterator[Row]:
 
 # ---- the sequence
 
-# part: share of the time, in the order of their value; the last also gets what the others leave
+# part: share of the time, in the order of their value; what one leaves is shared by those after it
 PARTS = {
     machine: 0.03,
     tests: 0.33,
@@ -387,7 +388,7 @@ def markdown(out: Path, device: str) -> str:
         own = [r for r in own if "state" not in r]
         said = ", ".join(f"{r['state']} in {r['seconds']} s" for r in states) or "not reached"
         text += [f"## {part.__name__}: {said}", ""]
-        text += [f"```\n{r['verdicts']}\n```" for r in own if "verdicts" in r]
+        text += [f"```\n{r['verdicts'] + r.get('failed', '')}\n```" for r in own if "verdicts" in r]
         table = [r for r in own if "verdicts" not in r]
         columns = [c for c in dict.fromkeys(key for r in table for key in r) if c != "part"]
         if columns:
@@ -414,9 +415,11 @@ def main() -> None:
     options.data = options.data and options.data.resolve()
     if options.part:
         sys.path.insert(0, str(Path(__file__).parent))
+        failed = False
         for row in globals()[options.part](options):
             append(options.out, options.part, row)
-        return
+            failed |= "failed" in row
+        sys.exit("a run or a comparison failed; see the rows" if failed else 0)
     named = {part.__name__: part for part in PARTS}
     if unknown := set(filter(None, options.only.split(","))) - set(named):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(named)}")
@@ -428,7 +431,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_check.", ignore_cleanup_errors=True) as scratch:
         options.scratch = Path(scratch)
         run_parts(options, parts)
-    print((options.out / "gpu_check.md").read_text(encoding="utf-8"))
+    report = markdown(options.out, options.device)  # again: two parts may have ended together
+    (options.out / "gpu_check.md").write_text(report, encoding="utf-8")
+    print(report)
     results = (options.out / "results.jsonl").read_text().splitlines()
     # Of a part that was repeated the last state counts.
     states = {r["part"]: r["state"] for r in map(json.loads, results) if "state" in r}

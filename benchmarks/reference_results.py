@@ -145,7 +145,6 @@ def former_names() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("trees", type=Path, nargs="+")
-    parser.add_argument("--json", type=Path, help="write the digests to this file")
     asked = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -154,8 +153,6 @@ def main() -> None:
             folder = Path(temporary) / str(number)
             folder.mkdir()
             results.append(train_all(tree.resolve(), folder, former_names()))
-    if asked.json:
-        asked.json.write_text(json.dumps(results, indent=1))
     print("\n| recipe | metrics.csv | weights | same |\n|---|---|---|---|")
     for name in RECIPES:
         found = [result[name] for result in results]

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from test_training import train
 
 from workbench import data, export, runs, training
 from workbench.recipe import Recipe
@@ -64,12 +65,6 @@ def recipe_for(folder, **options) -> Recipe:
     workers = 2 if DEVICE == "cuda" else 0
     defaults = {"epochs": 3, "workers": workers, "device": DEVICE, "runs_dir": str(folder)}
     return Recipe(**{**defaults, **options})
-
-
-def train(recipe: Recipe) -> runs.Run:
-    run = runs.Run(recipe.folder)
-    list(training.fit(recipe, run))
-    return run
 
 
 def start(recipe: Recipe, file, mode: str) -> subprocess.Popen:

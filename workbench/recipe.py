@@ -248,7 +248,7 @@ class Recipe(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = knob("auto", "auto is bf16 where it is native")
     channels_last: bool = knob(True, "memory layout of images and weights")
     compile: bool = knob(
-        False, "torch.compile of the model: first steps slow, later ones fast", place=True
+        False, "torch.compile of the model; its first steps take longer", place=True
     )
     augment_on_device: bool = knob(
         False, "flip, RandAugment and jitter by the batch; loaders only crop"
