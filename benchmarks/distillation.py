@@ -4,7 +4,7 @@
 
 Claim: over 5 seeds the mean of the distilled students is no lower than that of the students alone.
 Printed are top-1 of both as mean and standard deviation, the gain, and a paired t-test over seeds
-(a seed's two students see the same pictures in the same order). The teacher is
+(a seed's two students see the same images in the same order). The teacher is
 params/digits_teacher.yaml, the student params/digits_distillation.yaml; a few minutes on a CPU.
 """
 
@@ -38,14 +38,14 @@ def _run(folder: Path, seeds: int) -> None:
         return float(run.metrics().top1.iloc[-1])
 
     shared = {"runs_dir": str(folder / "runs")}
-    teacher = Recipe.read(ROOT / "params" / "digits_teacher.yaml", **shared)
+    teacher = Recipe.from_yaml(ROOT / "params" / "digits_teacher.yaml", **shared)
     print(f"teacher: {top1(teacher):.2f} %", flush=True)
-    student = Recipe.read(ROOT / "params" / "digits_distillation.yaml", **shared)
+    student = Recipe.from_yaml(ROOT / "params" / "digits_distillation.yaml", **shared)
     student = student.replace(teacher=[str(teacher.folder)])
     alone, taught = [], []
     for seed in range(seeds):
         one = student.replace(seed=seed)
-        alone.append(top1(distillation.alone(one)))
+        alone.append(top1(distillation.without_teacher(one)))
         taught.append(top1(one))
         print(f"seed {seed}: alone {alone[-1]:.2f} %, distilled {taught[-1]:.2f} %", flush=True)
     for name, values in (("alone", alone), ("distilled", taught)):

@@ -1,6 +1,6 @@
 """`workbench train` beside timm's own train.py: img/s of the whole, on the same files.
 
-    python benchmarks/end_to_end.py [--timm TRAIN_PY] [--validate VALIDATE_PY] [--pictures PATH]
+    python benchmarks/end_to_end.py [--timm TRAIN_PY] [--validate VALIDATE_PY] [--images PATH]
 
 TRAIN_PY and VALIDATE_PY are scripts of timm's repository, near the version that is installed;
 without them there is nothing to compare with, and that is said. Both train the same network with
@@ -8,7 +8,7 @@ the same batch, size, precision, number of loader processes and augmentation
 (RandAugment-Increasing on crops), as processes of their own. One of 1 epoch and one of 3 take
 turns: the difference is two epochs without the start, and an epoch has its validation and its
 checkpoint in it. Ours also with a cache.
-validate.py stands beside our evaluation of the same pictures and network in fp32, by what it
+validate.py stands beside our evaluation of the same images and network in fp32, by what it
 reports of its own loop, with the same resize, filter and crop. PATH is a folder of JPEG files, or a
 tar of one; without it, 200 of 500 x 375 pixels are made up. Each file stands in the list of
 training fifteen times and in that of evaluation twenty times, under other names. On a CPU set
@@ -30,14 +30,16 @@ from pathlib import Path
 import torch
 from input import jpegs  # the benchmark beside this one
 
-from workbench import cache, data, evaluation, training
+from workbench import data, training
+from workbench.data import pixel_cache
+from workbench.evaluation import inference
 from workbench.recipe import Recipe
 
 COPIES = {"train": 15, "val": 1, "evaluated": 20}
 
 
 def folders(files: list[Path], folder: Path) -> int:
-    """Class folders of links to the pictures, by COPIES; returns the number of training files."""
+    """Class folders of links to the images, by COPIES; returns the number of training files."""
     for side, copies in COPIES.items():
         for copy in range(copies):
             for i, path in enumerate(files):
@@ -60,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--timm", type=Path, help="timm's train.py")
     parser.add_argument("--validate", type=Path, help="timm's validate.py")
-    parser.add_argument("--pictures", type=Path, help="a folder of JPEG files, or a tar of one")
+    parser.add_argument("--images", type=Path, help="a folder of JPEG files, or a tar of one")
     parser.add_argument("--model", default="test_resnet")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=50)
@@ -72,11 +74,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        count = folders(jpegs(options.pictures, root), root / "data")
-        workers = data.cores()
+        count = folders(jpegs(options.images, root), root / "data")
+        workers = data.available_cpus()
         bf16 = training.pick_precision("auto", torch.device(options.device)) == "bf16"
         print(f"{options.model} at {options.size} pixels, batch {options.batch}, "
-              f"{'bf16' if bf16 else 'fp32'}, {count} pictures an epoch, {workers} loaders, "
+              f"{'bf16' if bf16 else 'fp32'}, {count} images an epoch, {workers} loaders, "
               f"{training.processor()}, {options.device}")  # fmt: skip
 
         def timm_trains(epochs: int) -> float:
@@ -92,17 +94,17 @@ def main() -> None:
                 *(["--amp", "--amp-dtype", "bfloat16"] if bf16 else []),
             ])  # fmt: skip
 
-        knobs = {
+        recipe_options = {
             "dataset": "files", "data_dir": str(root / "data"), "model": options.model,
             "image_size": options.size, "val_resize": round(options.size * 8 / 7), "lr": 0.01,
-            "batch_size": options.batch, "crop_scale": [0.08, 1.0], "flip": 0.5, "randaug_n": 2,
+            "batch_size": options.batch, "crop_scale": [0.08, 1.0], "hflip": 0.5, "randaug_n": 2,
             "label_smoothing": 0.1, "drop_last": True, "workers": workers,
             "device": options.device, "runs_dir": str(root / "runs"),
         }  # fmt: skip
 
         def we_train(epochs: int, **changes) -> float:
             shutil.rmtree(root / "runs", ignore_errors=True)
-            Recipe(**knobs, epochs=epochs, **changes).write(root / "recipe.yaml")
+            Recipe(**recipe_options, epochs=epochs, **changes).to_yaml(root / "recipe.yaml")
             return seconds([sys.executable, "-m", "workbench", "train", str(root / "recipe.yaml")])
 
         cached = {"cache": True, "cache_dir": str(root / "kept"), "train_resize": 256}
@@ -119,19 +121,19 @@ def main() -> None:
                     speeds[name].append(2 * count / (trains(3) - trains(1)))
             report(speeds, "timm train.py")
         if options.validate:
-            validation(options, root, knobs, workers)
+            validation(options, root, recipe_options, workers)
 
 
-def validation(options, root: Path, knobs: dict, workers: int) -> None:
-    """Images per second of one network over the pictures, read as validation reads."""
-    recipe = Recipe(**knobs, val_root=["evaluated"])
-    content = data.open_data(recipe)
+def validation(options, root: Path, recipe_options: dict, workers: int) -> None:
+    """Images per second of one network over the images, read as validation reads."""
+    recipe = Recipe(**recipe_options, val_root=["evaluated"])
+    content = data.load_dataset(recipe)
     device = torch.device(options.device)
     model = training.create_model(recipe, 4).to(device, memory_format=torch.channels_last).eval()
     torch.save(model.state_dict(), root / "weights.pth")
-    see = training.test_transform(recipe)
-    kept = cache.Cache(data.examine(content.val, cache=False), see, root / "kept")
-    cache.build(kept)
+    see = training.eval_transform(recipe)
+    kept = pixel_cache.Cache(data.verify_images(content.val, cache=False), see, root / "kept")
+    pixel_cache.build(kept)
     forms = {"workbench, files": None, "workbench, cache": kept}
     speeds: dict[str, list[float]] = {"timm validate.py": [], **{name: [] for name in forms}}
     for _ in range(options.rounds):
@@ -151,10 +153,10 @@ def validation(options, root: Path, knobs: dict, workers: int) -> None:
         speeds["timm validate.py"].append(float(found[-1]))
         for name, cached in forms.items():
             start = time.perf_counter()
-            batches = data.eval_batches(
+            batches = data.eval_loader(
                 content.val, see, batch_size=options.batch, workers=workers, cached=cached
             )
-            evaluation.predict(model, batches, training.Normalize(recipe, device), device)
+            inference.predict(model, batches, training.Normalize(recipe, device), device)
             speeds[name].append(len(content.val) / (time.perf_counter() - start))
     report(speeds, "timm validate.py")
 

@@ -30,7 +30,7 @@ def main() -> None:
         forms = _forms(name, options.threads)
         rounds = [{form: _median(call, options.calls) for form, call in forms.items()}
                   for _ in range(options.rounds)]  # fmt: skip
-        print(f"{name}, {options.threads} threads, ms a picture at batch 1:")
+        print(f"{name}, {options.threads} threads, ms an image at batch 1:")
         for form in forms:
             print(f"  {form:14s} {1000 * statistics.median(r[form] for r in rounds):8.2f}")
         for over, under, claim in (("torch eager", "onnx", ONNX), ("onnx", "int8", INT8)):

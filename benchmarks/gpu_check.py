@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
-GPU_TESTS = ("test_lamb", "test_batched", "test_gpu")
+GPU_TESTS = ("training/test_lamb", "augmentation/test_batched", "training/test_gpu")
 TARGETS = {"step loop": 1.03, "LAMB": 0.6}
 
 
@@ -86,7 +86,9 @@ def papermill(options) -> Iterator[Row]:
     command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks/02_baseline.ipynb")]
     command += [str(output), "-f", str(ROOT / "params/digits_strikes.yaml"), "-k", "python3"]
     command += ["-p", "device", options.device, "-p", "runs_dir", str(options.scratch / "runs")]
-    command += ["-p", "epochs", "2", "-p", "fraction", "0.1"] if options.device == "cpu" else []
+    command += (
+        ["-p", "epochs", "2", "-p", "train_fraction", "0.1"] if options.device == "cpu" else []
+    )
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -176,11 +178,11 @@ def loaders(options) -> Iterator[Row]:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.resolve())
     recipe = {
-        "dataset": "files", "data_dir": str(folder / "data"), "outside_root": True,
+        "dataset": "files", "data_dir": str(folder / "data"), "allow_outside_root": True,
         "model": "resnet18" if cuda else "test_resnet", "image_size": 224 if cuda else 64,
         "val_resize": 256 if cuda else 64, "batch_size": 256 if cuda else 8, "lr": 0.01,
-        "crop_scale": [0.08, 1.0], "flip": 0.5, "randaug_n": 2, "label_smoothing": 0.1,
-        "drop_last": True, "log_every": 10, "epochs": 2, "val_every": 2, "device": options.device,
+        "crop_scale": [0.08, 1.0], "hflip": 0.5, "randaug_n": 2, "label_smoothing": 0.1,
+        "drop_last": True, "log_every": 10, "epochs": 2, "eval_every": 2, "device": options.device,
         "runs_dir": str(options.scratch / "runs"), "workers": None if cuda else 1,
     }  # fmt: skip
     pixels = {"cache": True, "train_resize": 256, "cache_dir": str(options.scratch / "pixels")}
@@ -227,12 +229,12 @@ def cifar(options) -> Iterator[Row]:
     if options.device == "cuda":
         workers = max(1, len(os.sched_getaffinity(0)) // 3)
         epochs = options.epochs
-        shared |= {"epochs": epochs, "val_every": max(1, epochs // 3), "workers": workers}
+        shared |= {"epochs": epochs, "eval_every": max(1, epochs // 3), "workers": workers}
         steps = [round(share * epochs) for share in (0.3, 0.6, 0.9)]  # as in the recipe
         longer = {"cifar10_baseline": {"milestones": steps}}
         seeds, students = range(3), ["kl", "dist"]
     else:
-        shared |= {"epochs": 1, "workers": 0, "fraction": 0.004, "model": "test_resnet"}
+        shared |= {"epochs": 1, "workers": 0, "train_fraction": 0.004, "model": "test_resnet"}
         shared |= {"warmup_epochs": 0.5}
         longer = {"cifar10_baseline": {"milestones": [], "schedule": "cosine"}}
         seeds, students, names = range(1), [], names[:2]
@@ -256,7 +258,7 @@ def cifar(options) -> Iterator[Row]:
         own = {**shared, "teacher": place, "seed": seed}
         yield from trained(
             [
-                ("cifar10_distillation", {**own, "mimic_loss": kind, "name": f"cifar10_{kind}"})
+                ("cifar10_distillation", {**own, "kd_loss": kind, "name": f"cifar10_{kind}"})
                 for kind in students
             ]
         )
@@ -268,10 +270,10 @@ def prepare(params: str, overrides: Row) -> None:
     from workbench import data, training
     from workbench.recipe import Recipe
 
-    recipe = Recipe.read(ROOT / params, **overrides)
-    dataset = data.open_data(recipe)
-    train, val = data.examine(dataset.train), data.examine(dataset.val)
-    training.keep(recipe, train, val)
+    recipe = Recipe.from_yaml(ROOT / params, **overrides)
+    dataset = data.load_dataset(recipe)
+    train, val = data.verify_images(dataset.train), data.verify_images(dataset.val)
+    training.build_pixel_caches(recipe, train, val)
 
 
 def verdicts(options, names: list[str]) -> Row:

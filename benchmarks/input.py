@@ -1,19 +1,19 @@
-"""What one core gives of training and validation pictures, beside timm's and torchvision's loaders.
+"""What one core gives of training and validation images, beside timm's and torchvision's loaders.
 
-    python benchmarks/input.py [--pictures FOLDER_OR_TAR] [--rounds 7]
+    python benchmarks/input.py [--images FOLDER_OR_TAR] [--rounds 7]
 
 Every loader decodes the same files, transforms them and hands over uint8 batches, in one process
-with one thread; they take turns of a second or a pass over all pictures, and ratios to timm are
+with one thread; they take turns of a second or a pass over all images, and ratios to timm are
 taken round by round. timm is its create_loader with the same operations; torchvision is its
 reference transforms, v2, on Pillow images and on tensors. From a cache (built before, short side
-256) only ours can read; the last table has pictures of 32 pixels, which the others hold in memory.
-Without --pictures the files are made up: 200 JPEG of 500 x 375 pixels.
+256) only ours can read; the last table has images of 32 pixels, which the others hold in memory.
+Without --images the files are made up: 200 JPEG of 500 x 375 pixels.
 Claims, by the median ratio: from JPEG at least 2.2 times timm for the transform of strikes, 1.8
 for crop and flip, 1.5 for validation; from a cache at least 12 times timm's from JPEG for strikes
-(8 in timm's form, whose bicubic moves cost more), and on small pictures at least the best of those
-in memory that draw for each picture. Those from JPEG are missed where Pillow decodes nearly as fast
+(8 in timm's form, whose bicubic moves cost more), and on small images at least the best of those
+in memory that draw for each image. Those from JPEG are missed where Pillow decodes nearly as fast
 as libjpeg-turbo alone, which is measured first. Our pixels after crop and resize lie within 1.5 of
-255 of Pillow's, on average over any picture.
+255 of Pillow's, on average over any image.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from torch.utils.data import DataLoader
 from torchvision import io
 from torchvision.transforms import v2
 
-from workbench import ROOT, cache, data, images, training
+from workbench import ROOT, data, training
+from workbench.data import images, pixel_cache
 from workbench.recipe import Recipe
 
 SIZE, BATCH = 224, 50
@@ -60,7 +61,7 @@ KINDS = {
 }
 
 
-# ---- loaders: each a function that makes one pass and returns how many pictures it gave
+# ---- loaders: each a function that makes one pass and returns how many images it gave
 
 
 def passes(make: Callable[[], Iterable], count: Callable[[Any], int]) -> Callable[[], int]:
@@ -112,14 +113,18 @@ def steps_of_torchvision(kind: str, size: int = SIZE) -> list:
     return steps + ([v2.RandAugment(2, 7)] if kind.startswith("strikes") else [])
 
 
-def ours(frame: pd.DataFrame, recipe: Recipe, cached: cache.Cache | None) -> Callable[[], int]:
+def ours(
+    frame: pd.DataFrame, recipe: Recipe, cached: pixel_cache.Cache | None
+) -> Callable[[], int]:
     transform, epoch = training.train_transform(recipe), [0]
     steps = data.steps_per_epoch(len(frame), BATCH)
 
     def make() -> Iterable[data.Batch]:
         epoch[0] += 1
         span = range(epoch[0] * steps, (epoch[0] + 1) * steps)
-        return data.batches(frame, transform, seed=0, batch_size=BATCH, steps=span, cached=cached)
+        return data.train_loader(
+            frame, transform, seed=0, batch_size=BATCH, steps=span, cached=cached
+        )
 
     return passes(make, lambda batch: len(batch.images))
 
@@ -157,18 +162,18 @@ def race(loaders: dict[str, Callable[[], int]], rounds: int, against: str) -> pd
     return pd.DataFrame(rows).T
 
 
-def small_pictures(rounds: int, folder: Path) -> pd.DataFrame:
-    """Crop and flip of 2,000 pictures of 32 pixels."""
+def small_images(rounds: int, folder: Path) -> pd.DataFrame:
+    """Crop and flip of 2,000 images of 32 pixels."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
     paths = []
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         paths.append(folder / f"{i}.png")
-        Image.fromarray(picture).save(paths[-1], compress_level=1)
+        Image.fromarray(image).save(paths[-1], compress_level=1)
     frame = examined(paths)
-    recipe = Recipe(image_size=32, crop_scale=[0.08, 1.0], flip=0.5)
-    kept = cache.Cache(frame, training.train_transform(recipe).shrink, folder / "kept")
-    cache.build(kept)
+    recipe = Recipe(image_size=32, crop_scale=[0.08, 1.0], hflip=0.5)
+    kept = pixel_cache.Cache(frame, training.train_transform(recipe).resize, folder / "kept")
+    pixel_cache.build(kept)
     flip_and_crop = steps_of_torchvision("", 32)
     in_timm = timm.data.create_transform(
         (3, 32, 32), is_training=True, color_jitter=None, interpolation="bilinear",
@@ -200,7 +205,7 @@ def small_pictures(rounds: int, folder: Path) -> pd.DataFrame:
 
 
 def decoding(paths: list[str], rounds: int) -> str:
-    """Milliseconds a picture: Pillow, libjpeg-turbo alone, and that at an eighth of the scale.
+    """Milliseconds an image: Pillow, libjpeg-turbo alone, and that at an eighth of the scale.
 
     The last does hardly more than to read the Huffman codes.
     """
@@ -223,18 +228,18 @@ def decoding(paths: list[str], rounds: int) -> str:
 
 
 def apart_from_pillow(frame: pd.DataFrame) -> tuple[float, float]:
-    """Mean and largest, over pictures, of the mean difference to Pillow's crop and resize."""
+    """Mean and largest, over images, of the mean difference to Pillow's crop and resize."""
     transform = training.train_transform(
         Recipe(image_size=SIZE, val_resize=256, crop_scale=[0.08, 1.0])
     )
     means = []
     for i, path in enumerate(frame.path):
-        picture = opened(path)
+        image = opened(path)
         for epoch in range(3):
-            draw = transform.draw(data.stream(0, data.DRAW, epoch, i), *picture.size)
+            draw = transform.sample_params(data.rng_for(0, data.DRAW, epoch, i), *image.size)
             left, top = draw["left"], draw["top"]
             box = (left, top, left + draw["width"], top + draw["height"])
-            wanted = picture.crop(box).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+            wanted = image.crop(box).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             seen = transform.apply(images.open(path), draw)
             means.append(np.abs(seen.astype(int) - np.asarray(wanted)).mean())
     return statistics.mean(means), max(means)
@@ -242,7 +247,7 @@ def apart_from_pillow(frame: pd.DataFrame) -> tuple[float, float]:
 
 def examined(paths: list[Path]) -> pd.DataFrame:
     frame = pd.DataFrame({"path": [str(path) for path in paths], "label": 0})
-    return data.examine(frame, cache=False, progress=False)
+    return data.verify_images(frame, cache=False, progress=False)
 
 
 def jpegs(source: Path | None, folder: Path) -> list[Path]:
@@ -262,30 +267,32 @@ def made_up(folder: Path) -> None:
         coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
         grain = rng.normal(0, 12, (375, 500, 1))
         pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + grain
-        picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-        picture.save(folder / f"{i}.jpg", quality=90)
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        image.save(folder / f"{i}.jpg", quality=90)
 
 
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pictures", type=Path, help="a folder of JPEG files, or a tar of one")
+    parser.add_argument("--images", type=Path, help="a folder of JPEG files, or a tar of one")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "small").mkdir()
-        frame = examined(jpegs(options.pictures, folder))
+        frame = examined(jpegs(options.images, folder))
         median = frame[["width", "height"]].median()
         print(f"{len(frame)} JPEG files, median {median.width:.0f} x {median.height:.0f} pixels, "
               f"{training.processor()}, one of them used, {options.rounds} rounds")  # fmt: skip
         print(decoding(frame.path.tolist(), options.rounds))
         for kind, (file, changes, theirs) in KINDS.items():
-            recipe = Recipe.read(ROOT / "params" / f"{file}.yaml", train_resize=256, **changes)
+            recipe = Recipe.from_yaml(ROOT / "params" / f"{file}.yaml", train_resize=256, **changes)
             plain = recipe.replace(train_resize=None)
-            kept = cache.Cache(frame, training.train_transform(recipe).shrink, folder / "kept")
-            cache.build(kept)
+            kept = pixel_cache.Cache(
+                frame, training.train_transform(recipe).resize, folder / "kept"
+            )
+            pixel_cache.build(kept)
             steps = steps_of_torchvision(kind)
             table = race(
                 {
@@ -302,15 +309,15 @@ def main() -> None:
             )
             least = [f"at least {x}" for x in CLAIMS[kind] if x]
             print(f"\n{kind}; claim for files and cache: {', '.join(least)}\n{table.to_string()}")
-        see = training.test_transform(recipe)
-        kept = cache.Cache(frame, see, folder / "kept")
-        cache.build(kept)
+        see = training.eval_transform(recipe)
+        kept = pixel_cache.Cache(frame, see, folder / "kept")
+        pixel_cache.build(kept)
         table = race(
             {
                 "timm": of_timm(frame, False, interpolation="bilinear"),
                 **{
                     f"ours, {name}": passes(
-                        lambda c=cached: data.eval_batches(frame, see, batch_size=BATCH, cached=c),
+                        lambda c=cached: data.eval_loader(frame, see, batch_size=BATCH, cached=c),
                         lambda batch: len(batch.images),
                     )
                     for name, cached in (("files", None), ("cache", kept))
@@ -322,9 +329,9 @@ def main() -> None:
         print(f"\nvalidation; claim for files: at least 1.5\n{table.to_string()}")
         mean, most = apart_from_pillow(frame)
         print(f"\ncrop and resize, difference to Pillow's: {mean:.2f} of 255 on average over all, "
-              f"{most:.2f} in the worst picture; claim: at most 1.5")  # fmt: skip
-        print(f"\npictures of 32 pixels; claim for the cache: the best\n"
-              f"{small_pictures(options.rounds, folder / 'small').to_string()}")  # fmt: skip
+              f"{most:.2f} in the worst image; claim: at most 1.5")  # fmt: skip
+        print(f"\nimages of 32 pixels; claim for the cache: the best\n"
+              f"{small_images(options.rounds, folder / 'small').to_string()}")  # fmt: skip
 
 
 if __name__ == "__main__":

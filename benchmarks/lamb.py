@@ -16,8 +16,8 @@ import timm
 import timm.optim
 import torch
 
-from workbench.lamb import LAMB
 from workbench.training import pick_device
+from workbench.training.lamb import LAMB
 
 STEPS = 5  # of a block
 CLAIM = {"cpu": 0.7, "cuda": 0.6}

@@ -38,7 +38,7 @@ def measure(folder: Path, kind: str) -> None:
     recipe = Recipe(dataset="files", data_dir=str(folder), **lists)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     before, start = peak(), time.perf_counter()
-    content = data.open_data(recipe)
+    content = data.load_dataset(recipe)
     seconds = time.perf_counter() - start
     print(json.dumps([seconds, peak() - before, len(content.train)]))
 

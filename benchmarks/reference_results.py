@@ -23,40 +23,47 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 Options = dict[str, Any]
 
-SMALL = {"image_size": 32, "val_resize": 32, "epochs": 2, "fraction": 0.5, "warmup_epochs": 0.5}
+SMALL = {
+    "image_size": 32,
+    "val_resize": 32,
+    "epochs": 2,
+    "train_fraction": 0.5,
+    "warmup_epochs": 0.5,
+}
 RECIPES: dict[str, Options] = {
     "plain": {"nesterov": True, "weight_decay": 5e-4, "crop_scale": [0.6, 1.0]},
     "bag_of_tricks": {
-        "model": "resnet18", "deep_stem": True, "avg_down": True, "decay_all": False,
-        "weight_decay": 1e-4, "label_smoothing": 0.1, "mixup_alpha": 0.2, "warmup_ratio": 0.1,
-        "crop_scale": [0.5, 1.0], "flip": 0.5, "brightness": 0.4, "contrast": 0.4,
-        "saturation": 0.4, "hue": 0.1, "fraction": 0.25, "micro_batch_size": 16,
+        "model": "resnet18", "deep_stem": True, "avg_down": True, "decay_norm_and_bias": False,
+        "weight_decay": 1e-4, "label_smoothing": 0.1, "mixup_alpha": 0.2,
+        "warmup_start_factor": 0.1,
+        "crop_scale": [0.5, 1.0], "hflip": 0.5, "brightness": 0.4, "contrast": 0.4,
+        "saturation": 0.4, "hue": 0.1, "train_fraction": 0.25, "micro_batch_size": 16,
     },
     "strikes": {
         "optimizer": "lamb", "lr": 0.008, "weight_decay": 0.02, "clip_grad_norm": 1.0,
         "loss": "bce", "bce_sum": True, "bce_shift": True, "crop_scale": [0.6, 1.0],
-        "randaug_n": 2, "randaug_form": "timm", "mixup_alpha": 0.1, "cutmix_alpha": 1.0,
+        "randaug_n": 2, "randaug_variant": "timm", "mixup_alpha": 0.1, "cutmix_alpha": 1.0,
         "erase_prob": 0.25, "ema_decay": 0.98, "repeated_aug": 2, "drop_path": 0.1,
         "dropout": 0.1, "augment_on_device": True,
     },
     "distillation": {
-        "teacher": "plain", "mimic": ["logits", "layer4 -> layer4"],
-        "mimic_loss": ["dist", "l2_normalized"], "mimic_weight": [1.0, 0.5], "mixup_alpha": 0.2,
-        "mimic_warmup_epochs": 0.5, "seed": 1,
+        "teacher": "plain", "distill_pairs": ["logits", "layer4 -> layer4"],
+        "kd_loss": ["dist", "l2_normalized"], "kd_weight": [1.0, 0.5], "mixup_alpha": 0.2,
+        "kd_warmup_epochs": 0.5, "seed": 1,
     },
     "teacher_logit_cache": {
-        "teacher": "plain", "mimic_loss": ["kl"], "temperature": 4.0, "cache_teacher": True,
+        "teacher": "plain", "kd_loss": ["kl"], "temperature": 4.0, "cache_teacher_logits": True,
         "seed": 1,
     },
     "transfer": {
         "dataset": "letters", "weights": "plain", "optimizer": "adamw", "lr": 0.002,
-        "weight_decay": 0.05, "freeze": ["conv1"], "probe_epochs": 1, "layer_decay": 0.7,
-        "randaug_n": 1, "randaug_increasing": False, "val_every": 2,
+        "weight_decay": 0.05, "freeze": ["conv1"], "head_only_epochs": 1, "layer_decay": 0.7,
+        "randaug_n": 1, "randaug_increasing": False, "eval_every": 2,
     },
     "pixel_cache": {
         "dataset": "files", "data_dir": "images", "cache": True, "train_resize": 40,
-        "crop_scale": [0.3, 1.0], "flip": 0.5, "autoaugment": True, "class_balance": 0.5,
-        "val_fraction": 0.2, "interpolation": "bicubic", "schedule": "step", "step_epochs": 1,
+        "crop_scale": [0.3, 1.0], "hflip": 0.5, "autoaugment": True, "class_balanced_sampling": 0.5,
+        "val_fraction": 0.2, "interpolation": "bicubic", "schedule": "step", "lr_step_epochs": 1,
     },
 }  # fmt: skip
 TRAIN = """

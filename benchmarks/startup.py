@@ -25,12 +25,12 @@ SIZES = ["--images", "1281167", "--classes", "1000"]
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """The commands by what the table calls them; `options` was once called `knobs`."""
+    """The commands by what the table calls them; `options` was once called `options`."""
     found = [run_folder(folder, name, lr=lr) for name, lr in (("one", 0.1), ("two", 0.3))]
     params = "params/resnet50_a3_100e.yaml"
     return {
         "--help": ["--help"],
-        "options": ["knobs"],
+        "options": ["options"],
         "runs": ["runs", str(folder)],
         "doctor, sizes given": ["doctor", params, *SIZES],
         "doctor, no data": ["doctor", params],

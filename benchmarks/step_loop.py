@@ -112,15 +112,15 @@ def measure(
     frame = pd.DataFrame(
         {"file": "none", "label": 0, "path": "none", "list": 0}, index=range(10**6)
     )
-    content = data.Data(frame, frame.head(1), [str(i) for i in range(10)])
+    content = data.Dataset(frame, frame.head(1), [str(i) for i in range(10)])
 
     model = training.create_model(recipe, 10).to(device, memory_format=torch.channels_last).train()
     optimizer = training.create_optimizer(recipe, model)
     model = torch.compile(model, dynamic=False) if compile else model
     bare = (recipe, model, optimizer, training.Normalize(recipe, device), cycle(made), device)
     ratios, ours_ms, bare_ms = [], [], []
-    with mock.patch.object(data, "batches", lambda *_, **__: cycle(made)):
-        rows = training.fit(recipe, runs.Run(recipe.folder), prepared=content)
+    with mock.patch.object(data, "train_loader", lambda *_, **__: cycle(made)):
+        rows = training.fit(recipe, runs.Run(recipe.folder), dataset=content)
         with contextlib.closing(rows):
             start = time.perf_counter()
             next(rows)  # both warm up for a block

@@ -39,7 +39,7 @@ def _run(folder: Path, options: argparse.Namespace) -> None:
         "teacher": str(folder / "teacher.safetensors"),
         "teacher_model": "resnet34",
         "teacher_image_size": 64,
-        "mimic_loss": "kl",
+        "kd_loss": "kl",
         "temperature": 4.0,
         "crop_scale": [0.5, 1.0],
         "epochs": 1,
@@ -48,8 +48,8 @@ def _run(folder: Path, options: argparse.Namespace) -> None:
         "runs_dir": str(folder / "runs"),
     }
 
-    def train(name: str, **knobs) -> tuple[float, bytes, float]:
-        recipe = Recipe(name=name, **shared, **knobs)
+    def train(name: str, **recipe_options) -> tuple[float, bytes, float]:
+        recipe = Recipe(name=name, **shared, **recipe_options)
         run = runs.Run(recipe.folder)
         start = time.perf_counter()
         for _ in training.fit(recipe, run):
@@ -58,11 +58,13 @@ def _run(folder: Path, options: argparse.Namespace) -> None:
         # Training time alone: both start, validate and write the same.
         return run.steps().seconds.iloc[-1], run.file("metrics.csv").read_bytes(), whole
 
-    train("first", cache_teacher=True)
+    train("first", cache_teacher_logits=True)
     asked, read, ends = [], [], set()
     for i in range(options.rounds):
-        for times, knobs in ((asked, {}), (read, {"cache_teacher": True})):
-            seconds, metrics, whole = train(f"{len(times)}{bool(knobs)}{i}", **knobs)
+        for times, recipe_options in ((asked, {}), (read, {"cache_teacher_logits": True})):
+            seconds, metrics, whole = train(
+                f"{len(times)}{bool(recipe_options)}{i}", **recipe_options
+            )
             times.append((seconds, whole))
             ends.add(metrics)
     ratios = [a[0] / r[0] for a, r in zip(asked, read, strict=True)]

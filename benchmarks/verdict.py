@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from scipy import special, stats
 
-from workbench import comparison
+from workbench.evaluation import comparison
 
 SIZES, SEED_SDS = (500, 2000, 10_000), (0.0, 0.1, 0.3, 1.0)
 RUNS = ((2, 1), (2, 2), (3, 1), (3, 3), (5, 5))

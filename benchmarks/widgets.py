@@ -4,7 +4,7 @@
 
 Claims, medians on 2 cores: 20 runs (4 recipes, 5 seeds) with 10,000 predictions each are found,
 compared and tabled within 2 s; moving the smoothing of their curves, or the magnitude of 01's
-twenty draws, gives a new picture within 300 ms. The runs are made up, in the files and of the sizes
+twenty draws, gives a new image within 300 ms. The runs are made up, in the files and of the sizes
 that training leaves; imports and the way to the browser do not count.
 """
 
@@ -35,25 +35,25 @@ def main() -> None:
         raise SystemExit("a claim does not hold")
 
 
-def _make(root: Path, pictures: int = 10_000, classes: int = 100) -> None:
+def _make(root: Path, images: int = 10_000, classes: int = 100) -> None:
     import numpy as np
     import pandas as pd
 
     from workbench.recipe import Recipe
 
     rng = np.random.default_rng(0)
-    label = rng.integers(0, classes, pictures)
+    label = rng.integers(0, classes, images)
     for i in range(20):
         recipe = Recipe(name=f"recipe{i // 5}", seed=i % 5, lr=0.1 + 0.01 * (i // 5))
         path = root / f"{recipe.name}-seed{recipe.seed}"
         path.mkdir()
-        recipe.write(path / "recipe.yaml")
-        right = rng.random(pictures) < 0.8
-        frame = pd.DataFrame({"weights": "raw", "file": [f"{n:05d}.jpg" for n in range(pictures)]})
-        frame["list"], frame["row"], frame["label"] = 0, np.arange(pictures), label
+        recipe.to_yaml(path / "recipe.yaml")
+        right = rng.random(images) < 0.8
+        frame = pd.DataFrame({"weights": "raw", "file": [f"{n:05d}.jpg" for n in range(images)]})
+        frame["list"], frame["row"], frame["label"] = 0, np.arange(images), label
         for k in range(5):
             frame[f"class{k + 1}"] = ((label + k + ~right) % classes).astype(np.int32)
-            frame[f"p{k + 1}"] = rng.uniform(0, 1, pictures).astype(np.float32)
+            frame[f"p{k + 1}"] = rng.uniform(0, 1, images).astype(np.float32)
         frame["p_label"] = frame["loss"] = frame.p1
         frame.to_parquet(path / "predictions.parquet", index=False)
         known = {"classes": [str(c) for c in range(classes)], "val_data": "v", "seconds": 60.0}
@@ -70,12 +70,13 @@ def _make(root: Path, pictures: int = 10_000, classes: int = 100) -> None:
 def _comparison(root: Path, rounds: int) -> tuple[float, float]:
     import ipywidgets
 
-    from workbench import comparison, plots, widgets
+    from workbench.evaluation import comparison
+    from workbench.ui import plots, widgets
 
     names = sorted(path.name for path in root.iterdir())
 
-    def opened() -> widgets.Picker:
-        picker = widgets.Picker(root, names)
+    def opened() -> widgets.RunPicker:
+        picker = widgets.RunPicker(root, names)
         assert len(picker.found.table) == 4 and len(picker.found.sentences()) == 3
         return picker
 
@@ -84,23 +85,25 @@ def _comparison(root: Path, rounds: int) -> tuple[float, float]:
     draw = lambda found, smoothing: plots.overlay(
         comparison.curves(found.groups, "loss by step"), "epoch", "loss (nats)", smoothing
     )
-    view = widgets.Explorer(draw, picker, smoothing=smoothing)
+    view = widgets.InteractiveView(draw, picker, smoothing=smoothing)
     return _median(opened, rounds), _median(_mover(smoothing, (0.5, 0.9), view), rounds)
 
 
 def _augmentation(rounds: int) -> float:
-    from workbench import ROOT, data, images, views, widgets
+    from workbench import ROOT, data
+    from workbench.data import images
     from workbench.recipe import Recipe
+    from workbench.ui import views, widgets
 
-    recipe = Recipe.read(ROOT / "params/resnet50_a2_300e.yaml", image_size=224)
-    picture = images.decode(data.open_data(Recipe()).train.path[0]).resize((500, 375))
-    knobs = widgets.Knobs(recipe, views.AUGMENTATION)
-    view = widgets.Explorer(lambda one: views.draws(one, picture), knobs)
-    return _median(_mover(knobs.controls["randaug_m"], (3.0, 9.0), view), rounds)
+    recipe = Recipe.from_yaml(ROOT / "params/resnet50_a2_300e.yaml", image_size=224)
+    image = images.decode(data.load_dataset(Recipe()).train.path[0]).resize((500, 375))
+    options = widgets.RecipeEditor(recipe, views.AUGMENTATION)
+    view = widgets.InteractiveView(lambda one: views.augmentation_grid(one, image), options)
+    return _median(_mover(options.controls["randaug_m"], (3.0, 9.0), view), rounds)
 
 
 def _mover(control, values: tuple[float, float], view) -> Callable[[], None]:
-    """Moves a control to the one value and the other, and sees that another picture came."""
+    """Moves a control to the one value and the other, and sees that another image came."""
 
     def moved() -> None:
         before = view._image.value

@@ -1,4 +1,4 @@
-"""A cache of its own for the whole session, and a small folder of pictures for every test."""
+"""A cache of its own for the whole session, and a small folder of images for every test."""
 
 import atexit
 import json
@@ -31,7 +31,7 @@ CLASSES = ("a", "b", "c")
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The same sums here and in the children, and no fight for the cores over tiny pictures."""
+    """The same sums here and in the children, and no fight for the cores over tiny images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -72,9 +72,9 @@ def in_float64() -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def image_folder(tmp_path: Path) -> Path:
     """A folder with train/<a|b|c>/0..5.png and val/<a|b|c>/0..1.png, 40 x 32 pixels."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for part, count in (("train", 6), ("val", 2)):
         for label, name in enumerate(CLASSES):
             (root / part / name).mkdir(parents=True)
@@ -84,7 +84,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def save_noise(path: Path, seed, size: tuple[int, int] = (40, 32)) -> Path:
-    """A picture of smooth noise (width x height) that no other seed gives; the suffix decides."""
+    """An image of smooth noise (width x height) that no other seed gives; the suffix decides."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
     return path
@@ -96,16 +96,16 @@ def write_list(path: Path, *rows: str) -> Path:
     return path
 
 
-PICTURES, JUDGED = 400, ["ant", "bee", "cat", "dog"]  # of the runs that run_folder makes up
+IMAGES, JUDGED = 400, ["ant", "bee", "cat", "dog"]  # of the runs that run_folder makes up
 
 
 def run_folder(
-    root: Path, name: str, seed: int = 0, *, top1: float = 0.8, n: int = PICTURES, **knobs
+    root: Path, name: str, seed: int = 0, *, top1: float = 0.8, n: int = IMAGES, **options
 ) -> Path:
-    """A run as training leaves it: of `n` pictures the first ones are right, but for some luck."""
+    """A run as training leaves it: of `n` images the first ones are right, but for some luck."""
     path = root / f"{name[:60]}-seed{seed}"
     path.mkdir(parents=True)
-    Recipe(name=name, seed=seed, runs_dir=str(root), **knobs).write(path / "recipe.yaml")
+    Recipe(name=name, seed=seed, runs_dir=str(root), **options).to_yaml(path / "recipe.yaml")
     rng = np.random.default_rng([seed, len(name)])
     label = np.arange(n) % 4
     right = np.arange(n) < n * (top1 + rng.normal(0, 0.004))

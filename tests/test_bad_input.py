@@ -1,4 +1,4 @@
-"""Bad input: a sentence to act on or a picture set aside by name, and no run is harmed."""
+"""Bad input: a sentence to act on or an image set aside by name, and no run is harmed."""
 
 import contextlib
 import io
@@ -19,12 +19,13 @@ from conftest import CLASSES, save_noise, write_list
 from PIL import Image
 from torch.nn import functional as F
 
-from workbench import data, doctor, models, runs, training, widgets
+from workbench import data, doctor, models, runs, training
 from workbench.data import DataError
 from workbench.models import ModelError
-from workbench.recipe import PLACE, Recipe, RecipeError
+from workbench.recipe import Recipe, RecipeError, runtime_only
 from workbench.runs import RunError
 from workbench.training import TrainingError
+from workbench.ui import widgets
 
 TRAIN = [f"{name}/{i}.png" for name in CLASSES for i in range(6)]
 VAL = [f"{name}/{i}.png" for name in CLASSES for i in range(2)]
@@ -35,15 +36,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def stopped_world(tmp_path_factory) -> Path:
-    """pictures/ with lists of 18 and 6, runs/first-seed0 stopped after one of two epochs."""
+    """images/ with lists of 18 and 6, runs/first-seed0 stopped after one of two epochs."""
     world = tmp_path_factory.mktemp("world")
     for side, files in (("train", TRAIN), ("val", VAL)):
         for i, file in enumerate(files):
-            path = world / "pictures" / side / file
+            path = world / "images" / side / file
             path.parent.mkdir(parents=True, exist_ok=True)
             save_noise(path, seed=[i, side == "val"], size=(24 + i % 17, 32))
         rows = [f"{file} {CLASSES.index(file[0])}" for file in files]
-        write_list(world / "pictures" / f"{side}.txt", *rows)
+        write_list(world / "images" / f"{side}.txt", *rows)
     recipe = small(world, name="first")
     with contextlib.closing(training.fit(recipe, runs.Run(recipe.folder))) as rows:
         next(row for row in rows if row["kind"] == "epoch")
@@ -59,10 +60,10 @@ def world(stopped_world, tmp_path) -> Path:
 
 def small(world: Path, **changes) -> Recipe:
     """Three steps an epoch. What changes the weights gets a run of its own, the rest goes on."""
-    knobs = {
-        "name": "first" if set(changes) <= PLACE else "new",
+    options = {
+        "name": "first" if set(changes) <= runtime_only else "new",
         "dataset": "files",
-        "data_dir": str(world / "pictures"),
+        "data_dir": str(world / "images"),
         "train_list": ["train.txt"],
         "val_list": ["val.txt"],
         "image_size": 16,
@@ -77,7 +78,7 @@ def small(world: Path, **changes) -> Recipe:
         "workers": 0,
         "runs_dir": str(world / "runs"),
     }
-    return Recipe(**{**knobs, **changes})
+    return Recipe(**{**options, **changes})
 
 
 def train(recipe: Recipe, **options) -> runs.Run:
@@ -101,14 +102,14 @@ def record(run: Path) -> dict[str, bytes]:
 
 def listed(world, *rows, text=None, **changes):
     """Rewrites train.txt."""
-    path = world / "pictures" / "train.txt"
+    path = world / "images" / "train.txt"
     write_list(path, *rows) if text is None else path.write_bytes(text)
     return changes
 
 
 def first_row(world, row, **changes):
     """Replaces the first row of train.txt."""
-    rows = (world / "pictures" / "train.txt").read_text().splitlines()
+    rows = (world / "images" / "train.txt").read_text().splitlines()
     return listed(world, row, *rows[1:], **changes)
 
 
@@ -146,9 +147,9 @@ def saved(world, content, **changes):
 
 
 def broken(world, side, files, **changes):
-    """Pictures that hold text."""
+    """Images that hold text."""
     for file in files:
-        written(world, f"pictures/{side}/{file}", "<html>404 Not Found</html>")
+        written(world, f"images/{side}/{file}", "<html>404 Not Found</html>")
     return changes
 
 
@@ -174,7 +175,7 @@ def named(world, there, here, **changes):
     path = world / "runs" / "first-seed0" / "environment.json"
     environment = json.loads(path.read_text())
     path.write_text(json.dumps({**environment, "classes": there.split()}))
-    write_list(world / "pictures" / "names.txt", *here.split())
+    write_list(world / "images" / "names.txt", *here.split())
     return {"class_names": "names.txt", **changes}
 
 
@@ -187,14 +188,14 @@ def shifted(world, only="abc", **changes):
     """Every label of these classes is the next one, in both lists."""
     for side, files in (("train", TRAIN), ("val", VAL)):
         rows = [f"{f} {(CLASSES.index(f[0]) + (f[0] in only)) % 3}" for f in files]
-        write_list(world / "pictures" / f"{side}.txt", *rows)
+        write_list(world / "images" / f"{side}.txt", *rows)
     return changes
 
 
 def renamed(world, **changes):
     """A class folder has another name, which changes the order of the classes."""
     for side in ("train", "val"):
-        (world / "pictures" / side / "a").rename(world / "pictures" / side / "z")
+        (world / "images" / side / "a").rename(world / "images" / side / "z")
     return {**changes, **FOLDERS}
 
 
@@ -202,7 +203,7 @@ def renamed(world, **changes):
 REFUSED = {
     # lists
     "list missing": (
-        lambda w: without(w, "pictures/train.txt"),
+        lambda w: without(w, "images/train.txt"),
         DataError,
         ["train.txt", "is not there"],
     ),
@@ -234,7 +235,7 @@ REFUSED = {
         ["7 for 'a/0.png'", "outside 0 to 2"],
     ),
     "label above the class names": (
-        lambda w: written(w, "pictures/names.txt", "cat\ndog\n", class_names="names.txt"),
+        lambda w: written(w, "images/names.txt", "cat\ndog\n", class_names="names.txt"),
         DataError,
         ["outside 0 to 1"],
     ),
@@ -274,14 +275,14 @@ REFUSED = {
         ["train.txt", "cannot be read", "utf-8"],
     ),
     "folder for a list": (
-        lambda w: folder_for(w, "pictures/train.txt"),
+        lambda w: folder_for(w, "images/train.txt"),
         DataError,
         ["train.txt", "cannot be read", "directory"],
     ),
     "entry that climbs out of its root": (
         lambda w: first_row(w, "../val/a/0.png 0"),
         DataError,
-        ["outside their root", "'../val/a/0.png'", "outside_root: true"],
+        ["outside their root", "'../val/a/0.png'", "allow_outside_root: true"],
     ),
     "entry with an absolute path": (
         lambda w: first_row(w, "/etc/hostname 0"),
@@ -304,7 +305,7 @@ REFUSED = {
         ["names.txt", "cannot be read"],
     ),
     # images
-    "no training picture can be read": (
+    "no training image can be read": (
         lambda w: broken(w, "train", TRAIN),
         DataError,
         ["train: 18 of 18", "check-data"],
@@ -314,7 +315,7 @@ REFUSED = {
         DataError,
         ["train: 4 of 18", "a/0.png", "undecodable"],
     ),
-    "no validation picture can be read": (
+    "no validation image can be read": (
         lambda w: broken(w, "val", VAL),
         DataError,
         ["val: 6 of 6", "check-data"],
@@ -327,7 +328,7 @@ REFUSED = {
         ["nowhere", "is no folder", "data_dir"],
     ),
     "data_dir a file": (
-        lambda w: {"data_dir": str(w / "pictures" / "train.txt")},
+        lambda w: {"data_dir": str(w / "images" / "train.txt")},
         DataError,
         ["train.txt", "is no folder"],
     ),
@@ -337,30 +338,30 @@ REFUSED = {
         ["trian", "data_dir holds ['train', 'val']"],
     ),
     "val_root missing": (
-        lambda w: without(w, "pictures/val", **FOLDERS),
+        lambda w: without(w, "images/val", **FOLDERS),
         DataError,
         ["val_root", "val_fraction"],
     ),
     "no class folders": (
         lambda w: {"train_root": ["train/a"], **FOLDERS},
         DataError,
-        ["no pictures in class folders", "<class name>/<picture>"],
+        ["no images in class folders", "<class name>/<image>"],
     ),
     "class of validation unknown in training": (
-        lambda w: without(w, "pictures/train/b", **FOLDERS),
+        lambda w: without(w, "images/train/b", **FOLDERS),
         DataError,
         ["['b']", "not in training"],
     ),
-    "one picture in a class that is to be divided": (
+    "one image in a class that is to be divided": (
         lambda w: (
-            [without(w, f"pictures/train/a/{i}.png") for i in range(1, 6)]
+            [without(w, f"images/train/a/{i}.png") for i in range(1, 6)]
             and {**FOLDERS, "val_fraction": 0.2}
         ),
         DataError,
-        ["one picture", "val_fraction"],
+        ["one image", "val_fraction"],
     ),
     "runs_dir below a file": (
-        lambda w: {"runs_dir": str(w / "pictures" / "train.txt" / "runs")},
+        lambda w: {"runs_dir": str(w / "images" / "train.txt" / "runs")},
         RunError,
         ["cannot write", "choose another runs_dir"],
     ),
@@ -375,7 +376,7 @@ REFUSED = {
         ["cannot write", "new-seed0"],
     ),
     # recipes
-    "knob unknown": (lambda w: {"learning_rate": 0.1}, RecipeError, ["learning_rate", "'lr'"]),
+    "option unknown": (lambda w: {"learning_rate": 0.1}, RecipeError, ["learning_rate", "'lr'"]),
     "several problems at once": (
         lambda w: {"epoch": 3, "lr": -1, "model": ["x"], "milestones": [1]},
         RecipeError,
@@ -384,13 +385,13 @@ REFUSED = {
             "'epochs'",
             "lr: -1",
             "model: ['x']",
-            "milestones: [1] would change nothing",
+            "milestones: [1] has no effect",
         ],
     ),
-    "knob that would change nothing": (
+    "option that would change nothing": (
         lambda w: {"optimizer": "adamw", "nesterov": True},
         RecipeError,
-        ["nesterov", "would change nothing", "adamw"],
+        ["nesterov", "has no effect", "adamw"],
     ),
     "number in words": (lambda w: {"epochs": "many"}, RecipeError, ["epochs: 'many'", "integer"]),
     "lr nan": (lambda w: {"lr": float("nan")}, RecipeError, ["lr", "finite"]),
@@ -417,7 +418,7 @@ REFUSED = {
     "batch larger than the data with drop_last": (
         lambda w: {"batch_size": 19, "drop_last": True},
         TrainingError,
-        ["batch_size 19", "18 training pictures", "drop_last"],
+        ["batch_size 19", "18 training images", "drop_last"],
     ),
     # weights to start from
     "weights missing": (
@@ -462,9 +463,9 @@ REFUSED = {
         ["w.safetensors", "no readable safetensors"],
     ),
     "run folder without weights": (
-        lambda w: {"weights": str(w / "pictures")},
+        lambda w: {"weights": str(w / "images")},
         ModelError,
-        ["pictures is no run folder", "last.pt"],
+        ["images is no run folder", "last.pt"],
     ),
     # runs to go on from
     "last.pt truncated": (
@@ -520,10 +521,10 @@ REFUSED = {
     "resume_from a run that is past the end": (
         lambda w: {"resume_from": str(w / "runs/first-seed0"), "epochs": 1},
         RunError,
-        ["stands at step 3", "ends at 3"],
+        ["is at step 3", "ends at 3"],
     ),
     "resume_from a folder without a checkpoint": (
-        lambda w: {"resume_from": str(w / "pictures")},
+        lambda w: {"resume_from": str(w / "images")},
         RunError,
         ["resume_from", "has no last.pt"],
     ),
@@ -535,15 +536,15 @@ REFUSED = {
     "a run where none is wanted": (
         lambda w: {"auto_resume": False},
         RunError,
-        ["holds a run", "auto_resume is false"],
+        ["has a run already", "auto_resume is false"],
     ),
-    "another picture since the run started": (
-        lambda w: save_noise(w / "pictures/train/a/0.png", seed=99) and {},
+    "another image since the run started": (
+        lambda w: save_noise(w / "images/train/a/0.png", seed=99) and {},
         RunError,
         ["data changed", "first-seed0"],
     ),
-    "a picture fewer since the run started": (
-        lambda w: without(w, "pictures/train/a/0.png"),
+    "an image fewer since the run started": (
+        lambda w: without(w, "images/train/a/0.png"),
         RunError,
         ["data changed", "first-seed0"],
     ),
@@ -612,11 +613,11 @@ def test_it_is_refused_in_words_and_an_existing_run_loses_nothing(world, kind):
 
 
 def test_a_run_goes_on_only_with_its_own_class_names(world):
-    """Its own folder, begun and finished; the pictures are the same, their names are not."""
-    write_list(world / "pictures" / "names.txt", "cat", "dog", "emu")
+    """Its own folder, begun and finished; the images are the same, their names are not."""
+    write_list(world / "images" / "names.txt", "cat", "dog", "emu")
     recipe = small(world, name="named", class_names="names.txt", epochs=1)
     train(recipe)
-    write_list(world / "pictures" / "names.txt", "dog", "cat", "emu")
+    write_list(world / "images" / "names.txt", "dog", "cat", "emu")
     for state in ("finished", "stopped"):
         run = runs.Run(recipe.folder)
         with run.writing():
@@ -626,14 +627,14 @@ def test_a_run_goes_on_only_with_its_own_class_names(world):
 
 
 def test_training_and_the_doctor_name_what_was_passed_over_and_empty_classes(world, command):
-    (world / "pictures/train/d").mkdir()
-    (world / "pictures/train/a/notes.txt").touch()
+    (world / "images/train/d").mkdir()
+    (world / "images/train/a/notes.txt").touch()
     recipe = small(world, name="new", epochs=1, **FOLDERS)
-    recipe.write(world / "recipe.yaml")
+    recipe.to_yaml(world / "recipe.yaml")
     run = train(recipe)
     shown = run.environment()
-    assert "1 files or folders passed over: a/notes.txt (no image)" in shown["passed_over"]
-    assert shown["without_pictures"] == ["d"]
+    assert "1 files or folders passed over: a/notes.txt (no image)" in shown["skipped_files"]
+    assert shown["empty_classes"] == ["d"]
     lines = io.StringIO()
     with contextlib.redirect_stdout(lines):
         progress = widgets.Progress(run)
@@ -655,12 +656,12 @@ def test_at_least_thirty_six_kinds_are_tried():
     assert len(REFUSED) + len(SET_ASIDE) >= 36
 
 
-# ---- pictures
+# ---- images
 
 
-def encoded(picture, name, **options) -> bytes:
+def encoded(image, name, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, name, **options)
+    image.save(buffer, name, **options)
     return buffer.getvalue()
 
 
@@ -679,8 +680,8 @@ def png_header(width, height) -> bytes:
 
 
 def swapped(world, content, suffix=".png", side="train"):
-    """Another content, and suffix, for the first picture of a side."""
-    folder = world / "pictures"
+    """Another content, and suffix, for the first image of a side."""
+    folder = world / "images"
     (folder / side / "a" / "0.png").unlink()
     (folder / side / "a" / f"0{suffix}").write_bytes(content)
     path = folder / f"{side}.txt"
@@ -694,16 +695,16 @@ def rgb():
 
 WRONG_EXIF = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0"  # 65535 entries, and then nothing
 
-# kind: (builder of the pictures, what the quarantine names: (side, file, reason))
+# kind: (builder of the images, what the quarantine names: (side, file, reason))
 SET_ASIDE = {
     "missing": (
-        lambda w: without(w, "pictures/train/a/0.png"),
+        lambda w: without(w, "images/train/a/0.png"),
         [("train", "a/0.png", "missing")],
     ),
     "link to nowhere": (
         lambda w: (
-            [without(w, "pictures/train/a/0.png")]
-            and (w / "pictures/train/a/0.png").symlink_to("gone.png")
+            [without(w, "images/train/a/0.png")]
+            and (w / "images/train/a/0.png").symlink_to("gone.png")
         ),
         [("train", "a/0.png", "missing")],
     ),
@@ -728,12 +729,12 @@ SET_ASIDE = {
         lambda w: swapped(w, png_header(100_000, 100_000)),
         [("train", "a/0.png", "too large")],
     ),
-    "folder named like a picture": (
-        lambda w: folder_for(w, "pictures/train/a/0.png"),
+    "folder named like an image": (
+        lambda w: folder_for(w, "images/train/a/0.png"),
         [("train", "a/0.png", "unreadable")],
     ),
     "no permission": (
-        lambda w: (w / "pictures/train/a/0.png").chmod(0),
+        lambda w: (w / "images/train/a/0.png").chmod(0),
         [("train", "a/0.png", "unreadable")],
     ),
     "float TIFF": (
@@ -752,22 +753,22 @@ SET_ASIDE = {
         lambda w: swapped(w, b"") or swapped(w, b"", side="val"),
         [("train", "a/0.png", "undecodable"), ("val", "a/0.png", "undecodable")],
     ),
-    # and what looks bad, but is a picture
+    # and what looks bad, but is an image
     "wrong EXIF": (lambda w: swapped(w, encoded(rgb(), "JPEG", exif=WRONG_EXIF), ".jpg"), []),
     "CMYK": (lambda w: swapped(w, encoded(rgb().convert("CMYK"), "JPEG"), ".jpg"), []),
     "16-bit": (
         lambda w: swapped(w, encoded(Image.fromarray(noise(32, 32, dtype=np.uint16)), "PNG")),
         [],
     ),
-    "folder like a picture in a class folder": (
-        lambda w: (w / "pictures/train/a/x.png").mkdir() or FOLDERS,
+    "folder like an image in a class folder": (
+        lambda w: (w / "images/train/a/x.png").mkdir() or FOLDERS,
         [],
     ),
 }
 
 
 @pytest.mark.parametrize("kind", SET_ASIDE)
-def test_a_picture_that_cannot_be_read_is_set_aside_by_name_and_the_rest_trains(world, kind):
+def test_a_image_that_cannot_be_read_is_set_aside_by_name_and_the_rest_trains(world, kind):
     if kind == "no permission" and os.geteuid() == 0:
         pytest.skip("root may read everything")
     build, wanted = SET_ASIDE[kind]
@@ -785,9 +786,9 @@ def test_a_picture_that_cannot_be_read_is_set_aside_by_name_and_the_rest_trains(
         assert run.predictions().file.tolist() == VAL[1:]  # none took its place
 
 
-def test_pictures_set_aside_are_still_named_after_a_resume(world):
+def test_images_set_aside_are_still_named_after_a_resume(world):
     swapped(world, encoded(Image.new("RGB", (1, 1)), "PNG"))  # its reason has a comma
-    without(world, "pictures/val/a/0.png")
+    without(world, "images/val/a/0.png")
     recipe = small(world, name="new")
     run = runs.Run(recipe.folder)
     with contextlib.closing(training.fit(recipe, run)) as rows:
@@ -798,15 +799,15 @@ def test_pictures_set_aside_are_still_named_after_a_resume(world):
     assert run.file("quarantine.csv").read_text() == before
 
 
-# ---- pictures that were sound and vanish
+# ---- images that were sound and vanish
 
 
-def test_a_picture_that_vanishes_before_training_is_left_out_named_and_never_swapped(world):
+def test_a_image_that_vanishes_before_training_is_left_out_named_and_never_swapped(world):
     recipe = small(world, verify_data=False, name="new")
-    prepared = data.open_data(recipe)
-    without(world, "pictures/train/b/3.png")
-    without(world, "pictures/val/c/1.png")
-    run = train(recipe, prepared=prepared)
+    prepared = data.load_dataset(recipe)
+    without(world, "images/train/b/3.png")
+    without(world, "images/val/c/1.png")
+    run = train(recipe, dataset=prepared)
     quarantine = run.quarantine()
     assert quarantine.file.tolist() == ["b/3.png", "c/1.png"]
     assert quarantine.reason.tolist() == ["missing", "missing"]
@@ -817,10 +818,10 @@ def test_a_picture_that_vanishes_before_training_is_left_out_named_and_never_swa
     assert run.predictions().file.tolist() == VAL[:-1]
 
 
-def test_a_picture_that_vanished_is_named_once_also_over_a_resume(world):
+def test_a_image_that_vanished_is_named_once_also_over_a_resume(world):
     recipe = small(world, verify_data=False, name="new")
-    without(world, "pictures/train/b/3.png")
-    without(world, "pictures/val/c/1.png")
+    without(world, "images/train/b/3.png")
+    without(world, "images/val/c/1.png")
     run = runs.Run(recipe.folder)
     with contextlib.closing(training.fit(recipe, run)) as rows:
         next(row for row in rows if row["kind"] == "epoch")
@@ -828,16 +829,16 @@ def test_a_picture_that_vanished_is_named_once_also_over_a_resume(world):
     assert run.quarantine().file.tolist() == ["b/3.png", "c/1.png"]
 
 
-def test_a_picture_that_vanished_does_not_lower_the_training_loss(world):
+def test_a_image_that_vanished_does_not_lower_the_training_loss(world):
     recipe = small(world, verify_data=False, name="new", epochs=1, lr=1e-12)
-    content = data.open_data(recipe)
-    without(world, "pictures/train/b/3.png")
+    content = data.load_dataset(recipe)
+    without(world, "images/train/b/3.png")
     run = train(recipe)
 
     model = training.create_model(recipe, 3).train()
     normalize = training.Normalize(recipe, torch.device("cpu"))
     losses = []
-    for batch in data.batches(
+    for batch in data.train_loader(
         content.train, training.train_transform(recipe), seed=0, batch_size=6, steps=range(3)
     ):
         logits = model(normalize(batch.images))
@@ -846,13 +847,13 @@ def test_a_picture_that_vanished_does_not_lower_the_training_loss(world):
     assert run.metrics().train_loss[0] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_a_picture_that_vanishes_and_leaves_one_in_its_batch_does_not_end_the_training(world):
+def test_a_image_that_vanishes_and_leaves_one_in_its_batch_does_not_end_the_training(world):
     recipe = small(world, verify_data=False, name="new", epochs=1, batch_size=8)
-    content = data.open_data(recipe)
+    content = data.load_dataset(recipe)
     rows, _ = data.Sampler(content.train.label, seed=0, batch_size=8).rows(2)
     assert len(rows) == 2
     gone = content.train.file[rows[0]]
-    without(world, f"pictures/train/{gone}")
+    without(world, f"images/train/{gone}")
     run = train(recipe)
     assert run.status()["state"] == "finished"
     assert run.quarantine().file.tolist() == [gone]
@@ -864,7 +865,7 @@ def test_all_of_validation_vanishing_ends_in_words_and_keeps_the_checkpoint(worl
     rows = training.fit(recipe, run)
     next(row for row in rows if row["kind"] == "epoch")
     kept = run.metrics()
-    without(world, "pictures/val")
+    without(world, "images/val")
     with pytest.raises((DataError, TrainingError), match="validation"):
         list(rows)
     assert run.status()["state"] == "failed"
@@ -899,12 +900,12 @@ def assert_all_finite(tensors):
     ],
     ids=["weights", "statistics"],
 )
-def test_a_loss_that_is_not_finite_names_step_and_pictures_and_keeps_the_last_good(world, spoiling):
+def test_a_loss_that_is_not_finite_names_step_and_images_and_keeps_the_last_good(world, spoiling):
     recipe = small(world, name="new", checkpoint_minutes=0.0, momentum=0.0, **spoiling)
     with pytest.raises(TrainingError) as caught:
         train(recipe)
     run = runs.Run(recipe.folder)
-    entries = data.read_list(world / "pictures/train.txt", world / "pictures/train")
+    entries = data.read_list(world / "images/train.txt", world / "images/train")
     spoilt = pd.read_csv(run.file("nonfinite.csv"))
     step = int(spoilt.step[0])
     rows, _ = data.Sampler(entries.label, seed=0, batch_size=6).rows(step)
@@ -952,7 +953,7 @@ def test_weights_spoilt_by_the_last_step_of_an_epoch_are_written_nowhere(world):
 def test_the_train_command_says_one_sentence_and_no_traceback(world, command):
     first_row(world, "a/0.png cat")
     recipe = world / "recipe.yaml"
-    small(world).write(recipe)
+    small(world).to_yaml(recipe)
     before = record(world / "runs" / "first-seed0")
     done = command("train", recipe)
     assert done.returncode == 1
@@ -973,10 +974,10 @@ def test_the_train_command_lists_all_that_is_wrong_with_a_recipe(world, command)
 
 def test_check_data_names_everything_that_training_would_refuse_or_set_aside(world, command):
     swapped(world, b"")
-    shutil.copy(world / "pictures/train/b/0.png", world / "pictures/val/b/0.png")
+    shutil.copy(world / "images/train/b/0.png", world / "images/val/b/0.png")
     first_row(world, "../val/c/0.png -3")
-    small(world).write(world / "recipe.yaml")
-    without(world, "pictures/train/c/5.png")
+    small(world).to_yaml(world / "recipe.yaml")
+    without(world, "images/train/c/5.png")
     done = command("check-data", world / "recipe.yaml", "--out", world / "findings.csv")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

@@ -15,57 +15,37 @@ from workbench import ROOT
 
 PACKAGE = ROOT / "workbench"
 
-# module -> the modules of ours it may import (design, section 2); a level never imports upwards
-LEVEL_0 = """
-recipe runs lamb schedule losses mimic operations progress consumer
-""".split()
-LEVEL_1 = {
-    "images": {"consumer"},
-    "augmentation": {"images", "operations"},
-    "batched": {"operations"},
-    "data": {"augmentation", "images", "progress", "schedule"},
-    "cache": {"data", "images", "progress"},
-    "models": {"recipe", "runs"},
-    "distillation": {"mimic", "models", "recipe", "runs"},
-    "evaluation": {"data", "models"},
-    "explain": {"models"},
+# part -> the parts it may import from (design, section 2): imports point downwards only
+PARTS = {
+    "__init__": "",
+    "params_files": "",
+    "recipe_checks": "",
+    "options": "recipe_checks",
+    "recipe": "options params_files recipe_checks",
+    "runs": "recipe",
+    "schedule": "recipe",
+    "progress": "",
+    "consumer": "",
+    "data": "consumer progress schedule",
+    "augmentation": "data",
+    "models": "recipe runs",
+    "evaluation": "data models recipe runs",
+    "distillation": "models recipe recipe_checks runs",
+    "importers": "recipe recipe_checks schedule",
 }
-BELOW_TRAINING = {*LEVEL_0, *LEVEL_1}
-LEVEL_2 = {
-    "training": BELOW_TRAINING - {"explain", "consumer"},
-    "meter": {"data", "images", "models", "training"},
-    "prediction": {
-        "consumer",
-        "data",
-        "export",
-        "images",
-        "models",
-        "progress",
-        "recipe",
-        "runs",
-        "training",
-    },
-    "comparison": {"recipe", "runs"},
-    "export": {*BELOW_TRAINING, "training", "comparison"},
-    "united_perception": {"recipe", "schedule"},
-    "doctor": {"data", "distillation", "models", "progress", "recipe", "schedule", "training"},
-}
-BELOW_VIEWS = {*BELOW_TRAINING, *LEVEL_2}
-ARROWS = {
-    "__init__": set(),
-    **{name: set() for name in LEVEL_0},
-    **LEVEL_1,
-    **LEVEL_2,
-    "plots": BELOW_VIEWS - {"training"},
-    "views": BELOW_VIEWS | {"plots"},
-    "widgets": BELOW_VIEWS | {"plots"},
-    "__main__": BELOW_VIEWS | {"plots", "widgets"},
-}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+PARTS["training"] = "augmentation data distillation evaluation models progress recipe runs schedule"
+PARTS["doctor"] = f"{PARTS['training']} recipe_checks training"
+PARTS["export"] = f"{PARTS['training']} consumer training"
+PARTS["ui"] = f"{PARTS['export']} doctor export importers"
+PARTS["__main__"] = f"{PARTS['ui']} params_files ui"
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
+)
 
 
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported(node: ast.AST) -> set[str]:
@@ -82,38 +62,31 @@ def imported(node: ast.AST) -> set[str]:
 
 def ours(names: set[str]) -> set[str]:
     parts = {tuple(name.split(".")) for name in names}
-    return {p[1] for p in parts if p[0] == "workbench" and len(p) > 1} & set(ARROWS)
+    return {p[1] for p in parts if p[0] == "workbench" and len(p) > 1} & set(PARTS)
 
 
 def test_the_reader_of_imports_sees_every_form():
     source = """
 from workbench import ROOT, data
-from workbench.recipe import PLACE
-import workbench.plots
+from workbench.recipe import runtime_only
+import workbench.ui.plots
 def late():
     from workbench import runs
 """
-    assert ours(imported(ast.parse(source))) == {"data", "recipe", "plots", "runs"}
+    assert ours(imported(ast.parse(source))) == {"data", "recipe", "ui", "runs"}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module):
-    assert module in ARROWS, "a new module has its place in the design's table"
-    assert ours(imported(tree(module))) <= ARROWS[module]
+def test_imports_point_downwards(module):
+    part = module.split(".")[0]
+    assert part in PARTS, "a new part has its place in the design's table"
+    assert ours(imported(tree(module))) - {part} <= set(PARTS[part].split())
 
 
-@pytest.mark.parametrize("module", [m for m in LEVEL_0 if m in MODULES])
-def test_level_0_takes_nothing_but_places_from_the_package(module):
-    names = {n for n in imported(tree(module)) if n.split(".")[0] == "workbench"}
+@pytest.mark.parametrize("part", [part for part, below in PARTS.items() if not below])
+def test_the_lowest_parts_take_nothing_but_paths_from_the_package(part):
+    names = {n for n in imported(tree(part)) if n.split(".")[0] == "workbench"}
     assert names <= {"workbench.ROOT", "workbench.CACHE"}
-
-
-def test_training_reads_the_recipe_as_a_value():
-    """fit takes what has the fields; only the names of PLACE come from recipe, and late."""
-    body = tree("training")
-    assert {n for n in imported(body) if "recipe" in n} <= {"workbench.recipe.PLACE"}
-    at_import = [node for node in body.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert "recipe" not in ours(set().union(*map(imported, at_import)))
 
 
 def test_a_recipe_is_judged_without_loading_anything_heavy():
@@ -133,7 +106,7 @@ def test_a_recipe_is_judged_without_loading_anything_heavy():
     [
         (["--help"], ["pandas"]),
         (["options"], ["pandas"]),
-        (["knobs"], ["pandas"]),  # the name it had before
+        (["options"], ["pandas"]),  # the name it had before
         (["doctor", "params/resnet50_a3_100e.yaml", "--images", "9999", "--classes", "9"],
          ["pandas", "numpy"]),
         (["doctor", "params/resnet50_a3_100e.yaml"], ["pandas", "numpy"]),  # and no data there
@@ -172,6 +145,49 @@ def test_threads_wait_without_spinning_unless_asked_otherwise(asked):
     )  # fmt: skip
     assert done.stdout.split() == ["False", asked or "PASSIVE"]
     assert f"OMP_WAIT_POLICY = '{asked or 'PASSIVE'}'" in done.stderr  # what OpenMP understood
+
+
+# ---- size: the values reached, so that they do not grow again
+
+LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 15_300, 1_360, 105, 15
+
+
+def source_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def functions() -> list[tuple[str, int]]:
+    """Name and lines of each function of the package."""
+    found = []
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{path.relative_to(PACKAGE)}:{node.name}"
+                found.append((name, node.end_lineno - node.lineno + 1))
+    return found
+
+
+def test_the_package_stays_thin():
+    lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in source_files()}
+    assert sum(lines.values()) <= LINES
+    assert [str(p) for p, count in lines.items() if count > LONGEST_FILE] == []
+    assert [name for name, count in functions() if count > LONGEST_FUNCTION] == []
+
+
+def test_functions_have_few_branches():
+    command = [sys.executable, "-m", "ruff", "check", str(PACKAGE), "--select", "C901", "-q"]
+    command += ["--config", f"lint.mccabe.max-complexity={BRANCHES}", "--output-format", "concise"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("folder", ["workbench", "tests"])
+def test_no_underscore_name_is_imported_from_the_package(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("workbench"):
+                private = [a.name for a in node.names if re.match("_[^_]", a.name)]
+                assert private == [], path
 
 
 # ---- dependencies
@@ -230,7 +246,7 @@ def texts() -> list[Path]:
     found = [path for path in ROOT.iterdir() if path.is_file()]
     for folder in ("workbench", "tests", "notebooks", "params", "benchmarks", ".ci"):
         found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
-    binary = {".png", ".jpg", ".gif", ".pyc", ".webp", ".safetensors"}
+    binary = {".parquet", ".png", ".jpg", ".gif", ".pyc", ".webp", ".safetensors"}
     return [path for path in found if path.suffix not in binary]
 
 
@@ -251,10 +267,9 @@ def test_no_file_names_a_path_of_one_machine():
     assert guilty == []
 
 
-def test_the_tests_follow_the_modules():
-    """One file per module, so that a change is met where one looks for it."""
-    files = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    assert {"recipe", "schedule", "images", "augmentation", "data", "models", "evaluation"} <= files
+def test_the_tests_mirror_the_package():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
 
 
 def test_commands_and_folders_stand_where_others_look_for_them():

@@ -9,8 +9,9 @@ import pytest
 from conftest import run_folder
 from typer.testing import CliRunner
 
-from workbench import ROOT, comparison, runs, training
+from workbench import ROOT, runs, training
 from workbench import __main__ as command
+from workbench.evaluation import comparison
 
 
 def invoke(*words):
@@ -20,8 +21,8 @@ def invoke(*words):
 @pytest.fixture
 def params(tmp_path):
     path = tmp_path / "small.yaml"
-    knobs = {"name": "small", "fraction": 0.1, "epochs": 2, "workers": 0}
-    path.write_text(json.dumps({**knobs, "runs_dir": str(tmp_path / "runs")}))
+    options = {"name": "small", "train_fraction": 0.1, "epochs": 2, "workers": 0}
+    path.write_text(json.dumps({**options, "runs_dir": str(tmp_path / "runs")}))
     return path
 
 
@@ -30,8 +31,8 @@ def test_train_says_how_it_ended_and_where(params, tmp_path):
     assert done.exit_code == 0, done.output
     run = runs.Run(tmp_path / "runs" / "small-seed0")
     lines = done.output.splitlines()
-    assert lines[0].startswith("130 training and 500 validation pictures, 10 classes; ")
-    assert lines[0].endswith("start: drawn from seed 0")
+    assert lines[0].startswith("130 training and 500 validation images, 10 classes; ")
+    assert lines[0].endswith("start: initialised from seed 0")
     assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [
         ["epoch", "1"],
         ["epoch", "2"],
@@ -47,22 +48,22 @@ def test_train_says_how_it_ended_and_where(params, tmp_path):
 def test_train_judges_a_teacher_before_it_teaches_but_not_again_on_a_resume(params, tmp_path):
     assert invoke("train", params).exit_code == 0
     source = tmp_path / "runs" / "small-seed0"
-    words = ("-p", "name=taught", "-p", f"teacher={source}", "-p", "mimic_loss=kl")
+    words = ("-p", "name=taught", "-p", f"teacher={source}", "-p", "kd_loss=kl")
     done = invoke("train", params, *words)
     assert done.exit_code == 0, done.output
     said = done.output.index(f"teacher {source}, test_resnet, 0.4 million parameters: top-1 ")
     assert said < done.output.index("epoch   1")
-    assert "of 500 validation pictures at the student's size" in done.output
+    assert "of 500 validation images at the student's size" in done.output
     assert "million parameters" not in invoke("train", params, *words).output
 
 
 def test_the_doctor_speaks_of_the_data_or_of_the_sizes_it_is_told(params):
-    done = invoke("doctor", params, "-p", "flip=0.5")
+    done = invoke("doctor", params, "-p", "hflip=0.5")
     assert done.exit_code == 0, done.output
-    assert "of 130 pictures" in done.output and "in the smallest" in done.output
-    assert "warning: flip 0.5 mirrors digits" in done.output
+    assert "of 130 images" in done.output and "in the smallest" in done.output
+    assert "warning: hflip 0.5 mirrors digits" in done.output
     told = invoke("doctor", params, "--images", 1281167, "--classes", 1000)
-    assert "of 1,281,167 pictures" in told.output and "0.1 % top-1" in told.output
+    assert "of 1,281,167 images" in told.output and "0.1 % top-1" in told.output
 
 
 def test_an_overridden_knob_reaches_the_run(params, tmp_path):
@@ -75,11 +76,11 @@ def test_ctrl_c_before_the_first_step_is_a_stop_and_no_failure(params, tmp_path,
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "keep", interrupted)
+    monkeypatch.setattr("workbench.training.setup.build_pixel_caches", interrupted)
     words = ("-p", "cache=true", "-p", f"cache_dir={tmp_path / 'kept'}")
     done = invoke("train", params, *words)
     assert done.exit_code == 3, done.output
-    assert "stopped by Ctrl-C, at once; the same command goes on" in done.output
+    assert "stopped by Ctrl-C, at once; the same command resumes it" in done.output
     assert runs.Run(tmp_path / "runs" / "small-seed0").status()["state"] == "stopped"
     monkeypatch.undo()
     assert invoke("train", params, *words).exit_code == 0
@@ -100,7 +101,7 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(params, tmp_path, monkey
 
 
 def test_an_override_without_a_value_is_refused(params):
-    with pytest.raises(ValueError, match="-p lr: wanted KNOB=VALUE"):
+    with pytest.raises(ValueError, match="-p lr: wanted OPTION=VALUE"):
         CliRunner().invoke(command.app, ["train", str(params), "-p", "lr"], catch_exceptions=False)
 
 
@@ -111,16 +112,16 @@ def test_what_a_person_can_mend_is_a_message_not_a_traceback(monkeypatch, capsys
     assert "missing.yaml" in str(ended.value) and "cannot be read" in str(ended.value)
 
 
-def test_check_data_of_sound_pictures_says_so(params):
+def test_check_data_of_sound_images_says_so(params):
     done = invoke("check-data", params)
     assert done.exit_code == 0
-    assert "every picture can be read" in done.output
+    assert "every image can be read" in done.output
 
 
-def test_check_data_lists_findings_and_writes_them_all(pictures, tmp_path):
-    (pictures / "train" / "a" / "0.png").write_bytes(b"no picture")
+def test_check_data_lists_findings_and_writes_them_all(image_folder, tmp_path):
+    (image_folder / "train" / "a" / "0.png").write_bytes(b"no image")
     path, out = tmp_path / "mine.yaml", tmp_path / "findings.csv"
-    path.write_text(json.dumps({"dataset": "files", "data_dir": str(pictures)}))
+    path.write_text(json.dumps({"dataset": "files", "data_dir": str(image_folder)}))
     done = invoke("check-data", path, "--out", out)
     assert done.exit_code == 1
     assert "undecodable, train: 1" in done.output
@@ -140,7 +141,7 @@ def test_compare_prints_table_and_verdict_and_writes_them(params, tmp_path):
     for run, row in zip(map(runs.Run, folders), table.itertuples(), strict=True):
         assert row.top1 == pytest.approx(run.metrics().top1.iloc[-1])
         assert row.top5 == pytest.approx(run.metrics().top5.iloc[-1])
-        assert row.pictures == 500
+        assert row.images == 500
     assert table.differs[1] == "lr 0.05 (0.1)"
     said = done.output.splitlines()[-1]
     assert f"- {said}\n" in out["markdown"].read_text()

@@ -80,7 +80,7 @@ PUBLISHED_MACS = [  # G at 224 pixels, of the whole network
 def test_multiply_adds_are_the_published_ones(name, published, outputs):
     """To the digits that were printed; the third is timm's count of outputs, in millions."""
     model = timm.create_model(name)
-    row = models.cost(model, 224)
+    row = models.profile(model, 224)
     digits = len(str(published).partition(".")[2])
     assert round(row["macs"], digits) == published
     assert row["parameters"] == sum(p.numel() for p in model.parameters()) / 1e6
@@ -101,7 +101,7 @@ def test_multiply_adds_are_the_published_ones(name, published, outputs):
 def test_united_perceptions_table_leaves_out_the_classifier_and_cuts_the_digits_off(name, macs):
     model = create(name, 1000)
     classifier = model.fc.weight.numel() / 1e9
-    assert int(1000 * (models.cost(model, 224)["macs"] - classifier)) / 1000 == macs
+    assert int(1000 * (models.profile(model, 224)["macs"] - classifier)) / 1000 == macs
 
 
 def test_multiply_adds_of_a_transformer_are_its_formula_attention_included():
@@ -112,12 +112,12 @@ def test_multiply_adds_of_a_transformer_are_its_formula_attention_included():
     block = tokens * (width * 3 * width + width * width + 2 * width * hidden)
     block += 2 * tokens**2 * width  # queries by keys, and the weights by the values
     total = 100 * 3 * 16 * 16 * width + blocks * block + width * 10
-    assert models.cost(model, 160)["macs"] == total / 1e9
+    assert models.profile(model, 160)["macs"] == total / 1e9
 
 
 def test_activations_are_the_outputs_of_modules_each_piece_of_memory_once():
     model = nn.Sequential(
-        nn.Identity(),  # the picture itself
+        nn.Identity(),  # the image itself
         nn.Conv2d(3, 8, 3, padding=1),  # 8 x 16 x 16
         nn.ReLU(inplace=True),
         nn.Identity(),
@@ -127,11 +127,11 @@ def test_activations_are_the_outputs_of_modules_each_piece_of_memory_once():
         nn.Flatten(),
         nn.Linear(512, 10),
     )
-    row = models.cost(model.train(), 16)
+    row = models.profile(model.train(), 16)
     assert row["activations"] == 4 * (8 * 16 * 16 + 2 * 512 + 10) / 1e6
     assert row["macs"] == (8 * 27 * 16 * 16 + 5120) / 1e9
     assert set(row) == {"parameters", "macs", "activations"}
-    assert models.cost(model.bfloat16(), 16)["activations"] == row["activations"] / 2
+    assert models.profile(model.bfloat16(), 16)["activations"] == row["activations"] / 2
 
 
 def test_images_per_second_are_the_median_of_forwards_after_a_first():
@@ -146,14 +146,14 @@ def test_images_per_second_are_the_median_of_forwards_after_a_first():
             return self.fc(images.mean((2, 3)))
 
     model = Sleeper()
-    row = models.cost(model, 8, batch=5, seconds=0.6)
+    row = models.profile(model, 8, batch=5, seconds=0.6)
     assert 150 < row["images_per_second"] < 250  # 5 in 0.02 s; 17 where the slow ones count
     assert row["batch"] == 5 and row["device"] == "cpu"
     assert row["threads"] == torch.get_num_threads()
     assert model.seen[0] == (1, False) and set(model.seen[1:]) == {(5, False)}
     assert len(model.seen) >= 6 and model.training
     model.seen.clear()
-    models.cost(model, 8, batch=2, seconds=0)
+    models.profile(model, 8, batch=2, seconds=0)
     assert len(model.seen) == 5  # counted, warmed up, three times measured
 
 
@@ -162,7 +162,7 @@ def test_counting_leaves_mode_hooks_and_randomness_alone():
     model.layer1.eval()
     modes = [part.training for part in model.modules()]
     before, stream = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    models.cost(model, 32, batch=2, seconds=0)
+    models.profile(model, 32, batch=2, seconds=0)
     assert torch.equal(stream, torch.random.get_rng_state())
     assert [part.training for part in model.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -294,7 +294,7 @@ def test_every_format_of_weights_is_loaded_whole(tmp_path, name):
         torch.save(FORMATS[name](source.state_dict()), tmp_path / name)
     result = load(model, tmp_path / name)
     assert same(model, source)
-    assert result.anew == {} and result.ignored == []
+    assert result.reinitialised == {} and result.ignored == []
     wanted = {k for k in source.state_dict() if not k.endswith("num_batches_tracked")}
     assert set(result.loaded) == wanted
     assert f"{len(wanted)} tensors loaded" in str(result) and str(tmp_path / name) in str(result)
@@ -369,7 +369,7 @@ def test_a_united_perception_checkpoint_is_loaded_whole(tmp_path, flags, prefix)
     assert prefix + f"backbone.layer0.0.{'0.' if flags else ''}weight" in theirs
     torch.save({"epoch": 99, "iter": 5, "model": theirs}, tmp_path / "ckpt.pth")
     result = load(model, tmp_path / "ckpt.pth")
-    assert same(model, source) and not result.anew and not result.ignored
+    assert same(model, source) and not result.reinitialised and not result.ignored
 
 
 def test_a_torchvision_checkpoint_gives_torchvisions_logits(tmp_path):
@@ -378,7 +378,7 @@ def test_a_torchvision_checkpoint_gives_torchvisions_logits(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
     ours = create("resnet18", 5, seed=2)
     result = load(ours, tmp_path / "tv.pth")
-    assert not result.anew and not result.ignored
+    assert not result.reinitialised and not result.ignored
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(images), theirs(images))
@@ -389,8 +389,8 @@ def test_a_classifier_of_another_size_is_made_anew_and_said(tmp_path):
     fresh = tiny(3, seed=2)
     torch.save(source.state_dict(), tmp_path / "ten.pth")
     result = load(model, tmp_path / "ten.pth")
-    assert set(result.anew) == {"fc.weight", "fc.bias"}
-    assert "2 made anew" in str(result)
+    assert set(result.reinitialised) == {"fc.weight", "fc.bias"}
+    assert "2 re-initialised" in str(result)
     assert "file has (10," in str(result) and "model (3," in str(result)
     assert torch.equal(model.fc.weight, fresh.fc.weight)
     assert torch.equal(model.conv1[0].weight, source.conv1[0].weight)
@@ -402,7 +402,7 @@ def test_tensors_that_are_missing_or_left_over_are_said(tmp_path):
     tensors["extra.weight"] = torch.zeros(3)
     torch.save(tensors, tmp_path / "odd.pth")
     result = load(tiny(seed=2), tmp_path / "odd.pth")
-    assert result.anew == {"layer2.0.conv1.weight": "not in the file"}
+    assert result.reinitialised == {"layer2.0.conv1.weight": "not in the file"}
     assert result.ignored == ["extra.weight"]
     assert "layer2.0.conv1.weight (not in the file)" in str(result)
     assert "1 in the file ignored: extra.weight" in str(result)
@@ -510,11 +510,11 @@ def test_the_table_of_a_loading_has_a_row_for_every_tensor_and_its_reason(tmp_pa
     torch.save(tensors, tmp_path / "odd.pth")
     model = tiny(3, seed=2)
     table = load(model, tmp_path / "odd.pth").table()
-    assert table.columns.tolist() == ["tensor", "fate", "why"]
+    assert table.columns.tolist() == ["tensor", "status", "why"]
     assert table.values.tolist()[:4] == [
-        ["bn1.bias", "made anew", "not in the file"],
-        ["fc.weight", "made anew", "file has (10, 96), model (3, 96)"],
-        ["fc.bias", "made anew", "file has (10,), model (3,)"],
+        ["bn1.bias", "re-initialised", "not in the file"],
+        ["fc.weight", "re-initialised", "file has (10, 96), model (3, 96)"],
+        ["fc.bias", "re-initialised", "file has (10,), model (3,)"],
         ["extra.weight", "ignored", "not in the model"],
     ]
     rest = [n for n in model.state_dict() if not n.endswith("num_batches_tracked")]
@@ -554,9 +554,9 @@ def test_a_head_for_other_classes_is_made_anew_though_its_size_is_right(
     assert torch.equal(model.fc.weight, head.fc.weight)
     assert torch.equal(model.conv1[0].weight, source.conv1[0].weight)
     why = "the file's classes are others"
-    assert result.anew == ({} if kept else {"fc.weight": why, "fc.bias": why})
+    assert result.reinitialised == ({} if kept else {"fc.weight": why, "fc.bias": why})
     whole = tiny(seed=2)
-    assert load(whole, tmp_path / "run").anew == {}  # nobody said what the classes are
+    assert load(whole, tmp_path / "run").reinitialised == {}  # nobody said what the classes are
     assert torch.equal(whole.fc.weight, source.fc.weight)
 
 
@@ -584,7 +584,7 @@ def test_less_than_half_is_refused_with_the_way_out_and_taken_by_force(tmp_path)
     source = tiny(seed=1)
     part = {k: v for k, v in source.state_dict().items() if k.startswith(("conv1", "layer1"))}
     torch.save(part, tmp_path / "part.pth")
-    assert "force_weights: true" in str(unchanged_by(tiny(), tmp_path / "part.pth"))
+    assert "allow_partial_weights: true" in str(unchanged_by(tiny(), tmp_path / "part.pth"))
     model, fresh = tiny(seed=2), tiny(seed=2)
     result = load(model, tmp_path / "part.pth", force=True)
     assert set(result.loaded) == {k for k in part if not k.endswith("num_batches_tracked")}
@@ -611,7 +611,7 @@ def test_force_takes_no_file_of_which_nothing_fits_and_offers_itself_for_none(tm
     for force in (False, True):
         with pytest.raises(ModelError, match="of another model") as caught:
             load(model, tmp_path / "other.pth", force=force)
-        assert "force_weights" not in str(caught.value)
+        assert "allow_partial_weights" not in str(caught.value)
 
 
 # ---- parts by name, modes of parts
@@ -657,7 +657,7 @@ def test_a_model_that_ends_in_two_classifiers_has_both_made_anew():
     assert models.heads(model) == ("head.", "head_dist.")
     tensors = {k: torch.zeros(v.shape) for k, v in theirs.state_dict().items()}
     loaded = models._take(model, "file", tensors)
-    assert sorted(loaded.anew) == sorted(
+    assert sorted(loaded.reinitialised) == sorted(
         f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")
     )
 
@@ -673,7 +673,7 @@ def test_after_evaluating_every_part_is_in_the_mode_it_was_in(ends):
     model.layer3[0].bn1.eval()
     before = {name: part.training for name, part in model.named_modules()}
     assert set(before.values()) == {True, False}
-    with contextlib.suppress(Stop), models.evaluating(model):
+    with contextlib.suppress(Stop), models.eval_mode(model):
         assert not any(part.training for part in model.modules())
         model.layer2.train()
         if ends:
@@ -752,7 +752,7 @@ def test_what_other_trainers_save_is_loaded_whole(tmp_path, name):
     source, model = tiny(seed=1), tiny(seed=2)
     torch.save(LAYOUTS[name](source.state_dict()), tmp_path / name)
     result = load(model, tmp_path / name)
-    assert same(model, source) and not result.anew
+    assert same(model, source) and not result.reinitialised
     assert result.ignored == (["criterion.weight"] if "net" in name else [])
 
 
@@ -808,7 +808,7 @@ def test_position_embeddings_are_resampled_as_timm_resamples_its_own(tmp_path):
     result = load(model, tmp_path / "vit.pt")
     wanted = resampled_by_timm("test_vit", tmp_path / "vit.pt", img_size=64)
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
-    assert result.anew == {} and result.ignored == []
+    assert result.reinitialised == {} and result.ignored == []
     why = "file has (1, 5, 64), model (1, 17, 64)"
     assert f"1 of them resampled: pos_embed ({why})" in str(result)
     assert ["pos_embed", "resampled", why] in result.table().values.tolist()

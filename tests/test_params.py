@@ -27,10 +27,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench import CACHE, ROOT, data, runs, training
-from workbench.recipe import TEMPERED, Recipe
+from workbench.recipe import Recipe
+from workbench.recipe_checks import losses_with_temperature
 
 PARAMS = sorted((ROOT / "params").glob("*.yaml"))
-IMAGENET = 1_281_167  # pictures in the training list of ImageNet-1k
+IMAGENET = 1_281_167  # images in the training list of ImageNet-1k
 
 each = pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
 
@@ -53,7 +54,7 @@ def sentence(path, name: str) -> str:
 
 
 def written(path) -> dict[str, Any]:
-    """The knobs of a file, as any reader of YAML sees them."""
+    """The options of a file, as any reader of YAML sees them."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
@@ -62,14 +63,14 @@ def params(name: str):
 
 
 def read(stem: str, **overrides) -> Recipe:
-    return Recipe.read(params(stem), **overrides)
+    return Recipe.from_yaml(params(stem), **overrides)
 
 
 ON_IMAGENET = [path for path in PARAMS if "data_dir /data/imagenet" in field(path, "Run")]
 PUBLISHED = [path for path in PARAMS if "data_dir /data/" in field(path, "Run")]
 on_imagenet = pytest.mark.parametrize("path", ON_IMAGENET, ids=lambda path: path.stem)
 published = pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-# pictures of the training list, of the test, classes
+# images of the training list, of the test, classes
 SETS = {
     "imagenet": (IMAGENET, 50_000, 1000),
     "cars": (8144, 8041, 196),
@@ -102,7 +103,7 @@ def test_a_header_names_its_file_source_run_and_expectation(path):
 @each
 def test_every_knob_exists_and_the_recipe_is_valid(path):
     assert set(written(path)) <= set(Recipe.model_fields)
-    recipe = Recipe.read(path)
+    recipe = Recipe.from_yaml(path)
     for key, value in written(path).items():
         assert getattr(recipe, key) in (value, [value]), key  # a lone text is a list of one
 
@@ -110,8 +111,8 @@ def test_every_knob_exists_and_the_recipe_is_valid(path):
 @each
 def test_other_readers_of_yaml_see_the_same_values(path):
     """papermill -f uses PyYAML as it is: a number it reads as text is no number there."""
-    recipe = Recipe.read(path)
-    assert Recipe.collect(written(path)) == recipe
+    recipe = Recipe.from_yaml(path)
+    assert Recipe.from_namespace(written(path)) == recipe
     for key, value in written(path).items():
         if isinstance(getattr(recipe, key), float | int):
             assert isinstance(value, float | int), key
@@ -119,7 +120,7 @@ def test_other_readers_of_yaml_see_the_same_values(path):
 
 @each
 def test_a_recipe_is_named_after_its_file(path):
-    assert Recipe.read(path).name == path.stem
+    assert Recipe.from_yaml(path).name == path.stem
 
 
 @each
@@ -132,8 +133,8 @@ def test_a_run_line_is_a_command_of_this_repository(path):
     words = shlex.split(line)
     assert words[0] == "papermill" and (ROOT / words[1]).exists()
     assert words[words.index("-f") + 1] == f"params/{path.name}"
-    for flag, knob in zip(words, words[1:], strict=False):
-        assert flag != "-p" or knob in Recipe.model_fields
+    for flag, option in zip(words, words[1:], strict=False):
+        assert flag != "-p" or option in Recipe.model_fields
 
 
 @on_imagenet
@@ -149,15 +150,15 @@ def test_data_dir_belongs_to_the_machine_and_not_into_a_recipe(path):
 
 
 def switches(path) -> dict[str, str]:
-    """The `-p knob value` of a note."""
+    """The `-p option value` of a note."""
     return dict(re.findall(r"-p (\w+) ([\w.]*\w)", field(path, "Note")))
 
 
 @each
 def test_the_switches_of_a_note_give_another_recipe(path):
-    recipe, other = Recipe.read(path), Recipe.read(path, **switches(path))
-    for knob in switches(path):
-        assert getattr(recipe, knob) != getattr(other, knob) or knob.startswith("randaug_")
+    recipe, other = Recipe.from_yaml(path), Recipe.from_yaml(path, **switches(path))
+    for option in switches(path):
+        assert getattr(recipe, option) != getattr(other, option) or option.startswith("randaug_")
     # another recipe needs another run folder; one that only flips or smooths says so itself
     if {"randaug_n", "brightness"} & set(switches(path)):
         assert other.name != recipe.name
@@ -209,7 +210,7 @@ def size(
 
 @published
 def test_the_model_can_be_built_and_has_the_size_the_header_says(path):
-    recipe, (*_, classes) = Recipe.read(path), data_set(path)
+    recipe, (*_, classes) = Recipe.from_yaml(path), data_set(path)
     how = recipe.deep_stem, recipe.avg_down, recipe.image_size
     parameters, macs = size(recipe.model, *how, classes)
     assert recipe.num_classes in (None, classes)
@@ -219,7 +220,7 @@ def test_the_model_can_be_built_and_has_the_size_the_header_says(path):
 
 @published
 def test_the_gpu_hours_are_the_estimate_they_say(path):
-    recipe, said = Recipe.read(path), sentence(path, "GPU-hours")
+    recipe, said = Recipe.from_yaml(path), sentence(path, "GPU-hours")
     ratio = TIMM_SPEED["resnet50d" if recipe.deep_stem else recipe.model] / TIMM_SPEED["resnet50"]
     smaller = (224 / recipe.image_size) ** 2
     seconds = 1 / (2500 * ratio * smaller)
@@ -239,7 +240,7 @@ def test_the_gpu_hours_are_the_estimate_they_say(path):
 @published
 def test_a_downstream_recipe_says_what_its_lists_must_hold(path):
     train, test, classes = data_set(path)
-    recipe = Recipe.read(path)
+    recipe = Recipe.from_yaml(path)
     assert (train != IMAGENET) == bool(recipe.train_list)
     if train != IMAGENET:
         assert (recipe.train_list, recipe.val_list) == (["meta/train.txt"], ["meta/val.txt"])
@@ -254,7 +255,7 @@ def test_a_downstream_recipe_says_what_its_lists_must_hold(path):
 @each
 def test_a_run_that_a_recipe_needs_is_one_of_these(path):
     """What it starts or learns from, and its header says so."""
-    recipe = Recipe.read(path)
+    recipe = Recipe.from_yaml(path)
     needed = [name for name in (recipe.weights, *recipe.teacher) if name.startswith("runs/")]
     for name in needed:
         stem = re.fullmatch(r"runs/(\w+)-seed0", name)[1]
@@ -267,7 +268,7 @@ def test_a_run_that_a_recipe_needs_is_one_of_these(path):
 
 
 class Row(NamedTuple):
-    """One row; warm-up and curve in UP's terms, the rest in the names of our knobs."""
+    """One row; warm-up and curve in UP's terms, the rest in the names of our options."""
 
     config: str
     top1: float | None  # published
@@ -277,15 +278,15 @@ class Row(NamedTuple):
     weight_decay: float
     warmup: tuple[int, float]  # iterations, share of lr it starts from
     curve: tuple
-    knobs: dict[str, Any]
+    options: dict[str, Any]
     meant: dict[str, Any] = {}  # what stands in the params file in the place of the above
     apart: float = 0.0  # as a share of lr, how far ours is at most from the row as it is written
-    pictures: int = IMAGENET  # in the training list
+    images: int = IMAGENET  # in the training list
 
     @property
     def steps(self) -> int:
         """Of an epoch."""
-        return math.ceil(self.pictures / self.batch)
+        return math.ceil(self.images / self.batch)
 
 
 MULTISTEP = ("multistep", (30, 60, 90))
@@ -309,20 +310,20 @@ def by_epoch(t_max: int, low: float, start: int) -> tuple:
 SGD = {"optimizer": "sgd", "momentum": 0.9, "nesterov": True}
 LAMB = {"optimizer": "lamb", "clip_grad_norm": 1.0, "trust_clip": False, "always_adapt": False}
 ADAMW = {"optimizer": "adamw"}
-ALL, SPARE = {"decay_all": True}, {"decay_all": False}
+ALL, SPARE = {"decay_norm_and_bias": True}, {"decay_norm_and_bias": False}
 SMOOTH = {"loss": "ce", "label_smoothing": 0.1}
 BIAS = {"loss": "bce", "bce_sum": True, "bce_shift": True, "label_smoothing": 0.0}
-CROP = {"crop_scale": [0.08, 1.0], "flip": 0.5, "interpolation": "bilinear"}
+CROP = {"crop_scale": [0.08, 1.0], "hflip": 0.5, "interpolation": "bilinear"}
 T_STD = {**CROP, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.1}
 JITTER = {**CROP, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.0}
 
 
 def randaug(m: float) -> dict[str, Any]:
     drawn = {"randaug_n": 2, "randaug_m": m, "randaug_std": 0.5, "randaug_increasing": True}
-    return {**CROP, **drawn, "randaug_form": "up"}
+    return {**CROP, **drawn, "randaug_variant": "up"}
 
 
-AUTO = {**CROP, "autoaugment": True, "flip": 0.0}
+AUTO = {**CROP, "autoaugment": True, "hflip": 0.0}
 ERASE = {"erase_prob": 0.25, "erase_mode": "pixel", "erase_count": 1}
 MIXUP = {"mixup_alpha": 0.2}
 STRIKES_MIX = {"mixup_alpha": 0.1, "cutmix_alpha": 1.0, "switch_prob": 0.5}
@@ -338,7 +339,7 @@ SWIN = {**ADAMW, **SPARE, **SMOOTH, **AUTO, **ERASE, **MIX}
 SWIN |= {"interpolation": "bicubic", "clip_grad_norm": 5.0}
 VIT = {**ADAMW, **ALL, **SMOOTH, **AUTO, **MIX, **HALF}
 
-TAUGHT = {"model": "resnet18", "weights": "runs/resnet18_100e-seed0", "mimic_loss": ["up_kl"]}
+TAUGHT = {"model": "resnet18", "weights": "runs/resnet18_100e-seed0", "kd_loss": ["up_kl"]}
 
 
 def downstream(name: str) -> dict[str, Any]:
@@ -455,7 +456,7 @@ UP = {
             f"resnet/downstream/res50_{name.removesuffix('s')}", top1, 64, 150, 0.01, 5e-4,
             (0, 0.0), ("multistep", (50, 100)),
             {**PLAIN, **downstream(name), "weights": "runs/resnet50_100e-seed0"},
-            pictures=SETS[name][0],
+            images=SETS[name][0],
         )
         for name, top1 in (("cars", 92.06), ("flowers", 96.86), ("pets", None))
     },
@@ -465,7 +466,7 @@ UP = {
             cosine(300, 0.0, 0),
             {**SGD, **ALL, **BIAS, **randaug(7.0), **STRIKES_MIX, "mix_per_sample": True,
              **downstream(name), "weights": "runs/resnet50_strikes_300e-seed0"},
-            pictures=SETS[name][0],
+            images=SETS[name][0],
         )
         for name, config, top1 in (
             ("cars", "car", 93.52), ("flowers", "flower", 97.26), ("pets", "car", None)
@@ -482,7 +483,7 @@ def test_the_files_are_the_rows_and_ours():
     small |= {"tiny_imagenet_baseline", *BESIDE}
     assert {path.stem for path in PARAMS} == {*UP, *RSB, DIST, *small}
     assert {path.stem for path in PUBLISHED} == {*UP, *RSB, DIST}
-    large = {name for name, row in UP.items() if row.pictures == IMAGENET}
+    large = {name for name, row in UP.items() if row.images == IMAGENET}
     assert {path.stem for path in ON_IMAGENET} == {*large, *RSB, DIST}
 
 
@@ -516,14 +517,14 @@ def test_a_recipe_holds_every_value_of_its_row(name, row):
     wanted = {
         **Recipe().model_dump(),
         **E_STD,
-        **row.knobs,
+        **row.options,
         **shape,
         "epochs": row.epochs,
         "batch_size": row.batch,
         "lr": row.lr,
         "weight_decay": row.weight_decay,
         "warmup_epochs": row.warmup[0] / row.steps,
-        "warmup_ratio": row.warmup[1],
+        "warmup_start_factor": row.warmup[1],
     }
     assert read(name).model_dump() == {**wanted, "name": name}
 
@@ -531,7 +532,7 @@ def test_a_recipe_holds_every_value_of_its_row(name, row):
 @rows
 def test_a_recipe_trains_at_its_rows_rates(name, row):
     recipe, meant = read(name), row._replace(**row.meant)
-    steps = data.steps_per_epoch(row.pictures, recipe.batch_size, recipe.drop_last)
+    steps = data.steps_per_epoch(row.images, recipe.batch_size, recipe.drop_last)
     assert steps == meant.steps
     rate, last, warm = training.lr_schedule(recipe, steps), recipe.epochs * steps, meant.warmup[0]
     points = [0, 1, warm // 2, max(0, warm - 1), warm, warm + steps // 2]
@@ -572,7 +573,7 @@ def test_a_recipe_names_its_config_and_its_published_top1(name, row):
 
 
 def test_where_a_recipe_leaves_its_row_it_says_so():
-    """More than a warm-up rounded to whole epochs, which a comment beside the knob says."""
+    """More than a warm-up rounded to whole epochs, which a comment beside the option says."""
     for name, row in UP.items():
         if 2e-3 < row.apart < 0.5:
             said = f"lr is at most {100 * row.apart:.1f} % of its peak higher"
@@ -585,9 +586,9 @@ def test_where_a_recipe_leaves_its_row_it_says_so():
 @rows
 def test_how_often_a_source_validates_stands_in_the_note(name, row):
     """UP's files say test_freq 5, Swin-T's 2; those in iterations are tested at the end alone."""
-    epochs = ("every fifth (val_every 5)", "every second (val_every 2)")[name == "swin_tiny_300e"]
+    epochs = ("every fifth (eval_every 5)", "every second (eval_every 2)")[name == "swin_tiny_300e"]
     theirs = "the last alone" if row.curve[0] == "iterations" else epochs
-    assert read(name).val_every == 1
+    assert read(name).eval_every == 1
     said = f"alidation comes after every epoch, the source's after {theirs}"
     assert said in sentence(params(name), "Note")
 
@@ -599,19 +600,21 @@ def test_what_is_left_out_is_left_out_for_its_reason():
 
 
 def test_the_plain_recipes_differ_in_the_model_alone():
-    recipes = [read(f"resnet{n}_100e").changed() for n in (18, 34, 50)]
+    recipes = [read(f"resnet{n}_100e").non_default() for n in (18, 34, 50)]
     for recipe in recipes:
         del recipe["model"], recipe["name"]
     assert recipes[0] == recipes[1] == recipes[2]
 
 
-@pytest.mark.parametrize("name", [n for n in UP if "_strikes_" in n and UP[n].pictures == IMAGENET])
+@pytest.mark.parametrize("name", [n for n in UP if "_strikes_" in n and UP[n].images == IMAGENET])
 def test_the_note_of_strikes_gives_the_other_augmentation(name):
     """Jitter where the file has RandAugment-Increasing and the other way round, nothing else."""
     note, jitter = switches(params(name)), name != "resnet50_strikes_300e"
     other = read(name, **note).model_dump()
     wanted = read(name).model_dump() | (randaug(7.0) if jitter else {"randaug_n": 0})
-    wanted |= {knob: 0.0 if jitter else 0.4 for knob in ("brightness", "contrast", "saturation")}
+    wanted |= {
+        option: 0.0 if jitter else 0.4 for option in ("brightness", "contrast", "saturation")
+    }
     wanted["name"] = f"{name}_{'randaug' if jitter else 'jitter'}"
     assert other == wanted
     assert "documentation counts RandAugment-Increasing" in sentence(params(name), "Note")
@@ -621,8 +624,8 @@ def test_the_note_of_strikes_gives_the_other_augmentation(name):
 
 def test_a_recipe_means_torchvisions_transform():
     recipe = read("resnet50_100e")
-    train, test = training.train_transform(recipe), training.test_transform(recipe)
-    assert (train.size, train.crop_scale, train.flip) == (224, (0.08, 1.0), 0.5)
+    train, test = training.train_transform(recipe), training.eval_transform(recipe)
+    assert (train.size, train.crop_scale, train.hflip) == (224, (0.08, 1.0), 0.5)
     jitter = (train.brightness, train.contrast, train.saturation, train.hue)
     assert jitter == (0.2, 0.2, 0.2, 0.1)
     assert (test.size, test.resize, test.interpolation) == (224, 256, "bilinear")
@@ -663,15 +666,15 @@ def test_a_procedure_holds_every_value_of_the_paper(name, row):
         "lr_min": 1e-6,
         "lr_per_epoch": True,
         "warmup_epochs": 5.0,
-        "warmup_ratio": pytest.approx(1e-4 / lr),
+        "warmup_start_factor": pytest.approx(1e-4 / lr),
         "loss": "bce",
         "bce_threshold": 0.2,
         "bce_sum": False,
         "bce_shift": False,
         "label_smoothing": smoothing,
         "crop_scale": [0.08, 1.0],
-        "flip": 0.5,
-        **{**randaug(m), "randaug_form": "timm", "interpolation": "bicubic"},
+        "hflip": 0.5,
+        **{**randaug(m), "randaug_variant": "timm", "interpolation": "bicubic"},
         "mixup_alpha": mixup,
         "cutmix_alpha": 1.0,
         "switch_prob": 0.5,
@@ -748,16 +751,16 @@ def test_dist_holds_every_value_of_its_source():
         "lr": pytest.approx(0.048 / math.sqrt(0.001), rel=1e-4),
         "weight_decay": 1e-5,
         **SPARE,
-        **{"schedule": "step", "step_epochs": 1},
+        **{"schedule": "step", "lr_step_epochs": 1},
         "gamma": pytest.approx(0.97 ** (1 / 2.4), abs=5e-5),
         "warmup_epochs": 3.0,
-        "warmup_ratio": pytest.approx(1e-6 / 0.048, rel=1e-4),
+        "warmup_start_factor": pytest.approx(1e-6 / 0.048, rel=1e-4),
         "ema_decay": 0.9999,
         **SMOOTH,
-        **{**randaug(9.0), "randaug_increasing": False, "randaug_form": "timm"},
+        **{**randaug(9.0), "randaug_increasing": False, "randaug_variant": "timm"},
         **{**ERASE, "erase_prob": 0.2},
         "teacher": ["resnet50.a1_in1k"],
-        **{"mimic_loss": ["dist"], "mimic_weight": [2.0], "temperature": 1.0, "task_weight": 1.0},
+        **{"kd_loss": ["dist"], "kd_weight": [2.0], "temperature": 1.0, "task_weight": 1.0},
     }
     assert read(DIST).model_dump() == {**wanted, "name": DIST}
     assert sentence(params(DIST), "Expect").startswith("top-1 74.5 as published by the source")
@@ -808,13 +811,13 @@ SMALL = {
         "momentum": 0.9,  # sgd's, unused
         "nesterov": False,
         "weight_decay": 0.02,
-        "warmup_ratio": 0.02,
+        "warmup_start_factor": 0.02,
         **BIAS,
         "randaug_n": 2,
         "randaug_m": 7.0,
         "randaug_std": 0.5,
         "randaug_increasing": True,
-        "randaug_form": "timm",
+        "randaug_variant": "timm",
         **STRIKES_MIX,
     },
 }
@@ -831,16 +834,17 @@ def test_a_small_rung_is_the_baseline_and_what_is_new(place, rung):
     if rung == "strikes":
         wanted["lr"] = 0.008  # the source's for 100 epochs
     assert recipe.model_dump() == wanted
-    assert recipe.flip == (0.0 if place == "digits" else 0.5)
+    assert recipe.hflip == (0.0 if place == "digits" else 0.5)
 
 
 # name: the file beside which it stands, and what is new
-KL4 = {"mimic_loss": ["kl"], "temperature": 4.0}
+KL4 = {"kd_loss": ["kl"], "temperature": 4.0}
 BESIDE = {
     "digits_teacher": ("digits_baseline", {"model": "resnet10t", "label_smoothing": 0.0}),
     "digits_distillation": (
         "digits_baseline",
-        {"epochs": 3, "cache_teacher": True, "teacher": ["runs/digits_teacher-seed0"], **KL4},
+        {"epochs": 3, "cache_teacher_logits": True, "teacher": ["runs/digits_teacher-seed0"],
+         **KL4},
     ),
     "letters_downstream": (
         "digits_baseline",
@@ -854,12 +858,12 @@ BESIDE = {
     ),
     "cifar10_distillation": (
         "cifar10_bag_of_tricks",
-        {"mixup_alpha": 0.0, "cache_teacher": True}
+        {"mixup_alpha": 0.0, "cache_teacher_logits": True}
         | {"teacher": ["runs/cifar10_teacher-seed0"], **KL4},
     ),
     "cars_downstream": (
         "tiny_imagenet_baseline",
-        {"val_resize": 72, "batch_size": 64, "warmup_epochs": 0.0, "warmup_ratio": 0.0}
+        {"val_resize": 72, "batch_size": 64, "warmup_epochs": 0.0, "warmup_start_factor": 0.0}
         | {"weights": "runs/tiny_imagenet_baseline-seed0", "lr": 0.01},
     ),
 }  # fmt: skip
@@ -871,9 +875,9 @@ def test_a_teacher_a_student_and_a_transfer_are_a_baseline_and_what_is_new(name)
     assert read(name).model_dump() == {**read(beside).model_dump(), **new, "name": name}
 
 
-# ---- no knob is written in vain
+# ---- no option is written in vain
 
-# Knobs that a file may state although they stand at Recipe's default, and another value each, so
+# Options that a file may state although they stand at Recipe's default, and another value each, so
 # that they too are seen to matter.
 STATED = {
     "dataset": "letters",
@@ -886,17 +890,17 @@ STATED = {
     "optimizer": "adamw",
     "lr": 0.2,
     "momentum": 0.5,
-    "decay_all": False,
+    "decay_norm_and_bias": False,
     "schedule": "constant",
     "gamma": 0.5,
-    "flip": 0.5,
+    "hflip": 0.5,
     "randaug_m": 9.0,
     "randaug_std": 2.0,
     "randaug_increasing": False,
-    "randaug_form": "timm",
+    "randaug_variant": "timm",
     "switch_prob": 0.9,
     "erase_mode": "const",
-    "mimic_loss": ["kl"],
+    "kd_loss": ["kl"],
 }
 
 
@@ -915,9 +919,9 @@ def tree(tmp_path_factory):
     return root
 
 
-def pictures_found(recipe, tree) -> Iterator:
+def images_found(recipe, tree) -> Iterator:
     try:
-        found = data.open_data(recipe.model_copy(update={"data_dir": str(tree)}))
+        found = data.load_dataset(recipe.model_copy(update={"data_dir": str(tree)}))
     except data.DataError as error:
         yield str(error)
     else:
@@ -931,14 +935,14 @@ def photograph() -> Image.Image:
     return Image.fromarray(coarse).resize((120, 90), Image.Resampling.BICUBIC)
 
 
-def training_pictures(recipe, _) -> Iterator:
+def training_images(recipe, _) -> Iterator:
     transform = training.train_transform(recipe)
     for i in range(40):
         yield transform(photograph(), np.random.default_rng(i)).tobytes()
 
 
-def validation_pictures(recipe, _) -> Iterator:
-    yield training.test_transform(recipe)(photograph()).tobytes()
+def validation_images(recipe, _) -> Iterator:
+    yield training.eval_transform(recipe)(photograph()).tobytes()
 
 
 def batches(recipe, _) -> Iterator:
@@ -965,7 +969,7 @@ def rates(recipe, _) -> Iterator:
     steps = data.steps_per_epoch(IMAGENET, recipe.batch_size, recipe.drop_last)
     last = steps * recipe.epochs
     yield last
-    if recipe.schedule == "step" and not recipe.step_epochs:
+    if recipe.schedule == "step" and not recipe.lr_step_epochs:
         yield "never steps"
         return
     rate = training.lr_schedule(recipe, steps)
@@ -988,16 +992,22 @@ def updates(recipe, _) -> Iterator:
 
 
 @functools.cache
-def tiny_run(**knobs) -> list:
+def tiny_run(**options) -> list:
     """What only the loop sees, through the loop: nine steps on real digits, large gradients."""
     with tempfile.TemporaryDirectory() as folder:
-        return nine_steps(folder, **knobs)
+        return nine_steps(folder, **options)
 
 
-def nine_steps(folder, **knobs) -> list:
-    small = {"fraction": 0.055, "batch_size": 8, "epochs": 1, "crop_scale": [0.5, 1.0], "lr": 0.01}
+def nine_steps(folder, **options) -> list:
+    small = {
+        "train_fraction": 0.055,
+        "batch_size": 8,
+        "epochs": 1,
+        "crop_scale": [0.5, 1.0],
+        "lr": 0.01,
+    }
     small |= {"loss": "bce", "bce_sum": True, "workers": 0, "precision": "fp32"}
-    recipe = Recipe(**{**small, "runs_dir": str(folder), **knobs})
+    recipe = Recipe(**{**small, "runs_dir": str(folder), **options})
     run = runs.Run(recipe.folder)
     rows = list(training.fit(recipe, run))
     seen = [row.get("loss") for row in rows] + [rows[-1]["train_loss"]]
@@ -1014,15 +1024,15 @@ def other_run() -> str:
 def loops(recipe, _) -> Iterator:
     names = ["clip_grad_norm", "ema_decay", "repeated_aug", "optimizer"]
     if recipe.teacher:
-        names += ["mimic_loss", "mimic_weight", "cache_teacher"]
-        names += ["temperature"] if set(recipe.mimic_loss) & TEMPERED else []
-    knobs = {name: getattr(recipe, name) for name in names}
+        names += ["kd_loss", "kd_weight", "cache_teacher_logits"]
+        names += ["temperature"] if set(recipe.kd_loss) & {*losses_with_temperature} else []
+    options = {name: getattr(recipe, name) for name in names}
     if recipe.weights:
-        knobs["weights"] = other_run()
+        options["weights"] = other_run()
     if recipe.teacher:  # it sees 24 pixels for 224; without a word it sees its own 32
-        knobs["teacher"] = other_run()
-        knobs["teacher_image_size"] = [size * 3 // 28 for size in recipe.teacher_image_size]
-    yield tiny_run(**{k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()})
+        options["teacher"] = other_run()
+        options["teacher_image_size"] = [size * 3 // 28 for size in recipe.teacher_image_size]
+    yield tiny_run(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
 def losses(recipe, _) -> Iterator:
@@ -1036,20 +1046,20 @@ def losses(recipe, _) -> Iterator:
 
 
 SEEN_IN = {
-    pictures_found: "dataset train_list train_root val_list val_root class_names num_classes",
-    training_pictures: "image_size interpolation crop_scale flip brightness contrast saturation hue"
-    " autoaugment randaug_n randaug_m randaug_std randaug_increasing randaug_form",
-    validation_pictures: "val_image_size val_resize",
+    images_found: "dataset train_list train_root val_list val_root class_names num_classes",
+    training_images: "image_size interpolation crop_scale hflip brightness contrast saturation hue"
+    " autoaugment randaug_n randaug_m randaug_std randaug_increasing randaug_variant",
+    validation_images: "val_image_size val_resize",
     batches: "mean std mixup_alpha cutmix_alpha switch_prob mix_per_sample erase_prob erase_mode",
     networks: "model deep_stem avg_down drop_path dropout",
-    rates: "epochs batch_size drop_last lr schedule milestones step_epochs gamma lr_min"
-    " cosine_epochs lr_per_epoch warmup_epochs warmup_ratio",
-    updates: "optimizer momentum nesterov weight_decay decay_all",
-    loops: "clip_grad_norm ema_decay repeated_aug weights teacher teacher_image_size mimic_loss"
-    " mimic_weight temperature cache_teacher",
+    rates: "epochs batch_size drop_last lr schedule milestones lr_step_epochs gamma lr_min"
+    " cosine_epochs lr_per_epoch warmup_epochs warmup_start_factor",
+    updates: "optimizer momentum nesterov weight_decay decay_norm_and_bias",
+    loops: "clip_grad_norm ema_decay repeated_aug weights teacher teacher_image_size kd_loss"
+    " kd_weight temperature cache_teacher_logits",
     losses: "loss bce_threshold bce_sum bce_shift label_smoothing",
 }
-OBSERVER = {knob: view for view, knobs in SEEN_IN.items() for knob in knobs.split()}
+OBSERVER = {option: view for view, options in SEEN_IN.items() for option in options.split()}
 
 
 def _slow(path) -> tuple:
@@ -1061,21 +1071,21 @@ def _slow(path) -> tuple:
     "path", [pytest.param(path, id=path.stem, marks=_slow(path)) for path in PARAMS]
 )
 def test_every_knob_of_a_file_changes_what_is_done(path, tree):
-    """Each knob alone is put back to its default (or a stated default elsewhere), unchecked."""
-    recipe, vain, before = Recipe.read(path), [], {}
-    for knob in written(path).keys() - {"name"}:
-        default = Recipe.model_fields[knob].default
-        other = STATED[knob] if getattr(recipe, knob) == default else default
-        if knob == "val_resize":  # whose default no crop of photographs allows
+    """Each option alone is put back to its default (or a stated default elsewhere), unchecked."""
+    recipe, vain, before = Recipe.from_yaml(path), [], {}
+    for option in written(path).keys() - {"name"}:
+        default = Recipe.model_fields[option].default
+        other = STATED[option] if getattr(recipe, option) == default else default
+        if option == "val_resize":  # whose default no crop of photographs allows
             other = recipe.val_resize + 8
-        assert other != getattr(recipe, knob)
-        changed = Recipe.model_construct(**{**recipe.model_dump(), knob: other})
-        view = OBSERVER[knob]
+        assert other != getattr(recipe, option)
+        changed = Recipe.model_construct(**{**recipe.model_dump(), option: other})
+        view = OBSERVER[option]
         before.setdefault(view, view(recipe, tree))
         before[view], own = itertools.tee(before[view])  # computed once, and as far as needed
         pairs = zip(own, view(changed, tree), strict=False)
         if all(ours == theirs for ours, theirs in pairs):
-            vain.append(knob)
+            vain.append(option)
     assert not vain
 
 
@@ -1085,9 +1095,9 @@ def test_the_decay_of_an_ema_reaches_the_loop_as_it_is():
 
 
 def test_no_more_is_excused_than_the_files_need():
-    """A knob at its default says what is on; the list of those is as short as can be."""
+    """An option at its default says what is on; the list of those is as short as can be."""
     default = {k: f.default for k, f in Recipe.model_fields.items()}
-    recipes = [(Recipe.read(path), written(path)) for path in PARAMS]
+    recipes = [(Recipe.from_yaml(path), written(path)) for path in PARAMS]
     stated = {k for recipe, keys in recipes for k in keys if getattr(recipe, k) == default[k]}
     assert stated == set(STATED)
     assert {k for _, keys in recipes for k in keys} - {"name"} == set(OBSERVER)

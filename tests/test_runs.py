@@ -21,7 +21,7 @@ import torch
 
 from workbench import runs, training
 from workbench.recipe import Recipe
-from workbench.runs import Run, RunError, finished, follow, replacing, table, unused_name
+from workbench.runs import COLUMNS, Run, RunError, atomic_write, finished, follow, rows, unused_name
 
 # Children are forked in milliseconds from a process that has imported everything.
 _server = multiprocessing.get_context("forkserver")
@@ -45,24 +45,24 @@ def child(function, *arguments):
         process.join()
 
 
-def small(pictures: Path, folder: Path, **changes) -> Recipe:
-    """Three epochs of three steps on the pictures; validated after the second and the third."""
-    knobs = {
+def small(image_folder: Path, folder: Path, **changes) -> Recipe:
+    """Three epochs of three steps on the image_folder; validated after the second and the third."""
+    options = {
         "dataset": "files",
-        "data_dir": str(pictures),
+        "data_dir": str(image_folder),
         "image_size": 16,
         "val_resize": 16,
         "epochs": 3,
         "batch_size": 6,
-        "val_every": 2,
-        "flip": 0.5,
+        "eval_every": 2,
+        "hflip": 0.5,
         "log_every": 1,
         "device": "cpu",
         "precision": "fp32",
         "workers": 0,
         "runs_dir": str(folder),
     }
-    return Recipe(**{**knobs, **changes})
+    return Recipe(**{**options, **changes})
 
 
 def train(recipe: Recipe, epochs: int | None = None) -> list[dict]:
@@ -115,15 +115,15 @@ def test_the_lock_dies_with_its_process(tmp_path):
     assert not run.locked()
 
 
-def _train_with_workers(knobs, ready):
+def _train_with_workers(options, ready):
     multiprocessing.set_start_method("fork", force=True)  # Python's choice in a process of its own
-    for _ in training.fit(recipe := Recipe(**knobs), Run(recipe.folder)):
+    for _ in training.fit(recipe := Recipe(**options), Run(recipe.folder)):
         ready.set()
 
 
-def test_the_lock_dies_with_a_training_that_had_workers(pictures, tmp_path):
+def test_the_lock_dies_with_a_training_that_had_workers(image_folder, tmp_path):
     """The workers are processes too, and outlive a killed parent by seconds."""
-    recipe = small(pictures, tmp_path, epochs=10_000, val_every=10_000, workers=2)
+    recipe = small(image_folder, tmp_path, epochs=10_000, eval_every=10_000, workers=2)
     run = Run(recipe.folder)
     with child(_train_with_workers, recipe.model_dump()) as trainer:
         os.kill(trainer.pid, signal.SIGKILL)
@@ -194,7 +194,7 @@ NAMES = (
 def _write_half_of_everything(path, ready):
     with Run(path).writing() as run, contextlib.ExitStack() as stack:
         for name in NAMES:
-            stack.enter_context(replacing(run.file(name))).write_bytes(b"half")
+            stack.enter_context(atomic_write(run.file(name))).write_bytes(b"half")
         ready.set()
         time.sleep(600)
 
@@ -245,7 +245,7 @@ def test_a_writer_that_raises_leaves_the_old_file_and_nothing_else(tmp_path):
         before = sorted(p.name for p in tmp_path.iterdir())
         with pytest.raises(ZeroDivisionError):
             run.save_checkpoint({"step": Unpicklable()})
-        with pytest.raises(ZeroDivisionError), replacing(run.file("last.pt")) as temporary:
+        with pytest.raises(ZeroDivisionError), atomic_write(run.file("last.pt")) as temporary:
             temporary.write_bytes(b"half")
             raise ZeroDivisionError
     assert run.load_checkpoint() == {"step": 1}
@@ -345,7 +345,7 @@ def test_names_with_commas_quotes_and_line_ends_come_back(writer):
     names = ["a,b.png", 'a"b.png', "a\nb.png", "größe 猫.png", "a\u2028b.png", "late.png"]
     for step, name in enumerate(names):
         writer.append("quarantine.csv", {"file": name, "step": step})
-    writer.rewind(4)
+    writer.truncate_after(4)
     assert writer.quarantine().file.tolist() == names[:5]
 
 
@@ -364,7 +364,7 @@ def test_half_a_last_line_is_passed_over_by_readers_and_dropped_by_rewind(writer
     whole = "" if half.startswith("step") else "step,loss\n1,0.5\n2,0.25\n"
     path.write_text(whole + half)
     assert len(writer.steps()) == (2 if whole else 0)
-    writer.rewind(10)
+    writer.truncate_after(10)
     writer.append("steps.csv", {"step": 3, "loss": 0.125})
     lines = (whole or "step,loss\n") + "3,0.125\n"
     assert path.read_text() == lines
@@ -378,22 +378,26 @@ def test_rewind_keeps_the_rows_up_to_the_step_to_the_byte(writer):
     for name in ("metrics.csv", "steps.csv", "quarantine.csv"):
         text = writer.file(name).read_text()
         kept[name] = "".join(text.splitlines(keepends=True)[:5])  # the header, -1, 0, 1, 2
-    writer.rewind(2)
+    writer.truncate_after(2)
     assert {name: writer.file(name).read_text() for name in kept} == kept
-    writer.rewind(2)
+    writer.truncate_after(2)
     assert {name: writer.file(name).read_text() for name in kept} == kept
-    writer.rewind(-2)
+    writer.truncate_after(-2)
     assert not any(writer.file(name).exists() for name in kept)
 
 
 # ---- a table of runs
 
 
+def table(root: Path) -> pd.DataFrame:
+    return pd.DataFrame(rows(root), columns=[*COLUMNS.split(), "device", "updated"])
+
+
 def made(root: Path, name: str, *, updated="2026-01-01T00:00:00+0000", **metrics) -> Path:
     """A run folder with all that the table reads."""
     path = root / name
     path.mkdir(parents=True)
-    Recipe().write(path / "recipe.yaml")
+    Recipe().to_yaml(path / "recipe.yaml")
     status = {"state": "finished", "step": 9, "steps": 9, "message": "", "updated": updated}
     (path / "status.json").write_text(json.dumps(status))
     (path / "environment.json").write_text(json.dumps({"seconds": 120.0, "device": "cpu"}))
@@ -507,15 +511,21 @@ def test_a_run_without_a_status_stands_in_its_place_in_time(tmp_path):
     assert table(tmp_path).run.tolist() == ["newest", "begun", "oldest"]
 
 
-# ---- finished runs of the same recipe, of the same pictures
+# ---- finished runs of the same recipe, of the same images
 
 
-def ended(root: Path, name: str, state="finished", **environment) -> Path:
+def ended(root: Path, name: str, state="finished", epochs: int = 3, **environment) -> Path:
     path = made(root, name)
+    if epochs:
+        Recipe(epochs=epochs).to_yaml(path / "recipe.yaml")
+        environment["recipe"] = Recipe(epochs=epochs).fingerprint
     status = json.loads((path / "status.json").read_text())
     (path / "status.json").write_text(json.dumps({**status, "state": state}))
     (path / "environment.json").write_text(json.dumps(environment))
     return path
+
+
+SAME = Recipe(epochs=3).fingerprint
 
 
 def named(found: list[Run]) -> list[str]:
@@ -523,24 +533,24 @@ def named(found: list[Run]) -> list[str]:
 
 
 def test_finished_runs_are_found_by_what_their_record_says(tmp_path):
-    ended(tmp_path, "b-seed0", recipe="abc", data="123")
-    ended(tmp_path, "a-seed0", recipe="abc", data="123")
-    ended(tmp_path, "c-seed0", recipe="abc", data="456")
-    ended(tmp_path, "d-seed0", recipe="def", data="123")
-    ended(tmp_path, "e-seed0")
-    assert named(finished(tmp_path, recipe="abc")) == ["a-seed0", "b-seed0", "c-seed0"]
-    assert named(finished(tmp_path, recipe="abc", data="123")) == ["a-seed0", "b-seed0"]
+    ended(tmp_path, "b-seed0", data="123")
+    ended(tmp_path, "a-seed0", data="123")
+    ended(tmp_path, "c-seed0", data="456")
+    ended(tmp_path, "d-seed0", epochs=4, data="123")
+    ended(tmp_path, "e-seed0", epochs=0)
+    assert named(finished(tmp_path, recipe=SAME)) == ["a-seed0", "b-seed0", "c-seed0"]
+    assert named(finished(tmp_path, recipe=SAME, data="123")) == ["a-seed0", "b-seed0"]
     assert named(finished(tmp_path, data="456")) == ["c-seed0"]
-    assert finished(tmp_path, recipe="nobody's") == []
+    assert finished(tmp_path, recipe="other") == []
     assert len(finished(tmp_path)) == 5
-    assert finished(tmp_path / "nowhere", recipe="abc") == []
+    assert finished(tmp_path / "nowhere", recipe=SAME) == []
 
 
 def test_a_name_is_free_or_holds_a_run_of_the_same_recipe(tmp_path):
     recipe = Recipe(name="demo", runs_dir=str(tmp_path))
     assert unused_name(recipe) == recipe
     for name, epochs in (("demo-seed0", 3), ("demo_2-seed0", 4)):
-        path = ended(tmp_path, name, recipe=recipe.replace(epochs=epochs).fingerprint)
+        path = ended(tmp_path, name, epochs=epochs)
         assert unused_name(recipe) == recipe.replace(name=name.removesuffix("-seed0")), "no work"
         (path / "last.pt").touch()
         assert unused_name(recipe.replace(epochs=epochs)).folder == path
@@ -549,27 +559,27 @@ def test_a_name_is_free_or_holds_a_run_of_the_same_recipe(tmp_path):
 
 @pytest.mark.parametrize("state", ["running", "stopped", "failed", "new"])
 def test_a_run_that_did_not_end_is_no_finished_one(tmp_path, state):
-    ended(tmp_path, "a-seed0", state=state, recipe="abc")
-    assert finished(tmp_path, recipe="abc") == []
+    ended(tmp_path, "a-seed0", state=state)
+    assert finished(tmp_path, recipe=SAME) == []
 
 
 @pytest.mark.parametrize("kind", [k for k in DAMAGE if k.startswith(("environment", "status"))])
 def test_a_damaged_run_is_passed_over_and_hides_no_other(tmp_path, kind):
-    ended(tmp_path, "good", recipe="abc")
+    ended(tmp_path, "good")
     name, damage = DAMAGE[kind]
-    damage(ended(tmp_path, "damaged", recipe="abc") / name)
-    assert named(finished(tmp_path, recipe="abc")) == ["good"]
+    damage(ended(tmp_path, "damaged") / name)
+    assert named(finished(tmp_path, recipe=SAME)) == ["good"]
 
 
-def test_the_record_that_is_asked_is_the_one_that_training_writes(pictures, tmp_path):
+def test_the_record_that_is_asked_is_the_one_that_training_writes(image_folder, tmp_path):
     """The same recipe under another name is found; another seed is another recipe."""
-    recipe = small(pictures, tmp_path, epochs=1, val_every=1)
+    recipe = small(image_folder, tmp_path, epochs=1, eval_every=1)
     train(recipe)
     again = recipe.replace(name="again")
     assert named(finished(tmp_path, recipe=again.fingerprint)) == ["baseline-seed0"]
     assert finished(tmp_path, recipe=recipe.replace(seed=1).fingerprint) == []
     known = Run(recipe.folder).environment()["data"]
-    (pictures / "val" / "a" / "0.png").unlink()
+    (image_folder / "val" / "a" / "0.png").unlink()
     train(again)
     assert named(finished(tmp_path, data=known)) == ["baseline-seed0"]
     assert len(finished(tmp_path, recipe=recipe.fingerprint)) == 2
@@ -605,8 +615,8 @@ def until(condition, seconds=20.0):
         time.sleep(0.001)
 
 
-def test_following_a_finished_run_gives_the_rows_that_fit_gave(pictures, tmp_path):
-    recipe = small(pictures, tmp_path / "runs")
+def test_following_a_finished_run_gives_the_rows_that_fit_gave(image_folder, tmp_path):
+    recipe = small(image_folder, tmp_path / "runs")
     rows = train(recipe)
     assert [row["kind"] for row in rows].count("epoch") == 3
     assert parted(rows)["epoch"][0]["top1"] is None
@@ -617,8 +627,10 @@ def test_following_a_finished_run_gives_the_rows_that_fit_gave(pictures, tmp_pat
     assert [row["step"] for row in followed] == [row["step"] for row in rows]
 
 
-def test_following_a_live_run_gives_the_rows_that_fit_gives_and_ends_with_it(pictures, tmp_path):
-    recipe = small(pictures, tmp_path / "runs", epochs=6)
+def test_following_a_live_run_gives_the_rows_that_fit_gives_and_ends_with_it(
+    image_folder, tmp_path
+):
+    recipe = small(image_folder, tmp_path / "runs", epochs=6)
     run = Run(recipe.folder)
     rows, trainer = collected(training.fit(recipe, run))
     until(run.locked)
@@ -638,7 +650,7 @@ def test_following_a_run_that_is_wound_back_gives_the_rows_written_anew(tmp_path
             run.append("steps.csv", {"step": step, "loss": 1.0})
         seen, follower = collected(follow(run, poll=0.5))
         until(lambda: [row["step"] for row in seen] == [1, 2, 3, 4, 5])
-        run.rewind(2)
+        run.truncate_after(2)
         for step in (3, 4):  # both between two looks, so the file is shorter but not short
             run.append("steps.csv", {"step": step, "loss": 2.0})
         until(lambda: seen[-1]["loss"] == 2.0 and seen[-1]["step"] == 4)
@@ -657,8 +669,8 @@ def test_following_a_run_that_nobody_writes_ends_at_once(tmp_path):
 
 
 @pytest.fixture
-def undisturbed(pictures, tmp_path) -> Run:
-    recipe = small(pictures, tmp_path / "undisturbed")
+def undisturbed(image_folder, tmp_path) -> Run:
+    recipe = small(image_folder, tmp_path / "undisturbed")
     train(recipe)
     return Run(recipe.folder)
 
@@ -677,12 +689,12 @@ def assert_goes_on_to_the_same_end(recipe: Recipe, undisturbed: Run):
     assert run.file("metrics.csv").read_bytes() == undisturbed.file("metrics.csv").read_bytes()
 
 
-def _train_with_small_files(knobs, limit, connection):
+def _train_with_small_files(options, limit, connection):
     torch.set_num_threads(1)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        train(Recipe(**knobs))
+        train(Recipe(**options))
     except Exception as error:
         connection.send((type(error).__name__, str(error)))
     else:
@@ -700,9 +712,9 @@ def _train_with_small_files(knobs, limit, connection):
     ],
 )
 def test_a_file_that_does_not_fit_fails_the_run_and_costs_nothing(
-    pictures, tmp_path, undisturbed, limit, file
+    image_folder, tmp_path, undisturbed, limit, file
 ):
-    recipe = small(pictures, tmp_path / "runs")
+    recipe = small(image_folder, tmp_path / "runs")
     train(recipe, epochs=1)
     run = Run(recipe.folder)
     if file == "last.pt":
@@ -750,12 +762,12 @@ def test_a_line_that_does_not_fit_is_an_error_and_the_lines_before_are_read(tmp_
     assert receiver.poll(60)
     step, message = receiver.recv()
     process.join()
-    assert "steps.csv" in message and "free space" in message
+    assert "steps.csv" in message and "free disk space" in message
     run = Run(tmp_path)
     assert run.file("steps.csv").stat().st_size == 500  # half a line is there
     assert run.steps().step.tolist() == list(range(1, step))
     with run.writing():
-        run.rewind(10**9)
+        run.truncate_after(10**9)
         run.append("steps.csv", {"step": step, "loss": 1 / 3})
     assert run.steps().step.tolist() == list(range(1, step + 1))
 
@@ -782,15 +794,15 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("room", [0, 200_000])
-def test_a_full_disk_fails_the_run_and_costs_nothing(pictures, undisturbed, disk, room):
+def test_a_full_disk_fails_the_run_and_costs_nothing(image_folder, undisturbed, disk, room):
     folder, resize = disk
-    recipe = small(pictures, folder / "runs")
+    recipe = small(image_folder, folder / "runs")
     train(recipe, epochs=1)
     run = Run(recipe.folder)
     kept = {name: run.file(name).read_bytes() for name in ("last.pt", "metrics.csv")}
     space = os.statvfs(folder)
     resize((space.f_blocks - space.f_bfree) * space.f_frsize + room)
-    with pytest.raises(RunError, match="MB free there.*goes on from the last checkpoint"):
+    with pytest.raises(RunError, match="MB free there.*resumes from the last checkpoint"):
         train(recipe)
     assert run.file("last.pt").read_bytes() == kept["last.pt"]
     assert run.load_checkpoint()["progress"]["step"] == 3
@@ -800,8 +812,8 @@ def test_a_full_disk_fails_the_run_and_costs_nothing(pictures, undisturbed, disk
     assert_goes_on_to_the_same_end(recipe, undisturbed)
 
 
-def test_states_are_those_that_a_run_can_be_in(pictures, tmp_path):
-    recipe = small(pictures, tmp_path, epochs=2)
+def test_states_are_those_that_a_run_can_be_in(image_folder, tmp_path):
+    recipe = small(image_folder, tmp_path, epochs=2)
     run, states = Run(recipe.folder), []
     states.append(run.status()["state"])
     train(recipe, epochs=1)

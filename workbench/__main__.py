@@ -20,13 +20,13 @@ app = typer.Typer(
 
 Params = Annotated[Path, typer.Argument(help="a params file")]
 Overrides = Annotated[
-    list[str], typer.Option("-p", "--set", metavar="KNOB=VALUE", help="overrides one knob")
+    list[str], typer.Option("-p", "--set", metavar="OPTION=VALUE", help="overrides one option")
 ]
 STOPPED = 3  # exit code of a run that was stopped and can be resumed
 
 
 def main() -> None:
-    """Runs a command; what a person can mend is one message and exit code 1, not a traceback."""
+    """Runs a command; what a person can fix is one message and exit code 1, not a traceback."""
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:
@@ -39,7 +39,7 @@ def main() -> None:
 def _recipe(params: Path, overrides: list[str]):
     from workbench.recipe import Recipe
 
-    return Recipe.read(params, **_knobs(overrides))
+    return Recipe.from_yaml(params, **_knobs(overrides))
 
 
 def _knobs(overrides: list[str]) -> dict[str, str]:
@@ -47,7 +47,7 @@ def _knobs(overrides: list[str]) -> dict[str, str]:
 
     bad = [text for text in overrides if "=" not in text]
     if bad:
-        raise RecipeError([f"-p {text}: wanted KNOB=VALUE" for text in bad], "command line")
+        raise RecipeError([f"-p {text}: wanted OPTION=VALUE" for text in bad], "command line")
     return dict(text.split("=", 1) for text in overrides)
 
 
@@ -58,32 +58,34 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
     On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS
     """
     recipe = _recipe(params, p)
-    from workbench import data, meter, runs, training, widgets
+    from workbench import data, runs, training
+    from workbench.doctor import throughput
+    from workbench.ui import widgets
 
     run = runs.Run(recipe.folder)
     progress = widgets.Progress(run)
     content = None
-    if recipe.teacher and training.is_first() and not run.file("last.pt").exists():
-        content = data.open_data(recipe)
+    if recipe.teacher and training.is_main() and not run.file("last.pt").exists():
+        content = data.load_dataset(recipe)
         _judge_teachers(recipe, content)
     with contextlib.suppress(KeyboardInterrupt):  # before the first step, or twice: status says so
-        for row in training.fit(recipe, run, prepared=content):
+        for row in training.fit(recipe, run, dataset=content):
             if not progress.started:
                 _warn(recipe, run.environment())
             progress.show(row)
-    if training.is_first():
+    if training.is_main():
         progress.close()
-        print(meter.seen(run.steps(), training.pick_device(recipe.device).type))
+        print(throughput.seen(run.steps(), training.pick_device(recipe.device).type))
         print(f"run folder: {run.path}")
     if run.status()["state"] == "stopped":
         raise typer.Exit(STOPPED)
 
 
 def _judge_teachers(recipe, content) -> None:
-    """Prints what its teachers are worth to the student, from a look at some pictures."""
+    """Prints what its teachers are worth to the student, from a look at some images."""
     from workbench import doctor
 
-    report = doctor.teachers(recipe, content, pictures=512, val_pictures=2048)
+    report = doctor.teachers(recipe, content, max_images=512, max_val_images=2048)
     print(*doctor.about_teachers(recipe, report), sep="\n", flush=True)
 
 
@@ -92,7 +94,7 @@ def _warn(recipe, environment: dict) -> None:
     from workbench import doctor
 
     sizes = {"images": environment["train_images"], "classes": len(environment["classes"])}
-    sizes["shrunk"] = environment["shrunk"]
+    sizes["downscaled"] = environment["downscaled"]
     for finding in doctor.examine(recipe, **sizes):
         if finding.kind == "warning":
             print(finding, flush=True)
@@ -118,7 +120,7 @@ def notebook(
     output, run = folder / notebook.name, runs.Run(folder)
     # The checked recipe itself: papermill would read numbers into `name=007` or `name: 1_000`.
     command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3"]
-    command += ["-y", recipe.yaml(recipe.changed()), "--no-progress-bar", "--stdout-file", "-"]
+    command += ["-y", recipe.yaml(recipe.non_default()), "--no-progress-bar", "--stdout-file", "-"]
     print(f"papermill {notebook} -> {output}", flush=True)
     before = run.status()
     with tempfile.TemporaryFile("w+", errors="replace") as log:  # papermill's own, and kernel's
@@ -152,16 +154,16 @@ def check_data(
     recipe = _recipe(params, p)
     from workbench import data
 
-    content = data.open_data(recipe, strict=False)
+    content = data.load_dataset(recipe, strict=False)
     findings = data.report(content)
     print(
-        f"{len(content.train):,} training and {len(content.val):,} validation pictures, "
+        f"{len(content.train):,} training and {len(content.val):,} validation images, "
         f"{len(content.classes)} classes"
     )
     if out:
         findings.to_csv(out, index=False)
     if findings.empty:
-        print("every picture can be read; no duplicates, nothing in both lists")
+        print("every image can be read; no duplicates, nothing in both lists")
         return
     for (finding, side), rows in findings.groupby(["finding", "side"], sort=False):
         print(f"\n{finding}, {side}: {len(rows):,}")
@@ -169,9 +171,7 @@ def check_data(
             print("  " + "  ".join(str(v) for v in (row.file, row.detail) if v))
         if len(rows) > 5:
             print(f"  ... {len(rows) - 5:,} more" + ("" if out else "; --out FILE.csv lists all"))
-    print(
-        "\nTraining leaves out what cannot be read; duplicates and pictures in both lists stay in."
-    )
+    print("\nTraining leaves out what cannot be read; duplicates and images in both lists stay in.")
     raise typer.Exit(int((findings.detail != "hidden").any()))
 
 
@@ -179,7 +179,7 @@ def check_data(
 def doctor(
     params: Params,
     p: Overrides = [],  # noqa: B006
-    images: Annotated[int | None, typer.Option(help="training pictures, without the data")] = None,
+    images: Annotated[int | None, typer.Option(help="training images, without the data")] = None,
     classes: Annotated[int | None, typer.Option(help="classes, without the data")] = None,
 ) -> None:
     """Say what a recipe will do, and what speaks against it, before it trains."""
@@ -194,12 +194,12 @@ def doctor(
             sys.exit(f"there is no {paths[0]}; set data_dir, or give --images and --classes")
         from workbench import data, training
 
-        content = data.open_data(recipe)
+        content = data.load_dataset(recipe)
         training.create_model(recipe, len(content.classes))  # checks its image sizes
         images, classes = len(content.train), len(content.classes)
         counts = content.counts
-        if content.passed:
-            print(data.passed_over(content.passed))
+        if content.skipped:
+            print(data.describe_skipped(content.skipped))
     sizes = {"images": images, "classes": classes, "counts": counts}
     measured = counts is not None or rules.worth_measuring(recipe)
     for finding in rules.examine(recipe, **sizes, measured=measured):
@@ -209,7 +209,7 @@ def doctor(
         for finding in rules.about_teachers(recipe, report):
             print(finding)
     elif recipe.teacher:
-        print("its teachers are judged on the pictures themselves: leave out --images, --classes")
+        print("its teachers are judged on the images themselves: leave out --images, --classes")
 
 
 @app.command()
@@ -224,7 +224,8 @@ def compare(
 
     workbench compare runs/cifar10_*
     """
-    from workbench import comparison, runs
+    from workbench import runs
+    from workbench.evaluation import comparison
 
     for path in filter(None, (csv, markdown)):
         if not path.parent.is_dir():
@@ -288,7 +289,7 @@ def export(
         return
     block = None
     if kestrel:
-        from workbench import united_perception
+        from workbench.importers import united_perception
 
         block = united_perception.load(kestrel).deployment
         if block is None:
@@ -309,19 +310,20 @@ def export(
 @app.command()
 def predict(
     source: Annotated[Path, typer.Argument(help="a run folder, or a deployment package (.tar)")],
-    inputs: Annotated[list[Path], typer.Argument(help="pictures, folders, lists (.txt, .jsonl)")],
+    inputs: Annotated[list[Path], typer.Argument(help="images, folders, lists (.txt, .jsonl)")],
     out: Annotated[Path, typer.Option(help="the table: .csv, .jsonl or .parquet; a new file")],
-    top: Annotated[int, typer.Option(help="classes per picture")] = 5,
-    batch_size: Annotated[int, typer.Option(help="pictures at once")] = 64,
-    workers: Annotated[int | None, typer.Option(help="processes that read pictures")] = None,
-    pictures: Annotated[Path | None, typer.Option(help="folder for annotated pictures")] = None,
+    top: Annotated[int, typer.Option(help="classes per image")] = 5,
+    batch_size: Annotated[int, typer.Option(help="images at once")] = 64,
+    workers: Annotated[int | None, typer.Option(help="processes that read images")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder for annotated images")] = None,
     weights: Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")] = "",
 ) -> None:
-    """Name the best classes of pictures in a table. Exit code 1 if none could be read.
+    """Name the best classes of images in a table. Exit code 1 if none could be read.
 
-    The same command goes on where it was interrupted. List files name a picture a line.
+    The same command goes on where it was interrupted. List files name an image a line.
     """
-    from workbench import data, prediction
+    from workbench import data
+    from workbench.export import prediction
 
     passed: list[tuple[str, str]] = []
     opened = prediction.open_source(source, weights)
@@ -333,12 +335,12 @@ def predict(
         top=top,
         batch_size=batch_size,
         workers=workers,
-        pictures=pictures,
+        images=images,
         passed=passed,
     )
     if passed:
-        print(data.passed_over(passed))
-    print(f"{sum(counts.values()):,} pictures: {counts.get('', 0):,} answered in {out}")
+        print(data.describe_skipped(passed))
+    print(f"{sum(counts.values()):,} images: {counts.get('', 0):,} answered in {out}")
     for reason, count in counts.items():
         if reason:
             print(f"{count:,} {reason}: see the column error")
@@ -357,20 +359,47 @@ def import_up(
 
     workbench import-up res50.yaml --gpus 16 > params/res50.yaml
     """
-    from workbench import united_perception
+    from workbench.importers import united_perception
 
     found = united_perception.load(config, gpus=gpus, train_images=train_images, name=name)
     print(found.params(), end="")
     print(found.summary(), file=sys.stderr)
 
 
-@app.command("knobs", hidden=True)
+@app.command("options", hidden=True)
 @app.command()
-def options() -> None:
+def options(
+    notebooks: Annotated[
+        bool, typer.Option(help="write them into the parameters cells of notebooks/")
+    ] = False,
+) -> None:
     """Print every option of a recipe with its default and meaning."""
+    import json
+
     from workbench.recipe import Recipe
 
-    print(Recipe.cell())
+    if not notebooks:
+        print(Recipe.parameters_cell())
+        return
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            if "parameters" in cell["metadata"].get("tags", []) and "lr = " in str(cell["source"]):
+                cell["source"] = Recipe.parameters_cell().splitlines(keepends=True)
+                cell["metadata"]["jupyter"] = {"source_hidden": True}
+        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
+@app.command()
+def migrate(files: Annotated[list[Path], typer.Argument(help="params files")]) -> None:
+    """Rename options of earlier versions in params files; comments and order stay."""
+    from workbench import params_files
+    from workbench.recipe import RENAMED, RENAMED_VALUES
+
+    for path in files:
+        changes = params_files.migrate(path, RENAMED, RENAMED_VALUES)
+        print(f"{path}: {len(changes)} changes", *changes, sep="\n  ")
 
 
 @app.command("runs")

@@ -1,9 +1,9 @@
 """Predictions for image files, with onnxruntime, numpy and Pillow alone.
 
-python predict.py [model_int8.onnx] PICTURE ...     prints file, best class, probability
+python predict.py [model_int8.onnx] IMAGE ...     prints file, best class, probability
 
 Of a file that cannot be read it prints `error: ` and why, and goes on; the exit code is then 1.
-The rules for reading a file are those of training: workbench.images takes them from this source.
+The rules for reading a file are those of training: workbench.data.images takes them from here.
 """
 
 import errno
@@ -26,7 +26,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 M
 
 # A network file system stumbles; a second look a moment later tells a hiccup from a broken file.
 _PASSING = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR}
-_NOT_THE_FILE = {errno.EMFILE, errno.ENFILE}  # too many are open: no picture is to blame
+_NOT_THE_FILE = {errno.EMFILE, errno.ENFILE}  # too many are open: no image is to blame
 
 REASONS = ("missing", "unreadable", "undecodable", "truncated", "too small", "too large")
 
@@ -44,7 +44,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class ImageError(ValueError):
-    """A picture cannot be used. `reason` is one of REASONS, the text adds the detail."""
+    """An image cannot be used. `reason` is one of REASONS, the text adds the detail."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -65,7 +65,7 @@ def told(path: str | Path, read: Callable[[], Any]) -> Any:
         except FileNotFoundError:
             raise ImageError("missing", "no such file") from None
         except UnidentifiedImageError:
-            detail = "empty file" if Path(path).stat().st_size == 0 else "no known picture format"
+            detail = "empty file" if Path(path).stat().st_size == 0 else "no known image format"
             raise ImageError("undecodable", detail) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError("too large", str(error).split(",")[0]) from None
@@ -146,7 +146,7 @@ def prepare(pixels: np.ndarray, seen: dict) -> np.ndarray:
     sides, size = np.array(image.size), seen["size"]
     resized = (seen["resize"] * sides / sides.min()).astype(int)
     first = np.round((resized - size) / 2)
-    # Only what the centre shows is resized: its box in pixels of the picture.
+    # Only what the centre shows is resized: its box in pixels of the image.
     box = [*(first * (sides / resized)), *((first + size) * (sides / resized))]
     image = image.resize((size, size), Image.Resampling[seen["interpolation"].upper()], box)
     pixels = np.asarray(image).transpose(2, 0, 1)[None]

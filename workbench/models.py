@@ -1,7 +1,7 @@
 """timm models by name, United Perception's ResNet variants, and weights from wherever they lie.
 
 model = create("resnet50", num_classes=196)
-print(load(model, "runs/imagenet-seed0"))     # what was loaded, made anew, ignored
+print(load(model, "runs/imagenet-seed0"))     # what was loaded, re-initialised, ignored
 """
 
 import argparse
@@ -111,7 +111,7 @@ def check_name(name: str) -> None:
 def check_size(model: nn.Module, size: int, option: str, takes: int) -> None:
     """A forward of a blank image of `size` pixels. Raises ModelError, naming a size it takes."""
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     except Exception as error:
         raise ModelError(
@@ -125,22 +125,22 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def cost(
+def profile(
     model: nn.Module, image_size: int, *, batch: int | None = None, seconds: float = 1.0
 ) -> dict[str, float | int | str]:
     """What a model costs in evaluation: `parameters` (M), `macs` (G), `activations` (MB).
 
     Parameters are all, frozen ones too. MACs are the multiply-adds of convolutions, linear layers
-    and the products of attention for one picture (3, image_size, image_size); norms, activation
+    and the products of attention for one image (3, image_size, image_size); norms, activation
     functions, additions and pooling are not counted. Activations are the outputs of all modules
-    for one picture, in MB of 1e6 bytes and the model's precision, each piece of memory once: what
-    works in place or only reshapes adds nothing, nor do the picture and what functions give
+    for one image, in MB of 1e6 bytes and the model's precision, each piece of memory once: what
+    works in place or only reshapes adds nothing, nor do the image and what functions give
     inside a module. With `batch` also `images_per_second`: the median over forwards of that many
-    pictures of noise, for `seconds` and at least three, after one to warm up; with the `batch`,
-    `device` and `threads` of that. Loading pictures is no part of it.
+    images of noise, for `seconds` and at least three, after one to warm up; with the `batch`,
+    `device` and `threads` of that. Loading images is no part of it.
     """
     weight = next(model.parameters())
-    picture = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
+    image = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
     given: dict[int, torch.Tensor] = {}  # kept until all are counted, or memory would be used again
 
     def note(module: nn.Module, args: tuple, out: Any) -> None:
@@ -148,30 +148,30 @@ def cost(
             if isinstance(value, torch.Tensor):
                 given.setdefault(value.untyped_storage().data_ptr(), value)
 
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         hooks = [part.register_forward_hook(note) for part in model.modules()]
         try:
             # The fused kernels of attention are not counted on every device, plain products are.
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-                model(picture)
+                model(image)
         finally:
             for hook in hooks:
                 hook.remove()
-        given.pop(picture.untyped_storage().data_ptr(), None)
+        given.pop(image.untyped_storage().data_ptr(), None)
         row: dict[str, float | int | str] = {
             "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
             "macs": flops.get_total_flops() / 2e9,
             "activations": sum(value.untyped_storage().nbytes() for value in given.values()) / 1e6,
         }
         if batch:
-            row |= {"images_per_second": _speed(model, picture, batch, seconds), "batch": batch}
+            row |= {"images_per_second": _speed(model, image, batch, seconds), "batch": batch}
             row |= {"device": str(weight.device), "threads": torch.get_num_threads()}
     return row
 
 
-def _speed(model: nn.Module, picture: torch.Tensor, batch: int, seconds: float) -> float:
+def _speed(model: nn.Module, image: torch.Tensor, batch: int, seconds: float) -> float:
     stream = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *picture.shape[1:], generator=stream).to(picture)
+    images = torch.randn(batch, *image.shape[1:], generator=stream).to(image)
     return batch / median_seconds(lambda: model(images), images.device, seconds)
 
 
@@ -195,15 +195,17 @@ class Loaded:
 
     source: str
     loaded: dict[str, str] = field(default_factory=dict)  # the model's -> how, where resampled
-    anew: dict[str, str] = field(default_factory=dict)  # the model's, left at initial values -> why
+    reinitialised: dict[str, str] = field(
+        default_factory=dict
+    )  # the model's, left at initial values -> why
     ignored: list[str] = field(default_factory=list)  # the file's
     note: str = ""
 
     def __str__(self) -> str:
         text = f"{self.source}: {len(self.loaded)} tensors loaded"
-        if self.anew:
-            listed = [f"{name} ({why})" for name, why in self.anew.items()]
-            text += f"; {len(listed)} made anew: {_some(listed)}"
+        if self.reinitialised:
+            listed = [f"{name} ({why})" for name, why in self.reinitialised.items()]
+            text += f"; {len(listed)} re-initialised: {_some(listed)}"
         if self.ignored:
             text += f"; {len(self.ignored)} in the file ignored: {_some(self.ignored)}"
         if listed := [f"{name} ({why})" for name, why in self.loaded.items() if why]:
@@ -211,11 +213,11 @@ class Loaded:
         return text + (f"; {self.note}" if self.note else "")
 
     def table(self) -> pd.DataFrame:
-        """A row per tensor: tensor, fate (made anew, ignored, resampled or loaded), why."""
-        rows = [(name, "made anew", why) for name, why in self.anew.items()]
+        """A row per tensor: tensor, status (re-initialised, ignored, resampled or loaded), why."""
+        rows = [(name, "re-initialised", why) for name, why in self.reinitialised.items()]
         rows += [(name, "ignored", "not in the model") for name in self.ignored]
         rows += [(n, "resampled" if why else "loaded", why) for n, why in self.loaded.items()]
-        return pd.DataFrame(rows, columns=["tensor", "fate", "why"])
+        return pd.DataFrame(rows, columns=["tensor", "status", "why"])
 
 
 def load(
@@ -231,18 +233,18 @@ def load(
     state dict, {"model": ...}, {"state_dict": ...} or {"ema"/"state_dict_ema": ...} (preferred),
     with or without a prefix (`module._orig_mod.`), in timm's, torchvision's or UP's names.
     Position embeddings of another image size are resampled. The classifier of a run that was
-    trained for other `classes` is made anew. Raises ModelError for a file that cannot be read,
+    trained for other `classes` is re-initialised. Raises ModelError for a file that cannot be read,
     holds other Python objects or nan, or (without `force`) whose tensors fit less than half of
     what is not the classifier.
     """
     path = ROOT / Path(source).expanduser()
     label, tensors = read_weights(path)
-    strange = classes is not None and not same_classes(run_classes(path), classes)
+    other_classes = classes is not None and not same_classes(run_classes(path), classes)
     tensors = _renamed(label, tensors, model.state_dict())
     if any(name.startswith("backbone.") for name in tensors):
         label += " (United Perception's names, tried as they are and as its ResNets'; those of its"
         label += " other networks are missing here: rename them to timm's)"
-    return _take(model, label, tensors, strange, force)
+    return _take(model, label, tensors, other_classes, force)
 
 
 def load_published(model: nn.Module, name: str, **options: Any) -> Loaded:
@@ -259,10 +261,10 @@ def _take(
     model: nn.Module,
     label: str,
     tensors: Mapping[str, torch.Tensor],
-    strange: bool = False,
+    other_classes: bool = False,
     force: bool = False,
 ) -> Loaded:
-    """What fits of the tensors, into the model; with `strange` no classifier does."""
+    """What fits of the tensors, into the model; with `other_classes` no classifier does."""
     own = model.state_dict()
     tensors = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
     wanted = [name for name in own if not name.endswith("num_batches_tracked")]
@@ -271,15 +273,17 @@ def _take(
     take, fitted = {}, None
     for name in wanted:
         if name not in tensors:
-            result.anew[name] = "not in the file"
+            result.reinitialised[name] = "not in the file"
         elif tensors[name].shape != own[name].shape:
             fitted = _resampled(model, tensors) if fitted is None else fitted
             came, want = tuple(tensors[name].shape), tuple(own[name].shape)
             fits = not name.startswith(head) and name in fitted and fitted[name].shape == want
-            (result.loaded if fits else result.anew)[name] = f"file has {came}, model {want}"
+            (result.loaded if fits else result.reinitialised)[name] = (
+                f"file has {came}, model {want}"
+            )
             take |= {name: fitted[name]} if fits else {}
-        elif strange and name.startswith(head):
-            result.anew[name] = "the file's classes are others"
+        elif other_classes and name.startswith(head):
+            result.reinitialised[name] = "the file's classes are others"
         elif not torch.isfinite(tensors[name]).all():
             raise ModelError(f"{label}: {name} holds nan or infinity; the file is of no use")
         else:
@@ -289,7 +293,7 @@ def _take(
     body = [name for name in wanted if not name.startswith(head)]
     fits = sum(name in take for name in body)
     if not take or (2 * fits < len(body) and not force):
-        way_out = "; force_weights: true takes it all the same" if take else ""
+        way_out = "; allow_partial_weights: true takes it all the same" if take else ""
         raise ModelError(
             f"{label} fits {fits} of the model's {len(body)} tensors before the classifier: it is "
             f"of another model. It holds {_some(list(tensors))}; wanted {_some(body)}{way_out}"
@@ -433,7 +437,7 @@ def same_classes(theirs: list[str] | None, ours: list[str]) -> bool:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every part is in the mode it was in."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()

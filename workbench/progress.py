@@ -10,16 +10,16 @@ from tqdm.auto import tqdm
 
 
 def watched() -> str:
-    """Who looks: "jupyter", "terminal", or "nobody" (papermill, a pipe, a batch queue)."""
+    """Who looks: "jupyter", "terminal", or "batch" (papermill, a pipe, a batch queue)."""
     if hasattr(get_ipython(), "kernel"):
         # papermill and nbconvert start the kernel themselves; JupyterLab's parent is its server.
         starters = [" ".join(p.cmdline()[:4]) for p in psutil.Process().parents()[:2]]
         words = ("papermill", "nbconvert", "workbench notebook")
-        return "nobody" if any(w in s for s in starters for w in words) else "jupyter"
-    return "terminal" if sys.stderr.isatty() else "nobody"
+        return "batch" if any(w in s for s in starters for w in words) else "jupyter"
+    return "terminal" if sys.stderr.isatty() else "batch"
 
 
-def served() -> bool:
+def is_voila() -> bool:
     """Whether Voila shows this notebook as a page: whoever looks may not be who started it."""
     return os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
 
@@ -50,6 +50,6 @@ class Lines:
 
 def bar(total: int, desc: str, unit: str) -> "tqdm | Lines":
     """A bar that appears after two seconds, or lines; a context with update(count)."""
-    if watched() == "nobody":
+    if watched() == "batch":
         return Lines(total, desc, unit)
     return tqdm(total=total, desc=desc, unit=unit, delay=2)

@@ -1,18 +1,18 @@
-"""The run folder: what a training leaves behind, in files that pandas opens.
+"""The run folder: what a training writes, in files that pandas reads.
 
-    runs/<name>/  recipe.yaml          every knob
+    runs/<name>/  recipe.yaml          every option
                   environment.json     versions, commit, device, seconds, memory, data fingerprint
-                  metrics.csv          a row per epoch; the same bytes again after a kill and resume
+                  metrics.csv          a row per epoch; the same bytes after a kill and resume
                   steps.csv            a row per log_every steps, with speed
-                  predictions.parquet  a row per validation picture and set of weights (raw, ema)
-                  quarantine.csv       pictures that could not be read, if there are any
-                  start.csv            a row per tensor, where it started from other weights
+                  predictions.parquet  a row per validation image and set of weights (raw, ema)
+                  quarantine.csv       images that could not be read, if there are any
+                  weights_report.csv   a row per tensor, if it started from other weights
                   status.json          running, stopped, finished or failed, and the step
-                  last.pt              where a resume begins
+                  last.pt              the checkpoint a resume starts from
                   best.safetensors     weights of the best validated epoch (chosen on that list)
 
-Files are replaced whole (temporary file, fsync, rename) or appended to by line; an exclusive lock
-keeps a second writer out and dies with its process.
+Files are replaced atomically (temporary file, fsync, rename) or appended to by line. An exclusive
+lock keeps a second writer out; it ends with its process.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-if TYPE_CHECKING:  # imported where it is needed: `workbench runs` is done before pandas is there
+from workbench.recipe import RENAMED_COLUMNS, RENAMED_FACTS, Recipe, fingerprint, renamed
+
+if TYPE_CHECKING:  # imported where needed, so that `workbench runs` starts without pandas
     import pandas as pd
 
 STATES = ("new", "running", "interrupted", "stopped", "failed", "finished", "unreadable")
 
 
 class RunError(RuntimeError):
-    """A run folder cannot be used as asked; the text says why and what to do."""
+    """A run folder cannot be used; the text says why and what to do."""
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; at the end it takes its place, synced, or not at all."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; at the end, fsynced and renamed to it, or removed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
@@ -53,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; a run is there to be read
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -74,35 +76,35 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-_held: set[int] = set()  # descriptors of this process's locks
+_locks: set[int] = set()  # file descriptors of this process
 
 
-def _let_go() -> None:
-    for handle in _held:
+def _close_locks() -> None:
+    for handle in _locks:
         os.close(handle)
-    _held.clear()
+    _locks.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)  # a loader's worker must not outlive us with the lock
+os.register_at_fork(after_in_child=_close_locks)  # loader processes must not hold the lock
 
 
 @contextlib.contextmanager
 def locking(path: Path) -> Iterator[tuple[int, bool]]:
-    """A descriptor of a file, made if need be, and whether this process now holds it alone.
+    """A file descriptor, and whether this process got the exclusive lock on it.
 
-    The lock ends with the context, or with the process.
+    The file is created if missing; the lock ends with the context, or with the process.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    _held.add(handle)
+    _locks.add(handle)
     try:
         yield handle, _taken(handle)
     finally:
-        _held.discard(handle)
+        _locks.discard(handle)
         os.close(handle)
 
 
 def _taken(handle: int) -> bool:
-    """Whether the lock could be had; tried for a moment, since readers hold it for an instant."""
+    """Whether the lock was free; retried for 0.4 s, since readers hold it for a moment."""
     for _ in range(20):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +115,7 @@ def _taken(handle: int) -> bool:
 
 
 class Run:
-    """One run folder. Making a Run touches nothing; `writing` creates and locks the folder."""
+    """One run folder. Creating a Run reads nothing; `writing` creates and locks the folder."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -124,13 +126,13 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     def file(self, name: str) -> Path:
-        """The path of one of the folder's files, there or not."""
+        """The path of a file of the folder, whether it exists or not."""
         return self.path / name
 
-    # ---- reading: works on live, finished, stopped and broken runs
+    # ---- reading: works on running, finished, stopped and damaged runs
 
     def status(self) -> dict[str, Any]:
-        """state (one of STATES), step, steps, epoch, message; `running` only if a writer lives."""
+        """state (one of STATES), step, steps, message; `running` only if its writer lives."""
         status = {"state": "new", "step": 0, "steps": None, "message": ""}
         if self.file("status.json").exists():
             try:
@@ -142,7 +144,7 @@ class Run:
         return status
 
     def has_results(self, finished: bool = False) -> bool:
-        """Whether it was evaluated, or has `finished`; prints "nothing to show yet" where not."""
+        """Whether it was evaluated, or is `finished`; prints "nothing to show yet" if not."""
         status = self.status()
         evaluated = self.file("predictions.parquet").exists()
         if (status["state"] == "finished") if finished else evaluated:
@@ -155,7 +157,7 @@ class Run:
         return self.file("recipe.yaml").exists() and not self.file("predictions.parquet").exists()
 
     def recipe(self) -> dict[str, Any]:
-        """The knobs in recipe.yaml."""
+        """The options in recipe.yaml."""
         import yaml
 
         try:
@@ -167,19 +169,20 @@ class Run:
             raise RunError(f"{self.path} is no readable run: {error}") from None
         if not isinstance(recipe, dict):
             raise RunError(f"{self.path} is no readable run: recipe.yaml holds {recipe!r:.60}")
-        return recipe
+        return renamed(recipe)
 
     def environment(self) -> dict[str, Any]:
-        """environment.json, empty when it is not there."""
+        """environment.json; empty if there is none."""
         if not self.file("environment.json").exists():
             return {}
         try:
-            return dict(json.loads(self.file("environment.json").read_text()))
+            facts = dict(json.loads(self.file("environment.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise RunError(
                 f"{self.file('environment.json')} cannot be read ({_first_line(error)}); move it "
                 "away to go on without its record"
             ) from None
+        return {RENAMED_FACTS.get(key, key): value for key, value in facts.items()}
 
     def metrics(self) -> pd.DataFrame:
         """A row per finished epoch, empty before the first."""
@@ -190,10 +193,10 @@ class Run:
         return self._frame("steps.csv")
 
     def choose_weights(self, asked: str = "") -> tuple[str, str]:
-        """Which of raw and ema weights to take, and the last top-1 of both.
+        """ "raw" or "ema", and a text with the last top-1 of both.
 
-        `asked` where it names one. Else ema, unless its top-1 was below raw's by more than two
-        standard errors of a difference of proportions, or the run began and validated none yet.
+        `asked` if it names one. Otherwise ema, unless its top-1 was below that of raw by more than
+        two standard errors of a difference of proportions, or nothing was validated yet.
         """
         rows = self.metrics().reindex(columns=["top1", "ema_top1", "val_images"]).dropna()
         if rows.empty:
@@ -203,11 +206,11 @@ class Run:
         return asked or ("raw" if worse else "ema"), f"top-1 raw {raw:.2f} %, EMA {ema:.2f} %"
 
     def quarantine(self) -> pd.DataFrame:
-        """The pictures that could not be read: list, file, label, reason."""
+        """The images that could not be read: side, file, label, reason, detail, step."""
         return self._frame("quarantine.csv")
 
     def predictions(self, weights: str | None = None) -> pd.DataFrame:
-        """A row per validation picture of the last evaluation; `weights` picks raw or ema."""
+        """A row per validation image of the last evaluation; `weights` picks raw or ema."""
         import pandas as pd
 
         path = self.file("predictions.parquet")
@@ -220,10 +223,11 @@ class Run:
         import pandas as pd
 
         text = self._text(name)
-        return pd.read_csv(io.StringIO(text)) if text else pd.DataFrame()
+        frame = pd.read_csv(io.StringIO(text)) if text else pd.DataFrame()
+        return frame.rename(columns=RENAMED_COLUMNS)
 
     def _text(self, name: str) -> str:
-        """The whole lines of a table: a writer that was killed may leave half a one."""
+        """The complete lines of a table: a killed writer may leave half a line."""
         try:
             with open(self.file(name), newline="", encoding="utf-8") as file:
                 text = file.read()
@@ -249,7 +253,7 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Run]:
-        """Creates the folder and holds it alone. Raises RunError when another process does."""
+        """Creates and locks the folder. Raises RunError if another process has locked it."""
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -265,11 +269,11 @@ class Run:
                         f"{self.path} is being written by {owner or 'another process'}; wait for "
                         f"it, stop it (touch {self.file('STOP')}), or give this run another name"
                     )
-                with contextlib.suppress(OSError):  # a full disk: the first file will say so
+                with contextlib.suppress(OSError):  # a full disk is reported by the first file
                     os.ftruncate(self._lock, 0)
                     owner = f"process {os.getpid()} on {socket.gethostname()}"
                     os.pwrite(self._lock, owner.encode(), 0)
-                for leftover in self.path.glob(".*.*.????????"):  # a writer was killed replacing
+                for leftover in self.path.glob(".*.*.????????"):  # of a writer that was killed
                     leftover.unlink(missing_ok=True)
                 yield self
             finally:
@@ -277,19 +281,19 @@ class Run:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Replaces a JSON file."""
-        with self.replacing(name) as temporary:
+        with self.atomic_write(name) as temporary:
             temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     def set_status(self, state: str, **values: Any) -> None:
-        """Replaces status.json, keeping what is not named."""
+        """Replaces status.json; values that are not given stay."""
         old = {k: v for k, v in self.status().items() if k != "state"}
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.write_json("status.json", {**old, **values, "state": state, "updated": now})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Adds a line to a CSV file, in one write; the first row decides the columns.
+        """Adds a line to a CSV file in one write; the first row defines the columns.
 
-        Floats stand as their shortest exact text, None as nothing.
+        Floats are written as their shortest exact text, None as an empty field.
         """
         path = self.file(name)
         lines = []
@@ -310,24 +314,27 @@ class Run:
         try:
             data = text.getvalue().encode()
             if self._guarded(os.write, handle, data) != len(data):
-                raise RunError(f"{path}: the disk took half a line; free space and start again")
+                raise RunError(
+                    f"{path}: only half a line was written; free disk space and start again"
+                )
         finally:
             os.close(handle)
 
-    def rewind(self, step: int) -> None:
-        """Drops the rows of the tables that lie after `step`, and half lines."""
+    def truncate_after(self, step: int) -> None:
+        """Removes the rows after `step` from the tables, and incomplete lines."""
         self._columns.clear()
         for name in ("metrics.csv", "steps.csv", "quarantine.csv"):
             path = self.file(name)
             if not path.exists():
                 continue
             header, *rows = list(csv.reader(io.StringIO(self._text(name), newline=""))) or [[]]
+            header = [RENAMED_COLUMNS.get(name, name) for name in header]
             column = header.index("step") if "step" in header else None
             kept = [row for row in rows if column is not None and _step(row, column) <= step]
             if kept:
                 text = io.StringIO()
                 csv.writer(text, lineterminator="\n").writerows([header, *kept])
-                with self.replacing(name) as temporary:
+                with self.atomic_write(name) as temporary:
                     temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
             else:
                 path.unlink()
@@ -340,11 +347,11 @@ class Run:
             if self.file(name).exists():
                 with open(self.file(name), "rb") as file:
                     os.fsync(file.fileno())
-        with self.replacing("last.pt") as temporary:
+        with self.atomic_write("last.pt") as temporary:
             torch.save(dict(state), temporary)
 
     def load_checkpoint(self, map_location: Any = "cpu") -> dict[str, Any] | None:
-        """What save_checkpoint wrote, None when there is none. Never runs code from the file."""
+        """The checkpoint, None if there is none. Never runs code from the file."""
         import torch
 
         path = self.file("last.pt")
@@ -363,11 +370,11 @@ class Run:
         from safetensors.torch import save_file
 
         contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        with self.replacing(name) as temporary:
+        with self.atomic_write(name) as temporary:
             save_file(contiguous, temporary, {k: str(v) for k, v in metadata.items()})
 
     def load_weights(self, name: str) -> tuple[str, dict[str, Any]]:
-        """What save_weights wrote: raw or ema, and the tensors by name."""
+        """ "raw" or "ema", and the tensors by name."""
         from safetensors.torch import load_file
 
         try:
@@ -379,29 +386,29 @@ class Run:
 
     def save_frame(self, name: str, frame: pd.DataFrame) -> None:
         """Replaces a parquet or CSV file."""
-        with self.replacing(name) as temporary:
+        with self.atomic_write(name) as temporary:
             if name.endswith(".parquet"):
                 frame.to_parquet(temporary, index=False)
             else:
                 frame.to_csv(temporary, index=False)
 
     def stop_requested(self) -> bool:
-        """Whether somebody put a file named STOP into the folder."""
+        """Whether the folder has a file named STOP."""
         return self.file("STOP").exists()
 
     def clear_stop(self) -> None:
-        """Takes the STOP file away."""
+        """Removes the STOP file."""
         self.file("STOP").unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def replacing(self, name: str) -> Iterator[Path]:
-        """A temporary path that takes the place of a file at the end. Raises RunError."""
+    def atomic_write(self, name: str) -> Iterator[Path]:
+        """A temporary path that replaces a file at the end. Raises RunError."""
         if self._lock is None:
             raise RunError(f"{self.path}: write inside `with run.writing():`")
         try:
-            with replacing(self.file(name)) as temporary:
+            with atomic_write(self.file(name)) as temporary:
                 yield temporary
-        except (OSError, RuntimeError, SafetensorError) as error:  # each may be a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # each of them can be a full disk
             raise self._failure(error, name) from error
 
     def _guarded(self, call: Any, *arguments: Any) -> Any:
@@ -419,7 +426,7 @@ class Run:
             free = "the folder is gone"
         return RunError(
             f"{self.path}: {name} was not written ({_first_line(error)}; {free}). What was written "
-            "before is intact; the same command goes on from the last checkpoint"
+            "before is intact; the same command resumes from the last checkpoint"
         )
 
 
@@ -439,9 +446,9 @@ COLUMNS = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_
 
 
 def rows(root: str | Path = "runs") -> list[dict[str, Any]]:
-    """What is known of each run folder below `root`, newest first; None for what is not.
+    """A dict for each run folder below `root`, newest first; unknown values are None.
 
-    A folder that cannot be read gets a row that says so; nothing is raised.
+    The state of a folder that cannot be read is "unreadable"; nothing is raised.
     """
     found = []
     for path in sorted(Path(root).glob("*/recipe.yaml")) if Path(root).is_dir() else []:
@@ -469,53 +476,54 @@ def rows(root: str | Path = "runs") -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: row["updated"], reverse=True)
 
 
-def table(root: str | Path = "runs") -> pd.DataFrame:
-    """The `rows` below `root` as a frame."""
-    import pandas as pd
-
-    return pd.DataFrame(rows(root), columns=[*COLUMNS.split(), "device", "updated"])
-
-
 def finished(root: str | Path, **environment: Any) -> list[Run]:
-    """The finished runs below `root` whose environment.json has these values, by name.
+    """The finished runs below `root` whose environment.json has these values, sorted by name.
 
-    `recipe` is a recipe's fingerprint, which no name changes, `data` that of the pictures.
+    `recipe` is a recipe's fingerprint, which is independent of its name, `data` that of the images.
     """
     found = []
     for path in sorted(Path(root).glob("*/environment.json")):
         run = Run(path.parent)
         with contextlib.suppress(RunError):
             known = run.environment()
+            if "recipe" in known:
+                known["recipe"] = _fingerprint(run)
             same = all(known.get(key) == value for key, value in environment.items())
             if same and run.status()["state"] == "finished":
                 found.append(run)
     return found
 
 
-def unused_name(recipe: Any) -> Any:
-    """The recipe, with _2 after its name as often as that folder holds a run of another recipe."""
+def _fingerprint(run: Run) -> str | None:
+    """Of the options under their present names, also for a run of an earlier version."""
+    if run.file("recipe.yaml").exists():
+        return fingerprint(run.recipe())
+    return run.environment().get("recipe")
+
+
+def unused_name(recipe: Recipe) -> Recipe:
+    """The recipe, with _2 appended to its name while that folder has a run of another recipe."""
     run = Run(recipe.folder)
-    if not run.file("last.pt").exists() or run.environment().get("recipe") == recipe.fingerprint:
+    if not run.file("last.pt").exists() or _fingerprint(run) == recipe.fingerprint:
         return recipe
     return unused_name(recipe.replace(name=f"{recipe.name}_2"))
 
 
 def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
-    """The rows `training.fit` yields, read from the files of a run in any process, until it ends.
+    """The rows `training.fit` yields, read from the files of a run in any process.
 
-    Yields the rows that are there, then new ones as they come; returns when the run is no longer
-    being written.
+    Yields the existing rows, then new ones as they are written; returns when the run ends.
     """
     import pandas as pd
 
-    seen: dict[str, list[str]] = {"steps.csv": [], "metrics.csv": []}  # lines handed out
+    seen: dict[str, list[str]] = {"steps.csv": [], "metrics.csv": []}  # lines yielded
     while True:
-        live = run.locked()  # asked first, so rows written before the end are still read below
+        live = run.locked()  # first, so that rows written before the end are read below
         rows = []
         for name, kind in (("steps.csv", "step"), ("metrics.csv", "epoch")):
             text = run._text(name)
             lines = text.splitlines()
-            # A run that was rewound has other lines from some point on: those count as new.
+            # After a resume the lines from some point on are others: those are new.
             pairs = enumerate(zip(seen[name], lines, strict=False))
             known = next(
                 (i for i, (old, new) in pairs if old != new), min(len(seen[name]), len(lines))

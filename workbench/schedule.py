@@ -3,19 +3,20 @@
     lr = Cosine(0.8, steps=125_200, warmup=Warmup(3130, ratio=0.25))
     lr(0), lr(3129), lr(125_199)        # 0.2, 0.8, 1.3e-10
 
-A step is counted from 0. Nothing is remembered between calls: a resumed run needs only the step.
-Every schedule stands at its peak in the first step after the warm-up, so nothing jumps there.
+Steps are counted from 0. Schedules have no state: a resumed run needs only the step.
+Every schedule is at its peak in the first step after the warm-up.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+from workbench.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Warmup:
-    """Climb over the first `steps` steps, from ratio * peak to the peak at steps - 1.
+    """The lr rises over the first `steps` steps, from ratio * peak to the peak at steps - 1.
 
     Linear (Goyal et al., arXiv 1706.02677, section 2.2), half a cosine, or exponential, which
     multiplies by the same factor every step and so needs a ratio above 0.
@@ -124,7 +125,7 @@ class OneCycle:
     """Half a cosine up to the peak over `rise` of the steps, half a cosine down over the rest.
 
     Smith and Topin, arXiv 1708.07120, with torch's constants: starts at peak / 25, ends at
-    peak / 250,000 with the last step. The momentum stays as it is.
+    peak / 250,000 with the last step. The momentum is constant.
     """
 
     peak: float
@@ -141,7 +142,7 @@ class OneCycle:
 
 
 def _share(step: int, steps: int, start: int, hold: int, period: int | None = None) -> float:
-    """How much of the way from `start` to the end a step has gone, 0 to 1."""
+    """The position of a step between `start` and the end, 0 to 1."""
     gone = max(0, step // hold * hold - start)
     return min(1.0, gone / max(1, period or steps - start))
 
@@ -150,7 +151,7 @@ def _share(step: int, steps: int, start: int, hold: int, period: int | None = No
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the text says where it stood and what to try."""
+    """Training cannot continue; the text says at which step and what to try."""
 
 
 def steps_per_epoch(count: int, batch_size: int, drop_last: bool = False) -> int:
@@ -158,12 +159,12 @@ def steps_per_epoch(count: int, batch_size: int, drop_last: bool = False) -> int
     return count // batch_size if drop_last else -(-count // batch_size)
 
 
-def warmup_steps(recipe: Any, steps_per_epoch: int) -> int:
-    """Steps of climb, from warmup_steps or warmup_epochs."""
+def warmup_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Steps of the warm-up, from warmup_steps or warmup_epochs."""
     return recipe.warmup_steps or round(recipe.warmup_epochs * steps_per_epoch)
 
 
-def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
+def lr_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate as a function of the step, counted from 0.
 
     Raises TrainingError when the warm-up would leave no training at the peak.
@@ -174,14 +175,14 @@ def lr_schedule(recipe: Any, steps_per_epoch: int) -> Callable[[int], float]:
         raise TrainingError(
             f"the warm-up takes {climb} steps and the whole training {steps}; lower warmup_steps"
         )
-    warmup = Warmup(climb, recipe.warmup_ratio, recipe.warmup)
+    warmup = Warmup(climb, recipe.warmup_start_factor, recipe.warmup)
     hold = steps_per_epoch if recipe.lr_per_epoch else 1
     match recipe.schedule:
         case "multistep":
             milestones = tuple(m * steps_per_epoch for m in recipe.milestones)
             return MultiStep(recipe.lr, milestones, recipe.gamma, warmup)
         case "step":
-            every = recipe.step_epochs * steps_per_epoch
+            every = recipe.lr_step_epochs * steps_per_epoch
             return Step(recipe.lr, every, recipe.gamma, warmup)
         case "cosine":
             period = recipe.cosine_epochs and round(recipe.cosine_epochs * steps_per_epoch)

@@ -1,0 +1,63 @@
+"""What tests of several parts share: trainings, comparisons of runs, images."""
+
+import multiprocessing
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from workbench import runs, training
+
+# A fresh process that has imported everything and computed nothing: children are forked from it in
+# milliseconds, and killing one is killing a training.
+fork_server = multiprocessing.get_context("forkserver")
+fork_server.set_forkserver_preload(["workbench.training", "workbench.recipe"])
+
+
+def train(recipe, **options) -> runs.Run:
+    run = runs.Run(recipe.folder)
+    list(training.fit(recipe, run, **options))
+    return run
+
+
+def assert_same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    different = [k for k in ours if not torch.equal(ours[k], theirs[k])]
+    assert not different, f"differ: {different[:5]}"
+
+
+def assert_same_run(one: runs.Run, other: runs.Run):
+    first, second = one.load_checkpoint(), other.load_checkpoint()
+    for part in ("model", "ema"):
+        assert_same_tensors(first[part], second[part])
+    moments = [
+        {(i, k): v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
+        for state in (first, second)
+    ]
+    assert moments[0]
+    assert_same_tensors(*moments)
+    assert one.file("metrics.csv").read_bytes() == other.file("metrics.csv").read_bytes()
+    ignore = ["seconds", "data_wait", *(f"{x}images_per_second" for x in ("", "loader_", "model_"))]
+    pd.testing.assert_frame_equal(
+        one.steps().drop(columns=ignore), other.steps().drop(columns=ignore), check_exact=True
+    )
+    pd.testing.assert_frame_equal(one.predictions(), other.predictions(), check_exact=True)
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with edges, as a camera sees them."""
+    coarse = noise_image(max(2, width // 12), max(2, height // 12), seed)
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def differences(a, b) -> np.ndarray:
+    """How far apart two images of one shape are, level by level."""
+    a, b = np.asarray(a, int), np.asarray(b, int)
+    assert a.shape == b.shape
+    return np.abs(a - b)

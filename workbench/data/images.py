@@ -1,0 +1,244 @@
+"""Any image file as the RGB a person sees, or one error that names what is wrong with it.
+
+    image = images.open(path)                               # width and height, from the header
+    pixels = image.resized(box, (224, 224), "bilinear")     # decodes no rows below the box
+
+Pixels are uint8 (height, width, 3), a box is left, top, right, bottom in pixels of the upright
+image, a size is width and height.
+"""
+
+import contextlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from workbench import consumer
+from workbench.consumer import REASONS, UPRIGHT, ImageError, opened  # noqa: F401, for readers
+
+cv2.setNumThreads(0)  # a loader has a process per core; OpenCV's threads do not survive its fork
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .avif".split()
+)
+
+
+def decode(path: str | Path) -> Image.Image:
+    """The image as an upright 8-bit RGB image.
+
+    EXIF orientation is applied, transparency shows white, 16-bit greys are scaled (not clipped),
+    CMYK and palettes are converted, animations give their first frame. Raises ImageError.
+    """
+    return Image.fromarray(open(path).pixels())
+
+
+def open(path: str | Path) -> "Pixels | Jpeg":
+    """The image as `decode` sees it, of which a JPEG is decoded when pixels are asked for.
+
+    Raises ImageError, as does asking for the pixels.
+    """
+    return consumer.told(path, lambda: _open(path))
+
+
+def image(image: Any) -> "Pixels | Jpeg":
+    """What `open` gives, from an RGB image of Pillow's or pixels (h, w, 3); from itself, itself."""
+    return image if hasattr(image, "resized") else Pixels(np.asarray(image))
+
+
+class Pixels:
+    """An image in memory: uint8 (height, width, 3)."""
+
+    def __init__(self, pixels: np.ndarray):
+        self._pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+
+    def pixels(self) -> np.ndarray:
+        """All of it; not to be written to."""
+        return self._pixels
+
+    def resized(self, box: tuple, size: tuple[int, int], interpolation: str, **how) -> np.ndarray:
+        """`resize` of these pixels."""
+        return resize(self._pixels, box, size, interpolation, **how)
+
+    def downscaled(self, size: tuple[int, int], interpolation: str) -> np.ndarray:
+        """All of it at a smaller size (width, height)."""
+        return resize(self._pixels, (0, 0, self.width, self.height), size, interpolation)
+
+
+class Jpeg:
+    """A JPEG file in memory; libjpeg-turbo decodes it as Pillow does, to the bit."""
+
+    def __init__(self, raw: bytes, width: int, height: int, frame: int, orientation: int):
+        self._raw, self._frame, self._orientation = raw, frame, orientation
+        self._stored = height, width
+        self.width, self.height = (height, width) if orientation > 4 else (width, height)
+
+    def pixels(self) -> np.ndarray:
+        """All of it, uint8 (height, width, 3). Raises ImageError."""
+        return self._decoded(self._stored[0])[0]
+
+    def resized(
+        self, box: tuple, size: tuple[int, int], interpolation: str, exact: bool = False
+    ) -> np.ndarray:
+        """`resize` of the pixels; those below the box are not decoded. Raises ImageError."""
+        lowest = self._stored[0]
+        if self._orientation == 1:
+            beyond = _REACH[interpolation] * max(1, (box[3] - box[1]) / size[1]) if exact else 0
+            lowest = math.ceil(box[3] + beyond)
+        pixels = self._decoded(lowest, space="RGBX" if exact else "RGB")[0]
+        return resize(pixels, box, size, interpolation, exact)
+
+    def downscaled(self, size: tuple[int, int], interpolation: str) -> np.ndarray:
+        """All of it at a smaller size (width, height). Raises ImageError.
+
+        Where that is six times smaller or more, the file is decoded at half the scale (a quarter,
+        an eighth), which costs less and leaves a smooth filter enough to average: within 1.5 of
+        255 of Pillow's resize on a photograph.
+        """
+        least = min(self.width / size[0], self.height / size[1])
+        scale = next((s for s in (8, 4, 2) if least >= 3 * s), 1) if interpolation in SMOOTH else 1
+        pixels, scale = self._decoded(self._stored[0], scale)
+        # The last pixel of a side may stand for less than `scale`; turned, it is the first.
+        x = -self.width % scale if self._orientation in (2, 3, 6, 7) else 0
+        y = -self.height % scale if self._orientation in (3, 4, 7, 8) else 0
+        box = [side / scale for side in (x, y, x + self.width, y + self.height)]
+        return resize(pixels, box, size, interpolation)
+
+    def _decoded(self, bottom: int, scale: int = 1, space: str = "RGB") -> tuple[np.ndarray, int]:
+        """The upright pixels at 1 / scale, and the scale; rows from `bottom` on may hold anything.
+
+        They are there all the same: the order of Pillow's passes depends on how many there are.
+        """
+        height, width = self._stored
+        # The header may promise fewer rows than there are: the decoder stops where they end. Two
+        # more than wanted, since colours are interpolated from the row below; whole blocks of 16.
+        rows, raw = -(-(bottom + 2) // 16) * 16, self._raw
+        if cut := self._frame and rows < height:
+            raw, height = bytearray(raw), rows
+            raw[self._frame : self._frame + 2] = rows.to_bytes(2)
+        wide, high = -(-width // scale), -(-height // scale)
+        pixels = np.empty((-(-self._stored[0] // scale), wide, len(space)), np.uint8)
+        how = {"colorspace": space, "fastdct": False, "fastupsample": False}
+        try:
+            simplejpeg.decode_jpeg(
+                raw, min_height=high, min_width=wide, buffer=pixels[:high], **how
+            )
+        except ValueError as error:
+            # libjpeg names its first complaint: that the rows cut off are left over is none.
+            if not (cut and _LEFT_OVER.search(str(error))):
+                return consumer.told("", lambda: consumer.decode(io.BytesIO(self._raw))), 1
+        return UPRIGHT[self._orientation](pixels), scale
+
+
+SMOOTH = ("bilinear", "bicubic", "hamming", "lanczos")  # filters that average what they shrink
+# How far a filter looks beyond the edge of a box, in pixels of the smaller image
+_REACH = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
+_LEFT_OVER = re.compile(r"\d+ extraneous bytes before marker 0xd9")
+
+
+def resize(
+    pixels: np.ndarray,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    interpolation: str = "bilinear",
+    exact: bool = False,
+) -> np.ndarray:
+    """A box (left, top, right, bottom) of pixels (h, w, 3) at a size (width, height), antialiased.
+
+    With `exact` it is Pillow's resize, which looks across the edge of the box for its filter, and
+    copies nothing of pixels that have a fourth byte as Pillow's own.
+    Without, a box of whole pixels is cut out first, and bilinear and bicubic are computed by
+    faster code for the same filter: a level of 255 apart here and there. The result may be a view
+    of the pixels.
+    """
+    (width, height), (left, top, right, bottom) = size, box
+    if not exact and all(side == int(side) for side in box):
+        part = pixels[int(top) : int(bottom), int(left) : int(right)]
+        if part.shape[:2] == (height, width):
+            return part
+        if interpolation == "bilinear" and part.shape[0] <= height and part.shape[1] <= width:
+            return cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
+        if interpolation in ("bilinear", "bicubic"):
+            part = torch.from_numpy(np.require(part[None], None, "CW")).permute(0, 3, 1, 2)
+            part = F.interpolate(part, (height, width), mode=interpolation, antialias=True)
+            return np.ascontiguousarray(part.permute(0, 2, 3, 1)[0].numpy())
+        pixels, box = part, (0, 0, part.shape[1], part.shape[0])
+    if (*pixels.shape[1::-1],) == size and tuple(box) == (0, 0, *size):
+        return pixels[..., :3]
+    kind = Image.Resampling[interpolation.upper()]
+    return np.asarray(_image(pixels).resize(size, kind, box))
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    if pixels.shape[2] == 3:
+        return Image.fromarray(pixels)
+    pixels = np.ascontiguousarray(pixels)
+    stored = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
+    return Image.fromarrow(stored, "RGB", pixels.shape[1::-1])
+
+
+def _open(path: str | Path) -> Pixels | Jpeg:
+    with opened(path) as file:
+        is_jpeg = file.raw.read(3) == b"\xff\xd8\xff"
+        file.raw.seek(0)
+        if is_jpeg and (found := _jpeg(file.raw.readall())):
+            return found
+        file.raw.seek(0)
+        return Pixels(consumer.decode(file))
+
+
+def _jpeg(raw: bytes) -> Jpeg | None:
+    """A JPEG in colour or grey, as cameras write it; of any other kind None."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
+    except ValueError:
+        return None
+    if space not in ("YCbCr", "Gray"):
+        return None
+    consumer.check_size(width, height)
+    frame, described = _markers(raw)
+    orientation = 1
+    if described:
+        with Image.open(io.BytesIO(raw)) as image:
+            orientation = consumer.orientation(image)
+    return Jpeg(raw, width, height, frame, orientation)
+
+
+def _markers(raw: bytes) -> tuple[int, bool]:
+    """Where a JPEG of one scan keeps its height (of another kind 0); whether it may have an APP1.
+
+    ITU-T T.81, B.1: marker segments up to the first scan; SOF0 and SOF1 head a sequential image.
+    """
+    at, frame, described = 2, 0, False
+    while at + 9 < len(raw) and raw[at] == 0xFF:
+        marker = raw[at + 1]
+        if marker in (0xC0, 0xC1):
+            frame = at + 5
+        elif marker == 0xDD:  # what is left over of a cut then ends before a restart
+            return 0, True
+        elif marker == 0xE1:
+            described = True
+        elif marker == 0xDA:
+            # One scan holds all the components; of several, each would have to be cut.
+            return (frame if frame and raw[at + 4] == raw[frame + 4] else 0), described
+        at += 2 + int.from_bytes(raw[at + 2 : at + 4])
+    return 0, True  # fill bytes before a marker, or what else leads astray: Pillow knows
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings from Pillow about damaged metadata: the pixels decide. Not in threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield

@@ -1,0 +1,1 @@
+"""Recipes read from configurations of other frameworks."""

@@ -1,0 +1,122 @@
+"""Params files: flat YAML, read without surprises and written so that every reader agrees."""
+
+import difflib
+import json
+import re
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read(path: str | Path, text_options: Container[str] = ()) -> dict[str, Any]:
+    """The flat mapping of a params file; numbers under `text_options` stay text (`name: 007`).
+
+    Raises ValueError that names the line of a syntax error, a repeated key or an alias, or says
+    what came instead of a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        siblings = [p.name for p in Path(path).parent.glob("*.y*ml")]
+        near = difflib.get_close_matches(Path(path).name, siblings, n=1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"cannot be read: {error}{hint}") from None
+    if len(text) > 100_000:
+        raise ValueError(f"{len(text):,} characters; a recipe is a page of YAML")
+    values = _parse(text, text_options)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"contains a {type(values).__name__}; write lines of `option: value`")
+    return {str(key): value for key, value in values.items()}  # `on:` is a boolean in YAML 1.1
+
+
+def parse_list(text: str, *, as_text: bool) -> Any:
+    """The list in `[a, b]`; with `as_text` numbers in it stay text. Raises ValueError."""
+    return _parse(f"value: {text}", {"value"} if as_text else ())["value"]
+
+
+def dump(value: Any) -> str:
+    """A value as YAML on one line that YAML 1.1 and 1.2 read alike."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(dump, value)) + "]"
+    if isinstance(value, str):
+        # JSON is YAML but for these control characters, which YAML takes escaped only.
+        escape = lambda match: f"\\x{ord(match[0]):02x}"
+        return re.sub("[\x7f-\x9f]", escape, json.dumps(value, ensure_ascii=False))
+    return yaml.safe_dump(value).splitlines()[0]
+
+
+def migrate(path: str | Path, renamed: dict[str, str], values: dict[str, str]) -> list[str]:
+    """Renames options of a params file, and values in their lines, keeping comments and order.
+
+    Returns a sentence for each change; the file is written if there is one.
+    """
+    source = Path(path).read_text(encoding="utf-8-sig")
+    lines, changes = source.splitlines(keepends=True), []
+    for number, line in enumerate(lines):
+        key, colon, rest = line.partition(":")
+        if not colon or key not in {*renamed, *renamed.values()}:
+            continue
+        new, comment = renamed.get(key, key), rest.find(" #")
+        value = rest if comment < 0 else rest[:comment]
+        tail = rest[len(value) :]
+        for old, name in values.items():
+            value = re.sub(rf"\b{re.escape(old)}\b(?!_)", name, value)
+        if (fixed := f"{new}:{value}{tail}") != line:
+            lines[number] = fixed
+            changes.append(f"line {number + 1}: {line.strip()} -> {fixed.strip()}")
+    if changes:
+        Path(path).write_text("".join(lines), encoding="utf-8")
+    return changes
+
+
+def _parse(text: str, text_options: Container[str]) -> Any:
+    """What YAML text contains. Raises ValueError, whatever PyYAML makes of hostile text."""
+
+    class Loader(_FlatLoader):
+        pass
+
+    Loader.text_options = text_options
+    try:
+        return yaml.load(text, Loader=Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply; a recipe is flat") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+class _FlatLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases (no billion laughs), with an error on repeated keys."""
+
+    text_options: Container[str] = ()
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"line {mark.line + 1}: aliases are not allowed in a recipe")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, value in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict) or key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: {key!r} is repeated or not a plain name")
+            seen.add(key)
+            if key in self.text_options:
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    implicit = self.resolve(yaml.ScalarNode, one.value, (True, False))
+                    if one.tag == implicit and implicit.endswith((":int", ":float", ":bool")):
+                        one.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
+# Dates stay text (`name: 2026-01-02`), as in papermill.
+_FlatLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}

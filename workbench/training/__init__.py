@@ -1,0 +1,26 @@
+"""Training: `fit` is the loop; the other modules are its parts."""
+
+from workbench.schedule import TrainingError, lr_schedule
+from workbench.training.build import (
+    build_initial_model,
+    create_model,
+    load_run_model,
+    other_normalization,
+)
+from workbench.training.distributed import is_main
+from workbench.training.environment import pick_device, pick_precision, pick_workers, processor
+from workbench.training.inputs import (
+    DeviceTransform,
+    Normalize,
+    build_pixel_caches,
+    eval_transform,
+    preview_batch,
+    sampler_options,
+    train_transform,
+)
+from workbench.training.loop import fit
+from workbench.training.losses import loss_function
+from workbench.training.optim import create_optimizer, ema_update, lr_scales
+from workbench.training.setup import resumed_state
+from workbench.training.state import kd_ramp
+from workbench.training.validation import eval_workers, initial_loss, predictions

@@ -1,0 +1,120 @@
+"""The processes of a training: those that torchrun started, or one."""
+
+import contextlib
+import datetime
+import os
+import warnings
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from workbench.recipe import Recipe
+from workbench.schedule import TrainingError
+from workbench.training.environment import pick_device
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints, under torchrun or alone."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+class DistContext:
+    """Rank, world size, device and collective operations; all of them no-ops for one process."""
+
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1, local_world: int = 1):
+        self.device, self.rank, self.world, self.local_world = device, rank, world, local_world
+        self.is_main = rank == 0
+        self.group: torch.distributed.ProcessGroup | None = None  # gloo, for values on the CPU
+
+    @classmethod
+    @contextlib.contextmanager
+    def from_env(cls, recipe: Recipe) -> Iterator["DistContext"]:
+        """Raises TrainingError where the batch is too small for the number of processes."""
+        device = pick_device(recipe.device)
+        launched = torch.distributed.is_torchelastic_launched()
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not launched:
+            yield cls(device)
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            context = cls(device, rank, world, local_world)
+            if world > 1 and 2 * world > recipe.batch_size:
+                raise TrainingError(
+                    f"batch_size {recipe.batch_size} is too small for {world} processes; each "
+                    "takes at least two images"
+                )
+            # Verifying a million images takes its time; the other processes wait in this group.
+            timeout = datetime.timedelta(days=1)
+            context.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+            yield context
+        finally:
+            torch.distributed.destroy_process_group()
+
+    @property
+    def backend(self) -> str | None:
+        return torch.distributed.get_backend() if self.group else None
+
+    def ddp(self, model: nn.Module) -> nn.Module:
+        """The model with averaged gradients."""
+        if self.group is None:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():  # its successor would overwrite buffers at the start
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+    def max(self, value: int) -> int:
+        """The largest value of all processes."""
+        if self.group is None:
+            return value
+        tensor = torch.tensor(value)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(tensor)
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.max(int(flag)))
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 does what is inside first; the others find what it cached."""
+        if not self.is_main:
+            self.any(False)
+        yield
+        if self.is_main:
+            self.any(False)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over processes of a CPU tensor."""
+        if self.group is not None:
+            torch.distributed.all_reduce(values, group=self.group)
+        return values
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Replaces batch-norm statistics by their mean over processes.
+
+        In float64, so that frozen ones, the same in every process, stay the same bit for bit.
+        """
+        if self.group is None:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                mean = buffer.double()
+                torch.distributed.all_reduce(mean)
+                buffer.copy_(mean / self.world)
+
+    def gather(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of all processes, in the order of the validation list."""
+        if self.group is None:
+            return frame
+        frames: list[pd.DataFrame] = [pd.DataFrame()] * self.world
+        torch.distributed.all_gather_object(frames, frame, group=self.group)
+        frames = [f for f in frames if len(f)] or frames[:1]
+        return pd.concat(frames, ignore_index=True).sort_values("row", ignore_index=True)

@@ -1,0 +1,95 @@
+"""Losses of classification, one value per image: the mean over a step is the caller's.
+
+Logits are (n, C). Targets are class numbers (n,), or soft labels (n, C) that sum to 1 over the
+classes, as mixing makes them.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from workbench.recipe import Recipe
+
+
+def soft(targets: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Targets as soft labels (n, C): class numbers become one-hot rows, soft labels stay."""
+    if targets.ndim == 2:
+        return targets.to(dtype)
+    return F.one_hot(targets, classes).to(dtype)
+
+
+def smooth(targets: Tensor, smoothing: float) -> Tensor:
+    """t * (1 - s) + s / C for soft labels t (n, C); rows keep their sum of 1.
+
+    Szegedy et al., arXiv 1512.00567, section 7; for a one-hot t also Bag of Tricks, section 5.2.
+    """
+    return targets * (1 - smoothing) + smoothing / targets.shape[1]
+
+
+def smooth_up(targets: Tensor, smoothing: float) -> Tensor:
+    """t * (1 - s + s / C) where t > 0, else s / C: United Perception's form, to reproduce it.
+
+    The same as `smooth` for one-hot labels; where k classes are mixed a row sums to
+    1 - (k - 1) * s / C, so mixed images weigh a little less.
+    """
+    rest = smoothing / targets.shape[1]
+    return torch.where(targets > 0, targets * (1 - smoothing + rest), rest)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0, *, up_smoothing: bool = False
+) -> Tensor:
+    """-sum_c t_c * log softmax(z)_c, shape (n,), in nats; t smoothed as `smooth` has it.
+
+    `up_smoothing` smooths as `smooth_up` instead, which differs for soft labels alone.
+    """
+    if up_smoothing and targets.ndim == 2:
+        targets, smoothing = smooth_up(targets, smoothing), 0.0
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+
+
+def binary_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    *,
+    threshold: float | None = None,
+    sum_classes: bool = False,
+    shift: bool = False,
+) -> Tensor:
+    """-mean_c [t_c * log p_c + (1 - t_c) * log(1 - p_c)] with p = sigmoid(z), shape (n,).
+
+    Every class is a question of its own: Wightman et al., "ResNet strikes back", arXiv
+    2110.00476, section 3.1. There a class counts as fully present (t = 1) when its share after
+    smoothing is above `threshold` (0.2), else as absent. `sum_classes` sums over the classes
+    instead of taking the mean: C times the gradient. `shift` puts z - ln C in the place of z, so
+    that fresh logits near 0 say p = 1 / (C + 1) instead of 1/2. United Perception's `bias: true`
+    is both, `bias: false` neither.
+    """
+    classes = logits.shape[1]
+    targets = smooth(soft(targets, classes, logits.dtype), smoothing)
+    if threshold is not None:
+        targets = (targets > threshold).to(logits.dtype)
+    if shift:
+        logits = logits - math.log(classes)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return loss.sum(1) if sum_classes else loss.mean(1)
+
+
+def loss_function(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(logits (n, classes), targets (n,) or soft (n, classes)) -> losses (n,) of training."""
+    if recipe.loss == "bce":
+        return functools.partial(
+            binary_cross_entropy,
+            smoothing=recipe.label_smoothing,
+            threshold=recipe.bce_threshold,
+            sum_classes=recipe.bce_sum,
+            shift=recipe.bce_shift,
+        )
+    return functools.partial(
+        cross_entropy, smoothing=recipe.label_smoothing, up_smoothing=recipe.up_smoothing
+    )

@@ -1,0 +1,48 @@
+"""Requests to stop a training, noticed between two steps."""
+
+import signal
+import threading
+import time
+from typing import Any
+
+from workbench import runs
+
+
+class StopRequest:
+    """Notices Ctrl-C, SIGTERM, the STOP file and an event, without interrupting a step.
+
+    Signals are handled between `listen` and `close`; a second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self, run: runs.Run | None, event: threading.Event):
+        self.run, self.event = run, event
+        self.signal: str | None = None
+        self._next_check = 0.0
+        self._file_found = False
+        self._handlers: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._handle)
+
+    def close(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+
+    def reason(self) -> str | None:
+        """What requested a stop, None if nothing did."""
+        if self.signal:
+            return self.signal
+        if self.event.is_set():
+            return "the stop event"
+        if self.run is not None and (start := time.monotonic()) >= self._next_check:
+            self._file_found = self.run.stop_requested()
+            end = time.monotonic()
+            self._next_check = end + 50 * (end - start)  # at most 2 % of the time, on any disk
+        return "the STOP file" if self._file_found else None

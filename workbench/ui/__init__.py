@@ -1,0 +1,1 @@
+"""Figures, views of images and widgets of the notebooks."""
