@@ -5,7 +5,8 @@ import multiprocessing
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
+from torchvision.transforms.v2 import functional as F
 
 from workbench import runs, training
 
@@ -61,3 +62,39 @@ def differences(a, b) -> np.ndarray:
     a, b = np.asarray(a, int), np.asarray(b, int)
     assert a.shape == b.shape
     return np.abs(a - b)
+
+
+def pillow_operation(image, name: str, value, interpolation: str = "", fill=(0, 0, 0)):
+    """An operation of RandAugment or colour jitter by Pillow."""
+    resample = Image.Resampling[interpolation.upper()] if interpolation else None
+
+    def affine(*matrix):
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
+
+    def point(level):
+        return image.point([min(255, max(0, int(level(i)))) for i in range(256)] * 3)
+
+    def inverted(level):
+        return level if level < 128 else 255 - level
+
+    return {
+        "rotate": lambda: image.rotate(value, resample, fillcolor=fill),
+        "shear_x": lambda: affine(1, value, 0, 0, 1, 0),
+        "shear_y": lambda: affine(1, 0, 0, value, 1, 0),
+        "translate_x": lambda: affine(1, 0, value, 0, 1, 0),
+        "translate_y": lambda: affine(1, 0, 0, 0, 1, value),
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+        "invert": lambda: ImageOps.invert(image),
+        # Pillow refuses to posterize to 0 bits
+        "posterize": lambda: ImageOps.posterize(image, value) if value else point(lambda i: 0),
+        "solarize": lambda: ImageOps.solarize(image, value),
+        "solarize_add": lambda: point(lambda i: i + value if i < 128 else i),
+        "solarize_add_all": lambda: point(lambda i: inverted(min(255, i + value))),
+        "brightness": lambda: ImageEnhance.Brightness(image).enhance(value),
+        "contrast": lambda: ImageEnhance.Contrast(image).enhance(value),
+        "saturation": lambda: ImageEnhance.Color(image).enhance(value),
+        "color": lambda: ImageEnhance.Color(image).enhance(value),
+        "sharpness": lambda: ImageEnhance.Sharpness(image).enhance(value),
+        "hue": lambda: F.adjust_hue(image, value),
+    }[name]()

@@ -103,7 +103,7 @@ def test_any_recipe_can_be_measured(digits, options):
 
 def test_a_training_records_loader_and_model_beside_each_other(digits, tmp_path, monkeypatch):
     """Every batch takes 0.1 s to read and nearly nothing to learn from, in the same process."""
-    read, seconds = data._Rows.read, []
+    read, seconds = data.loader.Reader.__getitem__, []
 
     def slow(*arguments):
         start = time.perf_counter()
@@ -112,7 +112,7 @@ def test_a_training_records_loader_and_model_beside_each_other(digits, tmp_path,
         seconds.append(time.perf_counter() - start)  # 0.1, or more where a busy machine wakes late
         return batch._replace(seconds=seconds[-1])
 
-    monkeypatch.setattr(data._Rows, "read", slow)
+    monkeypatch.setattr(data.loader.Reader, "__getitem__", slow)
     recipe = Recipe(
         train_fraction=0.1, epochs=1, batch_size=20, workers=0, log_every=2, runs_dir=str(tmp_path)
     )

@@ -1,8 +1,7 @@
-"""Flip, RandAugment and colour jitter of a whole batch at once, on the device it lies on.
+"""Flip, RandAugment and colour jitter of a whole batch at once, on its device.
 
-The draws are augmentation.TrainTransform's, one for each image, and so is the meaning: Pillow's.
-With few cores and a fast GPU the loaders then only decode and crop. Steps of the same kind run
-together, whichever images they come from, and no image's pixels enter another's.
+Every image has its own parameters of TrainTransform.sample_params, with Pillow's meaning. The same
+operation of several images runs as one.
 """
 
 import math
@@ -15,107 +14,98 @@ import torch
 
 from workbench.augmentation.pixel_ops import JITTER, MATRICES
 
-# Factors and coordinates reach the device as whole numbers of 1 / ONE. They are computed in double
-# precision here, which not every device has, and whole numbers are the same on all of them.
+# Factors and coordinates are sent to the device as integers in units of 1 / ONE: they are computed
+# in double precision here, which not every device has.
 ONE = 2**32
 
-_CROP = {"left", "top", "width", "height"}  # keys of a draw that are used up before
+
+class _Operation(NamedTuple):
+    """Equal operations run together, in their order, which is that of every image."""
+
+    group: int  # flip, randaug, jitter
+    position: int
+    name: str
+    interpolation: str  # of a warp
 
 
 def apply(
-    images: torch.Tensor, draws: list[dict[str, Any]], fill: tuple[int, int, int]
+    images: torch.Tensor, params: list[dict[str, Any]], fill: tuple[int, int, int]
 ) -> torch.Tensor:
-    """The images after their draws, uint8 (n, 3, h, w) on the same device, in the same format.
+    """The augmented images, uint8 (n, 3, h, w) on the same device, in the same memory format.
 
-    `images` are uint8 (n, 3, h, w), already cropped, and stay as they are. `draws` holds a dict for
-    each of them, as TrainTransform.draw gives it: `flip` first, then the steps of `randaug` in
-    order, then jitter in the order of its keys; each may be missing, and the crop's keys are passed
-    over. `fill` is what rotations, shears and translations show from outside of the canvas. Nothing
-    waits for the device.
+    Args:
+        images: uint8 (n, 3, h, w), already cropped; they are not changed.
+        params: of each image, as of TrainTransform.sample_params: `flip` is applied first, then
+            `randaug`, then jitter, in the order of the dict; the crop is ignored.
+        fill: RGB outside of a rotated, sheared or translated image.
 
-    Raises ValueError where a draw asks for an operation or an interpolation that is not here,
-    AutoAugment among them, and where shapes or counts do not fit.
+    Nothing waits for the device. Raises ValueError for operations and interpolations that are not
+    implemented here, such as AutoAugment, and for shapes or lengths that do not match.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"augmentation in batches takes uint8 images (n, 3, h, w), "
+            f"images must be uint8 (n, 3, h, w), "
             f"not {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
         )
-    if len(draws) != len(images):
-        raise ValueError(f"{len(images)} images need as many draws, not {len(draws)}")
-    groups: dict[tuple, list[tuple[int, Any]]] = defaultdict(list)
-    for i, draw in enumerate(draws):
-        for step, value in _steps(draw):
-            groups[step].append((i, value))
+    if len(params) != len(images):
+        raise ValueError(f"{len(images)} images need as many params, not {len(params)}")
+    groups: dict[_Operation, list[tuple[int, Any]]] = defaultdict(list)
+    for i, of_image in enumerate(params):
+        for operation, value in _operations(of_image):
+            groups[operation].append((i, value))
     result = images.clone()
     if not groups:
         return result
-    # One transfer for all: the fill, then a row for each step, which are its image and numbers.
+    # One transfer for all: the fill, then a row per operation, its image and numbers.
     height, width = images.shape[2:]
     rows, order = [[*fill, 0, 0, 0, 0]], sorted(groups)
-    for step in order:
-        for i, value in groups[step]:
-            numbers = _numbers(step, value, width, height)
+    for operation in order:
+        for i, value in groups[operation]:
+            numbers = _numbers(operation, value, width, height)
             rows.append([i, *numbers, *[0] * (6 - len(numbers))])
     table = torch.tensor(rows).to(images.device, non_blocking=True)
     colour = table[0, :3].to(torch.uint8)[:, None, None]
-    parts = table[1:].split([len(groups[step]) for step in order])
-    for step, part in zip(order, parts, strict=True):
+    parts = table[1:].split([len(groups[operation]) for operation in order])
+    for operation, part in zip(order, parts, strict=True):
         chosen, numbers = part[:, 0], part[:, 1:]
-        if step.name in MATRICES:
-            axes = "xy" if step.name == "rotate" else step.name[-1]
-            after = _move(result[chosen], numbers, axes, step.how, colour)
+        name = operation.name
+        if name in MATRICES:
+            axes = "xy" if name == "rotate" else name[-1]
+            changed = _warp(result[chosen], numbers, axes, operation.interpolation, colour)
         else:
-            after = _COLOURS[step.name].run(result[chosen], numbers[:, :1, None, None])
-        result[chosen] = after
+            changed = _COLOURS[name].run(result[chosen], numbers[:, :1, None, None])
+        result[chosen] = changed
     return result
 
 
-# ---- what a draw asks for
-
-
-class _Step(NamedTuple):
-    """Steps that are equal run together; they run in their order, which is a draw's own."""
-
-    part: int  # flip, randaug, jitter
-    place: int
-    name: str
-    how: str  # interpolation of a move
-
-
-def _steps(draw: dict[str, Any]) -> list[tuple[_Step, Any]]:
-    """A draw's steps and their values, in order. Raises ValueError."""
-    if "autoaugment" in draw:
+def _operations(params: dict[str, Any]) -> list[tuple[_Operation, Any]]:
+    """The operations of an image and their values, in order. Raises ValueError."""
+    known = {"left", "top", "width", "height", "flip", "randaug", *JITTER}
+    if unknown := sorted(set(params) - known):
         raise ValueError(
-            "a draw holds autoaugment, which has no form in batches: apply it image by image "
-            "with TrainTransform.apply"
+            f"{unknown[0]!r} is not implemented on the device; use TrainTransform.apply, or only "
+            f"flip, randaug, {', '.join(JITTER)}"
         )
-    if unknown := set(draw) - {*_CROP, *JITTER, "flip", "randaug"}:
-        raise ValueError(
-            f"a draw holds {', '.join(map(repr, sorted(unknown)))}; beside crop, flip and randaug "
-            f"it may hold {', '.join(JITTER)}"
-        )
-    steps = [(_Step(0, 0, "flip", ""), None)] if draw.get("flip") else []
-    for k, (name, value, how) in enumerate(draw.get("randaug", [])):
+    found = [(_Operation(0, 0, "flip", ""), None)] if params.get("flip") else []
+    for i, (name, value, interpolation) in enumerate(params.get("randaug", [])):
         if name not in {*MATRICES, *_COLOURS}:
             allowed = ", ".join(sorted({*MATRICES, *_COLOURS}))
-            raise ValueError(f"randaug holds the operation {name!r}; there are {allowed}")
-        if name in MATRICES and how not in _REACH:
-            raise ValueError(
-                f"randaug holds {name} by the interpolation {how!r}; there are {', '.join(_REACH)}"
-            )
-        steps.append((_Step(1, k, name, how if name in MATRICES else ""), value))
-    jitter = [name for name in draw if name in JITTER]
-    return steps + [(_Step(2, k, name, ""), draw[name]) for k, name in enumerate(jitter)]
+            raise ValueError(f"randaug has the operation {name!r}; there are {allowed}")
+        if name in MATRICES and interpolation not in _NEIGHBOURS:
+            allowed = ", ".join(_NEIGHBOURS)
+            raise ValueError(f"{name} has the interpolation {interpolation!r}; there are {allowed}")
+        found.append((_Operation(1, i, name, interpolation if name in MATRICES else ""), value))
+    jitter = [name for name in params if name in JITTER]
+    return found + [(_Operation(2, i, name, ""), params[name]) for i, name in enumerate(jitter)]
 
 
-def _numbers(step: _Step, value: Any, width: int, height: int) -> list[int]:
-    """The whole numbers a step is computed with, six of a move and one of any other."""
-    if step.name not in MATRICES:
-        return [_COLOURS[step.name].number(value)]
-    a, b, c, d, e, f = MATRICES[step.name](value, width, height)
-    # Pillow moves nearest neighbours by 1 / 65536 of a pixel, unless they only shift.
-    unit = 2**16 if step.how == "nearest" and (b or d) else ONE
+def _numbers(operation: _Operation, value: Any, width: int, height: int) -> list[int]:
+    """The integers an operation is computed with, six for a warp and one for any other."""
+    if operation.name not in MATRICES:
+        return [_COLOURS[operation.name].number(value)]
+    a, b, c, d, e, f = MATRICES[operation.name](value, width, height)
+    # Pillow's nearest neighbour has units of 1 / 65536 of a pixel, except for translations.
+    unit = 2**16 if operation.interpolation == "nearest" and (b or d) else ONE
     x, y = c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5  # the first pixel's centre is at 0.5
     return [math.floor(number * unit + 0.5) * (ONE // unit) for number in (a, b, x, d, e, y)]
 
@@ -124,7 +114,7 @@ def _numbers(step: _Step, value: Any, width: int, height: int) -> list[int]:
 
 
 def _autocontrast(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    # Pillow's table comes from double precision, whose roundings decide some of its entries.
+    # Pillow's table is computed in double precision, and some entries depend on its rounding.
     kind = torch.float32 if pixels.device.type == "mps" else torch.float64  # mps has no double
     low, high = pixels.amin((2, 3)).to(kind)[..., None], pixels.amax((2, 3)).to(kind)[..., None]
     levels = torch.arange(256, device=pixels.device, dtype=kind)
@@ -145,7 +135,7 @@ def _equalize(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def _look_up(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Every level replaced by its entry in the (m, 3, 256) of its image and channel, cut off."""
+    """Replaces every level by its entry in the table (m, 3, 256), truncated."""
     entries = table.to(torch.uint8).gather(2, pixels.flatten(2).long())
     return entries.view(pixels.shape)
 
@@ -171,8 +161,8 @@ def _contrast(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _sharpness(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    around = pixels.float()  # the mean around a pixel, itself five times in it
-    inner = around[:, :, 1:-1, 1:-1]  # Pillow leaves the outermost row and column as they are
+    around = pixels.float()  # smoothed: weights 5 / 13 in the middle, 1 / 13 around it
+    inner = around[:, :, 1:-1, 1:-1]  # Pillow leaves the outermost row and column unchanged
     rows = around[:, :, :-2] + around[:, :, 1:-1] + around[:, :, 2:]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner
     inner.copy_((total / 13 + 0.5).floor_())
@@ -180,7 +170,7 @@ def _sharpness(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _hue(pixels: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """By way of hue, saturation and value in 8 bits: `turn` of 256 steps round the circle."""
+    """Rotates the hue by `turn` / 256 of the circle, in 8-bit hue, saturation and value."""
     red, green, blue = pixels.int().unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     span = value - torch.minimum(torch.minimum(red, green), blue)
@@ -189,17 +179,17 @@ def _hue(pixels: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     sixths = torch.where(sixths < 0, sixths + 6 * span, sixths)
     hue = 85 * sixths // (2 * span).clamp_(min=1)
     saturation = 255 * span // value.clamp(min=1)
-    # Back: a channel lacks saturation by how far the hue is from its own third of the circle, here
-    # of 6 * 255 steps.
+    # Back to RGB: a channel decreases with the distance of the hue from its third of the circle,
+    # which here has 6 * 255 steps.
     hue = _wrapped(hue + turn[:, 0].int(), 256)
     third = 255 * torch.arange(5, 0, -2, device=pixels.device, dtype=torch.int32)[:, None, None]
-    place = _wrapped(6 * hue[:, None] + third, 1530)
-    lack = torch.minimum(place, 1020 - place).clamp_(0, 255) * saturation[:, None]
+    position = _wrapped(6 * hue[:, None] + third, 1530)
+    lack = torch.minimum(position, 1020 - position).clamp_(0, 255) * saturation[:, None]
     return ((2 * value[:, None] * (65025 - lack) + 65025) // 130050).to(torch.uint8)  # rounded
 
 
 def _wrapped(numbers: torch.Tensor, most: int) -> torch.Tensor:
-    """Numbers of a circle of `most` steps that went round once at most."""
+    """Positions on a circle of `most` steps, from 0 up; at most one circle is subtracted."""
     return torch.where(numbers < most, numbers, numbers - most)
 
 
@@ -210,7 +200,7 @@ def _grey(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _blend(other: torch.Tensor | int, pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The distance from `other` times `factor`, cut off as Pillow does."""
+    """The distance from `other` times `factor`, truncated as Pillow does."""
     return ((pixels.float() - other) * _real(factor) + other).clamp_(0, 255).to(torch.uint8)
 
 
@@ -220,7 +210,7 @@ def _real(number: torch.Tensor) -> torch.Tensor:
 
 class _Colour(NamedTuple):
     run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    number: Callable[[Any], int]  # of a draw's value, for `run`
+    number: Callable[[Any], int]  # from the value in params to that of `run`
 
 
 _nothing = lambda value: 0
@@ -249,18 +239,17 @@ _COLOURS = {
 }
 
 
-# ---- moves
+# ---- warps
 
 
-def _move(
-    pixels: torch.Tensor, matrix: torch.Tensor, axes: str, how: str, fill: torch.Tensor
+def _warp(
+    pixels: torch.Tensor, matrix: torch.Tensor, axes: str, interpolation: str, fill: torch.Tensor
 ) -> torch.Tensor:
-    """What stands at x' = a x + b y + c, y' = d x + e y + f: pixels (m, 3, h, w) of such.
+    """The pixels at x' = a x + b y + c, y' = d x + e y + f, for pixels (m, 3, h, w).
 
-    `matrix` int64 (m, 6) holds a to f in 1 / ONE, c and f for the centre of the first pixel. `axes`
-    names those along which pixels move at all; along the others nothing is interpolated. `fill`
-    (3, 1, 1) is where the centre asked for lies outside of the canvas; neighbours of one inside
-    stop at its edge.
+    `matrix` int64 (m, 6) has a to f in units of 1 / ONE, c and f for the centre of the first pixel.
+    Only along `axes` is interpolated. `fill` (3, 1, 1) is used where a position is outside of the
+    image; neighbours outside are those at the edge.
     """
     height, width = pixels.shape[2:]
     across = torch.arange(width, device=pixels.device)
@@ -269,33 +258,33 @@ def _move(
     x, y = a * across + b * down + c, d * across + e * down + f
     inside = (x >= 0) & (x < width * ONE) & (y >= 0) & (y < height * ONE)
     levels = pixels.flatten(2)
-    if how != "nearest":
+    if interpolation != "nearest":
         levels, x, y = levels.float(), x - ONE // 2, y - ONE // 2  # now from a centre
     left, top = x >> 32, y >> 32  # ONE is 2**32
     x_rest, y_rest = _real(x & (ONE - 1))[:, None], _real(y & (ONE - 1))[:, None]
 
-    columns = [(left + k).clamp(0, width - 1) for k in (_REACH[how] if "x" in axes else (0,))]
-    rows = [(top + k).clamp(0, height - 1) * width for k in (_REACH[how] if "y" in axes else (0,))]
+    def pixel_at(position: torch.Tensor) -> torch.Tensor:
+        return levels.gather(2, position.flatten(1)[:, None].expand(-1, 3, -1)).view(pixels.shape)
 
-    def taken(place: torch.Tensor) -> torch.Tensor:
-        return levels.gather(2, place.flatten(1)[:, None].expand(-1, 3, -1)).view(pixels.shape)
-
-    lines = [_between([taken(row + column) for column in columns], x_rest) for row in rows]
-    moved = _between(lines, y_rest)
-    if how != "nearest":
+    x_steps, y_steps = (_NEIGHBOURS[interpolation] if axis in axes else (0,) for axis in "xy")
+    columns = [(left + k).clamp(0, width - 1) for k in x_steps]
+    rows = [(top + k).clamp(0, height - 1) * width for k in y_steps]
+    lines = [_interpolate([pixel_at(row + column) for column in columns], x_rest) for row in rows]
+    moved = _interpolate(lines, y_rest)
+    if interpolation != "nearest":
         moved = moved.clamp(0, 255).to(torch.uint8)
     return torch.where(inside[:, None], moved, fill)
 
 
-# The neighbours of a place that count, from the one to its left or above it.
-_REACH = {"nearest": (0,), "bilinear": (0, 1), "bicubic": (-1, 0, 1, 2)}
+# Neighbours of a position, relative to the one to the left of or above it.
+_NEIGHBOURS = {"nearest": (0,), "bilinear": (0, 1), "bicubic": (-1, 0, 1, 2)}
 
 
-def _between(taps: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _interpolate(taps: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """The value `x` (0 to 1) past the middle left one of 1, 2 or 4 neighbours.
 
-    Of four by Keys' kernel with a = -1, which Pillow moves pixels with (torch's own has -0.75).
-    Both forms leave an even area even, to the bit.
+    With four, Keys' kernel with a = -1, Pillow's for affine transforms (torch has -0.75). Constant
+    areas stay constant, to the bit.
     """
     if len(taps) == 1:
         return taps[0]

@@ -1,4 +1,4 @@
-"""Any image file as the RGB a person sees, or one error that names what is wrong with it.
+"""Decoding: any image file as upright RGB, or one error that names what is wrong with it.
 
     image = images.open(path)                               # width and height, from the header
     pixels = image.resized(box, (224, 224), "bilinear")     # decodes no rows below the box
@@ -14,7 +14,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -25,9 +24,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from workbench import consumer
-from workbench.consumer import REASONS, UPRIGHT, ImageError, opened  # noqa: F401, for readers
+from workbench.consumer import REASONS, UPRIGHT, ImageError, opened
 
-cv2.setNumThreads(0)  # a loader has a process per core; OpenCV's threads do not survive its fork
+__all__ = ["REASONS", "ImageError", "Jpeg", "Pixels", "decode", "open", "opened", "quiet", "resize"]
+
+cv2.setNumThreads(0)  # there is a worker per core, and OpenCV's threads do not survive a fork
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .avif".split()
@@ -37,23 +38,23 @@ SUFFIXES = frozenset(
 def decode(path: str | Path) -> Image.Image:
     """The image as an upright 8-bit RGB image.
 
-    EXIF orientation is applied, transparency shows white, 16-bit greys are scaled (not clipped),
+    EXIF orientation is applied, transparency becomes white, 16-bit greys are scaled (not clipped),
     CMYK and palettes are converted, animations give their first frame. Raises ImageError.
     """
     return Image.fromarray(open(path).pixels())
 
 
 def open(path: str | Path) -> "Pixels | Jpeg":
-    """The image as `decode` sees it, of which a JPEG is decoded when pixels are asked for.
+    """The image of `decode`; a JPEG is decoded at the first use of its pixels.
 
-    Raises ImageError, as does asking for the pixels.
+    Raises ImageError, as do the methods that decode.
     """
     return consumer.told(path, lambda: _open(path))
 
 
-def image(image: Any) -> "Pixels | Jpeg":
-    """What `open` gives, from an RGB image of Pillow's or pixels (h, w, 3); from itself, itself."""
-    return image if hasattr(image, "resized") else Pixels(np.asarray(image))
+def image(image: "AnyImage") -> "Pixels | Jpeg":
+    """Pixels of an RGB image of Pillow's or an array (h, w, 3); others are returned unchanged."""
+    return image if isinstance(image, Pixels | Jpeg) else Pixels(np.asarray(image))
 
 
 class Pixels:
@@ -64,7 +65,7 @@ class Pixels:
         self.height, self.width = pixels.shape[:2]
 
     def pixels(self) -> np.ndarray:
-        """All of it; not to be written to."""
+        """All of it; read-only."""
         return self._pixels
 
     def resized(self, box: tuple, size: tuple[int, int], interpolation: str, **how) -> np.ndarray:
@@ -77,7 +78,7 @@ class Pixels:
 
 
 class Jpeg:
-    """A JPEG file in memory; libjpeg-turbo decodes it as Pillow does, to the bit."""
+    """A JPEG file in memory; the pixels are those of Pillow, to the bit."""
 
     def __init__(self, raw: bytes, width: int, height: int, frame: int, orientation: int):
         self._raw, self._frame, self._orientation = raw, frame, orientation
@@ -92,37 +93,36 @@ class Jpeg:
         self, box: tuple, size: tuple[int, int], interpolation: str, exact: bool = False
     ) -> np.ndarray:
         """`resize` of the pixels; those below the box are not decoded. Raises ImageError."""
-        lowest = self._stored[0]
+        bottom = self._stored[0]
         if self._orientation == 1:
-            beyond = _REACH[interpolation] * max(1, (box[3] - box[1]) / size[1]) if exact else 0
-            lowest = math.ceil(box[3] + beyond)
-        pixels = self._decoded(lowest, space="RGBX" if exact else "RGB")[0]
+            scale = max(1, (box[3] - box[1]) / size[1])
+            bottom = math.ceil(box[3] + (FILTER_SUPPORT[interpolation] * scale if exact else 0))
+        pixels = self._decoded(bottom, space="RGBX" if exact else "RGB")[0]
         return resize(pixels, box, size, interpolation, exact)
 
     def downscaled(self, size: tuple[int, int], interpolation: str) -> np.ndarray:
         """All of it at a smaller size (width, height). Raises ImageError.
 
-        Where that is six times smaller or more, the file is decoded at half the scale (a quarter,
-        an eighth), which costs less and leaves a smooth filter enough to average: within 1.5 of
-        255 of Pillow's resize on a photograph.
+        Six times smaller or more, the file is decoded at 1/2, 1/4 or 1/8 of the scale, which is
+        faster: within 1.5 of 255 of Pillow's resize on a photograph.
         """
         least = min(self.width / size[0], self.height / size[1])
         scale = next((s for s in (8, 4, 2) if least >= 3 * s), 1) if interpolation in SMOOTH else 1
         pixels, scale = self._decoded(self._stored[0], scale)
-        # The last pixel of a side may stand for less than `scale`; turned, it is the first.
+        # The last pixel of a side may cover less than `scale`; rotated, it is the first.
         x = -self.width % scale if self._orientation in (2, 3, 6, 7) else 0
         y = -self.height % scale if self._orientation in (3, 4, 7, 8) else 0
         box = [side / scale for side in (x, y, x + self.width, y + self.height)]
         return resize(pixels, box, size, interpolation)
 
     def _decoded(self, bottom: int, scale: int = 1, space: str = "RGB") -> tuple[np.ndarray, int]:
-        """The upright pixels at 1 / scale, and the scale; rows from `bottom` on may hold anything.
+        """The upright pixels at 1 / scale, and the scale; rows from `bottom` on are undefined.
 
-        They are there all the same: the order of Pillow's passes depends on how many there are.
+        They are part of the array: the order of Pillow's passes depends on its height.
         """
         height, width = self._stored
-        # The header may promise fewer rows than there are: the decoder stops where they end. Two
-        # more than wanted, since colours are interpolated from the row below; whole blocks of 16.
+        # With fewer rows in the header the decoder stops early. Two more than needed, since colours
+        # are interpolated from the row below; whole blocks of 16.
         rows, raw = -(-(bottom + 2) // 16) * 16, self._raw
         if cut := self._frame and rows < height:
             raw, height = bytearray(raw), rows
@@ -135,15 +135,16 @@ class Jpeg:
                 raw, min_height=high, min_width=wide, buffer=pixels[:high], **how
             )
         except ValueError as error:
-            # libjpeg names its first complaint: that the rows cut off are left over is none.
+            # libjpeg reports its first problem; the rows that were cut off are none.
             if not (cut and _LEFT_OVER.search(str(error))):
                 return consumer.told("", lambda: consumer.decode(io.BytesIO(self._raw))), 1
         return UPRIGHT[self._orientation](pixels), scale
 
 
-SMOOTH = ("bilinear", "bicubic", "hamming", "lanczos")  # filters that average what they shrink
-# How far a filter looks beyond the edge of a box, in pixels of the smaller image
-_REACH = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
+AnyImage = Pixels | Jpeg | Image.Image | np.ndarray
+SMOOTH = ("bilinear", "bicubic", "hamming", "lanczos")  # filters that average
+# Pixels of the smaller image that a filter reads beyond the edge of a box
+FILTER_SUPPORT = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
 _LEFT_OVER = re.compile(r"\d+ extraneous bytes before marker 0xd9")
 
 
@@ -156,11 +157,10 @@ def resize(
 ) -> np.ndarray:
     """A box (left, top, right, bottom) of pixels (h, w, 3) at a size (width, height), antialiased.
 
-    With `exact` it is Pillow's resize, which looks across the edge of the box for its filter, and
-    copies nothing of pixels that have a fourth byte as Pillow's own.
-    Without, a box of whole pixels is cut out first, and bilinear and bicubic are computed by
-    faster code for the same filter: a level of 255 apart here and there. The result may be a view
-    of the pixels.
+    With `exact` it is Pillow's resize, whose filter reads across the edge of the box; pixels with
+    a fourth byte, Pillow's own layout, are not copied. Without, a box of whole pixels is cut out
+    first, and bilinear and bicubic are computed faster, by a level of 255 apart here and there.
+    The result may be a view of the pixels.
     """
     (width, height), (left, top, right, bottom) = size, box
     if not exact and all(side == int(side) for side in box):
@@ -199,7 +199,7 @@ def _open(path: str | Path) -> Pixels | Jpeg:
 
 
 def _jpeg(raw: bytes) -> Jpeg | None:
-    """A JPEG in colour or grey, as cameras write it; of any other kind None."""
+    """A JPEG in YCbCr or grey; None for any other kind."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
     except ValueError:
@@ -207,38 +207,38 @@ def _jpeg(raw: bytes) -> Jpeg | None:
     if space not in ("YCbCr", "Gray"):
         return None
     consumer.check_size(width, height)
-    frame, described = _markers(raw)
+    frame, may_have_exif = _markers(raw)
     orientation = 1
-    if described:
+    if may_have_exif:
         with Image.open(io.BytesIO(raw)) as image:
             orientation = consumer.orientation(image)
     return Jpeg(raw, width, height, frame, orientation)
 
 
 def _markers(raw: bytes) -> tuple[int, bool]:
-    """Where a JPEG of one scan keeps its height (of another kind 0); whether it may have an APP1.
+    """The offset of the height in a JPEG of one scan (else 0); whether it may have an APP1.
 
     ITU-T T.81, B.1: marker segments up to the first scan; SOF0 and SOF1 head a sequential image.
     """
-    at, frame, described = 2, 0, False
+    at, frame, may_have_exif = 2, 0, False
     while at + 9 < len(raw) and raw[at] == 0xFF:
         marker = raw[at + 1]
         if marker in (0xC0, 0xC1):
             frame = at + 5
-        elif marker == 0xDD:  # what is left over of a cut then ends before a restart
+        elif marker == 0xDD:  # with restarts the rows cannot be cut off
             return 0, True
         elif marker == 0xE1:
-            described = True
+            may_have_exif = True
         elif marker == 0xDA:
-            # One scan holds all the components; of several, each would have to be cut.
-            return (frame if frame and raw[at + 4] == raw[frame + 4] else 0), described
+            # Rows can only be cut off where one scan holds all components.
+            return (frame if frame and raw[at + 4] == raw[frame + 4] else 0), may_have_exif
         at += 2 + int.from_bytes(raw[at + 2 : at + 4])
-    return 0, True  # fill bytes before a marker, or what else leads astray: Pillow knows
+    return 0, True  # fill bytes before a marker, or damage: Pillow reads the EXIF
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings from Pillow about damaged metadata: the pixels decide. Not in threads."""
+    """Suppresses Pillow's warnings about damaged metadata. Not to be entered in threads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         yield

@@ -1,14 +1,13 @@
-"""The images of a list as pixels on disk: what they are after the step that needs a whole file.
+"""Decoded pixels of a list of images on disk, after the first step of a transform.
 
-    kept = cache.Cache(frame, form, folder)    # an examined frame
-    cache.build(kept)                          # what is missing, with a bar
-    kept.image(row)                          # images.Pixels of form(images.open(path))
+    cache = pixel_cache.Cache(frame, form, folder)    # a verified frame
+    pixel_cache.build(cache)                          # what is missing, with a progress bar
+    cache.image(row)                                  # images.Pixels of form(images.open(path))
 
-A cache changes nothing but time: whoever reads it gets the bytes that reading the file would give.
-Parts of about PART images are files named after what is in them: the form and the digest of every
-image. So a stale part is one that nobody asks for, and a build goes on where another was killed,
-or beside one that is running. A part ends where an image's digest says so: an image that comes,
-goes or changes concerns the part that it lies in, and no other.
+A cache gives the bytes that reading the images would give, only sooner. About PART images are in a
+file, which is named by the hash of the form and of every image's digest: a stale file is never
+opened, and a build resumes where another was killed. A part ends where an image's digest says so;
+an image that is added, removed or changed affects its own part only.
 """
 
 import contextlib
@@ -21,287 +20,237 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 
-from workbench.data import available_cpus, file_digest, images
-from workbench.progress import bar
+from workbench.data import images
+from workbench.data.verify import available_cpus, counter, file_digest
 
 PART = 1000  # images in a file, on average; what a build loses when it is killed
+IN_FLIGHT = 32  # images that are decoded before they are written
 
 
 class CacheError(RuntimeError):
-    """A cache cannot be built; the text says what it needs and the way out."""
+    """A cache cannot be built; the text says what it needs and what to do."""
 
 
-def build(*caches: "Cache", progress: bool = True) -> None:
-    """Builds the parts that are missing or damaged, beside other processes that do the same.
+class Form(Protocol):
+    """A step of a transform; its repr has everything that the pixels depend on."""
 
-    Says with `progress` how large they are, where, and how much of that was there. Of a part that
-    is there the first image is decoded again: a library that computes other pixels than the one
-    before makes other parts. Raises CacheError where the disk is too small for all of it, before
-    anything is written, or an image cannot be read.
-    """
-    parts = sum(len(cache.files) for cache in caches)
-    with _counted(parts, "looking at the cache", "part", progress) as count:
-        missing = [(cache, part) for cache in caches for part in cache.missing(count)]
-    needed: dict[Path, int] = {cache.folder: 0 for cache in caches}
-    for cache, part in missing:
-        needed[cache.folder] += cache.size(part)
-    for folder, size in needed.items():
-        if size:
-            _check_room(folder, size)
-    start = time.monotonic()
-    if missing:
-        _build(missing, needed, progress)
-    for folder, size in needed.items() if progress else ():
-        print(_said(folder, caches, size, time.monotonic() - start), flush=True)
+    def shape(self, width: int, height: int) -> tuple[int, int]: ...
 
-
-def _build(missing: list[tuple["Cache", int]], needed: dict[Path, int], progress: bool) -> None:
-    total = sum(len(cache.rows(part)) for cache, part in missing)
-    text = f"caching, {_gb(sum(needed.values()))}"
-    with (
-        _counted(total, text, "img", progress) as count,
-        images.quiet(),
-        ThreadPoolExecutor(max(2, available_cpus())) as pool,
-    ):
-        while missing:
-            others = [one for one in missing if not one[0].write(one[1], pool, count)]
-            if others == missing:  # another process is at them
-                time.sleep(0.2)
-            missing = others
-
-
-@contextlib.contextmanager
-def _counted(total: int, text: str, unit: str, progress: bool) -> Iterator[Callable[[], Any]]:
-    """A bar to count on, or nothing to see."""
-    if not progress:
-        yield lambda: None
-        return
-    with bar(total, text, unit) as shown:
-        yield shown.update
-
-
-def _said(folder: Path, caches: tuple["Cache", ...], built: int, seconds: float) -> str:
-    own = {path for cache in caches for path in cache.files}
-    size = sum(cache.bytes for cache in caches if cache.folder == folder)
-    text = f"cache: {_gb(size)} in {folder}, "
-    text += f"{_gb(built)} of it built in {seconds:.0f} s" if built else "all of it was there"
-    others = 0
-    with contextlib.suppress(OSError):  # somebody clears up
-        others = sum(path.stat().st_size for path in folder.glob("*.pixels") if path not in own)
-    return text + (f"; {_gb(others)} there are of other lists or options" if others else "")
+    def __call__(self, image: images.AnyImage) -> np.ndarray: ...
 
 
 class Cache:
-    """Pixels by row of the frame, mapped into memory.
+    """Pixels by row of a frame of `verify_images`, mapped into memory.
 
-    `frame` is one that data.verify_images has read. `form` makes pixels (h, w, 3) of an image;
-    `form.shape(width, height)` says which (w, h), and its repr all that they depend on. Whoever
-    cuts a file short that a process has mapped ends that process; the next one builds it again.
+    A file that is cut short while a process has it mapped ends that process.
     """
 
-    def __init__(self, frame: pd.DataFrame, form: Any, folder: str | Path):
+    def __init__(self, frame: pd.DataFrame, form: Form, folder: str | Path):
         self.form, self.folder = form, Path(folder)
         self.paths = frame.path.to_numpy(object)
         self._digests = frame.digest.to_numpy(object)
         sizes = zip(frame.width.tolist(), frame.height.tolist(), strict=True)
         self._shapes = np.array([form.shape(*size) for size in sizes], np.int64).reshape(-1, 2)
         self._bytes = 3 * self._shapes.prod(1)
-        new = np.append(True, _ends(self._digests)[:-1])[: len(frame)]  # a part begins here
-        self._part = np.cumsum(new) - 1
-        self._bounds = np.append(np.flatnonzero(new), len(frame))  # where parts begin, and the end
+        begins = np.append(True, part_ends(self._digests)[:-1])[: len(frame)]
+        self._part = np.cumsum(begins) - 1  # of every row
+        self._bounds = np.append(np.flatnonzero(begins), len(frame))  # rows where parts begin
         before = np.cumsum(self._bytes) - self._bytes
-        self._starts = before - before[self._bounds[self._part]]  # within the part
+        self._starts = before - before[self._bounds[self._part]]  # bytes within the part
         parts = np.split(self._digests, self._bounds[:-1])[1:]
-        names = (f"{form!r} {' '.join(part)}" for part in parts)
-        self.files = [  # of the parts
-            self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.pixels"
-            for name in names
-        ]
-        # Which images were compared with their sum; shared by the loader's processes.
-        self._flags = torch.zeros(len(frame), dtype=torch.uint8).share_memory_()
-        self._seen = self._flags.numpy()
+        names = (hashlib.sha256(f"{form!r} {' '.join(part)}".encode()) for part in parts)
+        self.files = [self.folder / f"{name.hexdigest()[:32]}.pixels" for name in names]
+        # Rows whose checksum was compared, shared by the workers.
+        self._checked = torch.zeros(len(frame), dtype=torch.uint8).share_memory_()
         self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._complained: set[int] = set()  # of these parts
+        self._warned: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._bytes)
 
     @property
     def bytes(self) -> int:
-        """What all of it takes on disk."""
+        """Size of all parts on disk."""
         return sum(map(self.size, range(len(self.files))))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_maps": {}, "_seen": None}  # a process maps for itself
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._seen = self._flags.numpy()
-
-    def image(self, row: int) -> images.Pixels:
-        """The pixels of a row of the frame.
-
-        Compared with their sum when first asked for; where that differs, they are read again from
-        the image and mended on disk. Raises ImageError where that cannot be read any more.
-        """
-        part = self._part[row]
-        if part not in self._maps:
-            try:
-                self._maps[part] = self._map(part)
-            except (OSError, RuntimeError):  # gone, or cut short, since it was built
-                self._complain(part, "is gone or cut short; its images are read from their files")
-                return images.Pixels(self._made(row))
-        stored, sums = self._maps[part]
-        width, height = self._shapes[row].tolist()
-        start = self._starts[row].item()
-        pixels = stored[start : start + 3 * width * height].reshape(height, width, 3)
-        if not self._seen[row]:
-            wanted = sums[row - self._bounds[part]]
-            if zlib.crc32(pixels) == wanted:
-                self._seen[row] = 1
-            else:
-                pixels = self._mended(row, wanted)
-        return images.Pixels(pixels)
-
-    # ---- building
-
-    def missing(self, count: Callable[[], Any] = lambda: None) -> list[int]:
-        """The parts that are not there, not whole, or not what reading an image gives now.
-
-        Counts the parts as it looks at them.
-        """
-        found = []
-        for part in range(len(self.files)):
-            if not self._holds(part):
-                found.append(part)
-            count()
-        return found
+        return {**vars(self), "_maps": {}}  # every process maps for itself
 
     def rows(self, part: int) -> range:
         """The rows of the frame in a part."""
         return range(*self._bounds[part : part + 2].tolist())
 
     def size(self, part: int) -> int:
-        """What a part takes on disk, in bytes."""
+        """Size of a part on disk: pixels, a CRC-32 for each image, and one of these checksums."""
         rows = self.rows(part)
         return int(self._bytes[rows].sum()) + 4 * len(rows) + 4
 
-    def write(self, part: int, pool: ThreadPoolExecutor, count: Callable[[], Any]) -> bool:
-        """Puts a part in its place, whole; False where another process is writing it.
+    def image(self, row: int) -> images.Pixels:
+        """The pixels of a row of the frame.
 
-        Raises CacheError.
+        Its checksum is compared at the first use. From a corrupt or missing part the image is read
+        from its file; a corrupt part is deleted, so that the next build replaces it. Raises
+        ImageError where the file cannot be read, or is not the one that was cached.
         """
-        begun, rows = self.files[part].with_suffix(".part"), self.rows(part)
-        with _told(self.folder), _held(begun) as file:
-            if file is None:
-                return False
-            if self._holds(part):  # another process was faster
-                begun.unlink(missing_ok=True)
-                for _ in rows:
-                    count()
-                return True
-            os.truncate(file, 0)
-            tasks = [pool.submit(self._write, file, row) for row in rows]
+        part = self._part[row].item()
+        if part not in self._maps:
             try:
-                sums = np.zeros(len(rows), np.uint32)
-                for i, task in enumerate(tasks):
-                    sums[i] = task.result()
-                    count()
-            finally:  # a thread still at it would write into whatever has the number next
-                for task in tasks:
-                    task.cancel()
-                wait(tasks)
-            _write(file, sums.tobytes() + _sum(sums), int(self._bytes[rows].sum()))
-            os.fsync(file)
-            os.replace(begun, self.files[part])
-        return True
+                self._maps[part] = self._map(part)
+            except (OSError, RuntimeError):
+                self._warn(part, "is missing or cut short; its images are read from their files")
+                return images.Pixels(self._decode(row))
+        stored, checksums = self._maps[part]
+        start, (width, height) = self._starts[row].item(), self._shapes[row].tolist()
+        pixels = stored[start : start + 3 * width * height].reshape(height, width, 3)
+        if not self._checked[row]:
+            checksum = checksums[row - self._bounds[part]]
+            if zlib.crc32(pixels) != checksum:
+                pixels = self._decode(row)
+                if zlib.crc32(pixels) != checksum:
+                    raise images.ImageError("unreadable", "not the image that was cached")
+                self._warn(part, "is corrupt; it is deleted, and built again by the next run")
+                with contextlib.suppress(OSError):  # a read-only disk
+                    self.files[part].unlink(missing_ok=True)
+            else:
+                self._checked[row] = 1
+        return images.Pixels(pixels)
 
-    def _write(self, file: int, row: int) -> int:
-        path = self.paths[row]
-        try:
-            pixels = self._made(row)
-            if file_digest(path) != self._digests[row]:
-                raise images.ImageError("unreadable", "not the file that was examined")
-        except (images.ImageError, OSError) as error:
-            raise CacheError(
-                f"{path} cannot be cached, {error}; it could be read when it was examined. Start "
-                "again, and it is looked at again"
-            ) from None
-        _write(file, pixels, self._starts[row].item())
-        return zlib.crc32(pixels)
+    def is_complete(self, part: int) -> bool:
+        """Whether a part has all its bytes, and its first image is the one decoded now.
 
-    def _made(self, row: int) -> np.ndarray:
-        pixels = np.ascontiguousarray(self.form(images.open(self.paths[row])))
-        width, height = self._shapes[row].tolist()
-        if pixels.shape != (height, width, 3):
-            raise images.ImageError("unreadable", "of another size than when it was examined")
-        return pixels
-
-    def _mended(self, row: int, wanted: int) -> np.ndarray:
-        pixels = self._made(row)
-        if zlib.crc32(pixels) != wanted:
-            raise images.ImageError("unreadable", "not the image that was cached; start again")
-        self._complain(self._part[row], "is damaged; what differs is made again from the images")
-        with contextlib.suppress(OSError):  # a disk that is read only is no reason to stop
-            descriptor = os.open(self.files[self._part[row]], os.O_WRONLY)
-            try:
-                _write(descriptor, pixels, self._starts[row].item())
-            finally:
-                os.close(descriptor)
-        return pixels
-
-    def _complain(self, part: int, what: str) -> None:
-        if part not in self._complained:  # once, not for each of its images
-            self._complained.add(part)
-            print(f"cache: {self.files[part]} {what}", file=sys.stderr)
-
-    # ---- parts
-
-    def _holds(self, part: int) -> bool:
-        """Whether a part is there with all its bytes, and its first image is as made now."""
+        With another version of a library the decoded pixels may differ.
+        """
         rows = self.rows(part)
         try:
             with self.files[part].open("rb") as file:
-                table = os.pread(file.fileno(), 4 * len(rows) + 5, int(self._bytes[rows].sum()))
-        except OSError:
+                file.seek(int(self._bytes[rows].sum()))
+                table = file.read(4 * len(rows) + 5)
+            if len(table) != 4 * len(rows) + 4 or table[-4:] != _checksum(table[:-4]):
+                return False
+            return zlib.crc32(self._decode(rows[0])) == np.frombuffer(table, np.uint32)[0]
+        except (OSError, images.ImageError):
             return False
-        if len(table) != 4 * len(rows) + 4 or table[-4:] != _sum(table[:-4]):
-            return False
+
+    def write(self, part: int, pool: ThreadPoolExecutor, count: Callable[[], object]) -> None:
+        """Writes a part and renames it when it is complete. Raises CacheError, OSError."""
+        rows, checksums = self.rows(part), []
+        temporary = self.files[part].with_suffix(".part")
+        with temporary.open("wb") as file:
+            for start in range(0, len(rows), IN_FLIGHT):
+                for pixels, crc in pool.map(self._read, rows[start : start + IN_FLIGHT]):
+                    file.write(pixels)
+                    checksums.append(crc)
+                    count()
+            table = np.array(checksums, np.uint32).tobytes()
+            file.write(table + _checksum(table))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.files[part])
+
+    def _read(self, row: int) -> tuple[np.ndarray, int]:
+        path = self.paths[row]
         try:
-            return zlib.crc32(self._made(rows[0])) == np.frombuffer(table, np.uint32)[0]
-        except images.ImageError:
-            return False
+            pixels = self._decode(row)
+            if file_digest(path) != self._digests[row]:
+                raise images.ImageError("unreadable", "not the file that was verified")
+        except (images.ImageError, OSError) as error:
+            raise CacheError(
+                f"{path} cannot be cached, {error}; it has changed since it was verified, start "
+                "again to verify it again"
+            ) from None
+        return pixels, zlib.crc32(pixels)
+
+    def _decode(self, row: int) -> np.ndarray:
+        pixels = np.ascontiguousarray(self.form(images.open(self.paths[row])))
+        if pixels.shape[1::-1] != tuple(self._shapes[row]):
+            raise images.ImageError("unreadable", "of another size than when it was verified")
+        return pixels
 
     def _map(self, part: int) -> tuple[np.ndarray, np.ndarray]:
-        # torch's map keeps no file open, of which there may be thousands; nobody writes to it.
-        size = self.size(part)
+        # torch's map needs no open file, of which there may be thousands.
+        size, rows = self.size(part), self.rows(part)
         stored = torch.from_file(str(self.files[part]), False, size, dtype=torch.uint8).numpy()
-        rows = self.rows(part)
-        return stored, stored[int(self._bytes[rows].sum()) :][: 4 * len(rows)].view(np.uint32)
+        return stored, stored[int(self._bytes[rows].sum()) : -4].view(np.uint32)
+
+    def _warn(self, part: int, what: str) -> None:
+        if part not in self._warned:  # once, not for each of its images
+            self._warned.add(part)
+            print(f"cache: {self.files[part]} {what}", file=sys.stderr)
 
 
-def _ends(digests: np.ndarray) -> np.ndarray:
+def build(*caches: Cache, progress: bool = True) -> None:
+    """Builds the missing and corrupt parts of caches in one folder; a second process waits.
+
+    With `progress` prints the size, the folder, and how much was built. Raises CacheError where the
+    disk is too small for all of it, before anything is written, or an image cannot be read.
+    """
+    folder, needed, start = caches[0].folder, 0, time.monotonic()
+    if _missing(caches, progress):
+        with _clear_errors(folder), _locked(folder):
+            missing = _missing(caches, False)  # another process may have built them
+            needed = sum(cache.size(part) for cache, part in missing)
+            free = shutil.disk_usage(folder).free
+            if needed > free:
+                raise CacheError(
+                    f"the cache takes {_gb(needed)} more in {folder}, where {_gb(free)} are free; "
+                    "name another folder in cache_dir, set or lower train_resize, or set cache: "
+                    "false"
+                )
+            total = sum(len(cache.rows(part)) for cache, part in missing)
+            with (
+                counter(total, f"caching, {_gb(needed)}", "img", progress) as count,
+                images.quiet(),
+                ThreadPoolExecutor(max(2, available_cpus())) as pool,
+            ):
+                for cache, part in missing:
+                    cache.write(part, pool, count)
+    if progress:
+        print(_summary(caches, needed, time.monotonic() - start), flush=True)
+
+
+def part_ends(digests: np.ndarray) -> np.ndarray:
     """Whether a part ends after each image, by that image alone."""
     return np.array([int(digest, 16) % PART == 0 for digest in digests], bool)
 
 
+def _missing(caches: tuple[Cache, ...], progress: bool) -> list[tuple[Cache, int]]:
+    parts = [(cache, part) for cache in caches for part in range(len(cache.files))]
+    found = []
+    with counter(len(parts), "checking the cache", "part", progress) as count:
+        for cache, part in parts:
+            if not cache.is_complete(part):
+                found.append((cache, part))
+            count()
+    return found
+
+
+def _summary(caches: tuple[Cache, ...], built: int, seconds: float) -> str:
+    folder, own = caches[0].folder, {path for cache in caches for path in cache.files}
+    text = f"cache: {_gb(sum(cache.bytes for cache in caches))} in {folder}, "
+    text += f"{_gb(built)} of it built in {seconds:.0f} s" if built else "all of it was there"
+    others = 0
+    with contextlib.suppress(OSError):  # files may be deleted meanwhile
+        others = sum(path.stat().st_size for path in folder.glob("*.pixels") if path not in own)
+    return text + (f"; {_gb(others)} there are of other lists or options" if others else "")
+
+
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _clear_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CacheError(
-                f"{folder} is full; what is cached so far stays there. Make room, name another "
-                "folder in cache_dir, or set cache: false"
+                f"{folder} is full; complete parts stay there. Make room, name another folder in "
+                "cache_dir, or set cache: false"
             ) from None
         why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
         raise CacheError(
@@ -309,41 +258,15 @@ def _told(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    with _told(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CacheError(
-            f"the cache takes {_gb(needed)} more in {folder}, where {_gb(free)} are free; name "
-            "another folder in cache_dir, set or lower train_resize, or set cache: false"
-        )
-
-
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[int | None]:
-    """A file opened for this process alone, None where another has it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, its holder may have renamed it.
-            alone = os.path.samestat(os.stat(path), os.fstat(file))
-        except (BlockingIOError, FileNotFoundError):
-            alone = False
-        yield file if alone else None
-    finally:
-        os.close(file)
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-def _write(file: int, content: Any, start: int) -> None:
-    content = memoryview(content).cast("B")
-    while content:
-        written = os.pwrite(file, content, start)
-        content, start = content[written:], start + written
-
-
-def _sum(content: Any) -> bytes:
+def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "little")
 
 

@@ -80,7 +80,7 @@ def magnitudes(recipe: Recipe, image: Image.Image) -> plots.Figure:
         for name, settings in transform.sweep().items()
         if name.startswith("randaug")
     }
-    form = transform.randaug.form
+    form = transform.randaug.variant
     return plots.image_rows(rows, f"magnitude 0 to 10, {form}'s form, positive side", columns=2)
 
 

@@ -1,0 +1,45 @@
+"""What a data set is: two frames of images with their labels, and the class names."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+COLUMNS = ["file", "label", "path", "list"]  # list: the number of the list an entry came from
+
+
+class DataError(ValueError):
+    """Lists or folders cannot be used; the text names the lines or files and what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and validation frames with COLUMNS, and the class names by label, in NFC.
+
+    skipped: (side, file, reason) of files and folders in the class folders that are not used.
+    """
+
+    train: pd.DataFrame
+    val: pd.DataFrame
+    classes: list[str]
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> list[int]:
+        """Training images of every class, 0 for a class without any."""
+        return np.bincount(self.train.label, minlength=len(self.classes)).tolist()
+
+
+def fingerprint(data: Dataset) -> str:
+    """Twelve hex digits over files, labels and, of verified frames, bytes of both sides."""
+    parts = []
+    for frame in (data.train, data.val):
+        digest = frame.digest if "digest" in frame else [""] * len(frame)
+        parts += map("|".join, zip(frame.file, frame.label.astype(str), digest, strict=True))
+    return text_digest("\n".join(parts))[:12]
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text that may hold names of files that are not UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

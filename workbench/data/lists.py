@@ -1,0 +1,175 @@
+"""List files: an image and its label a line, in either of United Perception's formats.
+
+imagenet:   relative/path with spaces.jpg 17      split at the last space
+custom_cls: {"filename": "a.jpg", "label": 17}    one JSON object a line
+"""
+
+import codecs
+import json
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+
+from workbench.data.dataset import DataError
+
+_SCHEMA = pa.schema({"filename": pa.large_string(), "label": pa.int64()})
+_LABEL = re.compile(r"[+-]?\d{1,9}")
+
+
+def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFrame:
+    """The entries of one list file; the first line decides the format.
+
+    Returns COLUMNS and `outside`, whether the entry is outside of `root`. `path` is the file below
+    root (an absolute file is unchanged), with accents as on the disk; `file` has them in NFC.
+    Blank lines are ignored. Raises DataError that quotes the first five bad lines.
+    """
+    try:
+        raw = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        if not raw.isascii():
+            raw.decode()
+    except FileNotFoundError:
+        raise DataError(f"list {str(path)!r} is not there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"list {str(path)!r} cannot be read: {error}") from None
+    if b"\r" in raw:
+        raw = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    is_json = raw.lstrip().startswith(b"{")
+    rows = _fast_rows(raw, is_json) or _slow_rows(str(path), raw.decode(), is_json)
+    del raw  # before the frame is made: a list may have millions of lines
+    files, labels = rows
+    paths, outside = _locate(files, str(root))
+    columns = {"file": pc.utf8_normalize(files, form="NFC"), "label": labels, "path": paths}
+    frame = pa.table(columns).to_pandas()
+    frame["list"], frame["outside"] = number, outside
+    return frame
+
+
+def _fast_rows(raw: bytes, is_json: bool) -> tuple[pa.Array, pa.Array] | None:
+    """Files and labels of a list by Arrow; None where any row is unusual or not allowed."""
+    try:
+        if is_json:
+            options = pa.json.ParseOptions(_SCHEMA, unexpected_field_behavior="ignore")
+            table = pa.json.read_json(pa.BufferReader(raw), parse_options=options)
+            files, labels = (table[name].combine_chunks() for name in _SCHEMA.names)
+            ends = raw.count(b"\n") - raw.endswith(b"\n"), raw.count(b"}\n{")
+            usual = ends == (len(table) - 1,) * 2  # an object a line, and nothing else
+        else:
+            offsets = pa.array([0, len(raw)], pa.int64()).buffers()[1]
+            text = pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(raw)])
+            lines = pc.split_pattern(text, "\n").values
+            lines = lines.filter(pc.not_equal(lines, ""))
+            parts = pc.split_pattern(lines, " ", max_splits=1, reverse=True)
+            files, labels = (pc.list_element(parts, i) for i in (0, 1))
+            digits = pc.and_(pc.ascii_is_decimal(labels), pc.less(pc.binary_length(labels), 10))
+            usual = pc.all(digits).as_py()
+            labels = labels.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+    blank = pc.or_(pc.utf8_is_space(files), pc.equal(files, ""))
+    blank = pc.or_(blank, pc.match_substring(files, "\0"))
+    valid = pc.and_not(pc.and_(pc.greater_equal(labels, 0), pc.less(labels, 10**9)), blank)
+    return (files, labels) if usual and pc.all(valid, skip_nulls=False).as_py() else None
+
+
+def _slow_rows(path: str, text: str, is_json: bool) -> tuple[pa.Array, pa.Array]:
+    """Files and labels of any list, line by line. Raises DataError."""
+    parse = _parse_custom_cls if is_json else _parse_imagenet
+    rows, bad = [], []
+    for n, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [parse(line)] if line.strip() else []
+        except ValueError as error:
+            bad.append(f"line {n}: {error}")
+    if bad:
+        more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise DataError(f"list {path!r}:\n  " + "\n  ".join(bad[:5]) + more)
+    if not rows:
+        raise DataError(f"list {path!r} is empty")
+    files, labels = zip(*rows, strict=True)
+    return pa.array(files, pa.large_string()), pa.array(labels, pa.int64())
+
+
+def _parse_imagenet(line: str) -> tuple[str, int]:
+    file, _, label = line.rpartition(" ")
+    if not file.strip():
+        hint = "; separate path and label by a space, not a tab" if "\t" in line else ""
+        raise ValueError(f"{_short(line)} is not `path label`{hint}")
+    if not _LABEL.fullmatch(label):
+        raise ValueError(f"label {_short(label)} is no whole number in {_short(line)}")
+    if "\0" in file:
+        raise ValueError(f"a zero byte in {_short(line)}")
+    return file, int(label)
+
+
+def _parse_custom_cls(line: str) -> tuple[str, int]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON object: {error}") from None
+    if not isinstance(entry, dict) or not {"filename", "label"} <= set(entry):
+        raise ValueError(f'wanted {{"filename": ..., "label": ...}}, not {_short(line)}')
+    file, label = entry["filename"], entry["label"]
+    if isinstance(label, list):
+        if len(label) != 1:
+            raise ValueError(f"{len(label)} labels for one image; several heads are not supported")
+        label = label[0]
+    if isinstance(label, str) and _LABEL.fullmatch(label):
+        label = int(label)
+    if not isinstance(file, str) or not file or "\0" in file or not is_utf8(file):
+        raise ValueError(f"filename {file!r} is no file name")
+    if isinstance(label, bool) or not isinstance(label, int) or abs(label) > 10**9:
+        raise ValueError(f"label {label!r} is no whole number")
+    return file, label
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _locate(files: pa.Array, root: str) -> tuple[pa.Array, np.ndarray]:
+    """The paths of a list's entries, and which of them are outside of its root."""
+    join, end = (pa.scalar(part, pa.large_string()) for part in (os.path.join(root, ""), ""))
+    absolute, inside = (
+        pc.starts_with(files, start) for start in ("/", os.path.join(os.path.abspath(root), ""))
+    )
+    paths = pc.if_else(absolute, files, pc.binary_join_element_wise(join, files, end))
+    # Entries with accents or dots, and absolute ones, are checked one by one.
+    accents = pc.not_equal(*(pc.utf8_normalize(files, form=form) for form in ("NFC", "NFD")))
+    odd = pc.or_(accents, pc.and_not(absolute, inside))
+    odd = pc.or_(odd, pc.or_(pc.ends_with(files, "."), pc.ends_with(files, "/")))
+    odd = pc.or_(odd, pc.match_substring(files, ".."))
+    found = [on_disk(os.path.join(root, file)) for file in files.filter(odd).to_pylist()]
+    outside = odd.to_numpy(zero_copy_only=False)
+    outside[outside] = [not is_inside(path, root) for path in found]
+    return pc.replace_with_mask(paths, odd, pa.array(found, pa.large_string())), outside
+
+
+def on_disk(path: str) -> str:
+    """The path with composed or decomposed accents, whichever exists; else unchanged."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    head, tail = os.path.split(path)
+    head = on_disk(head) if tail else head
+    forms = (os.path.join(head, unicodedata.normalize(form, tail)) for form in ("NFC", "NFD"))
+    return next(filter(os.path.lexists, forms), path)
+
+
+def is_inside(path: str, root: str) -> bool:
+    """Whether a path is below a root by name; links are not followed."""
+    return os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), ""))
+
+
+def is_utf8(path: str) -> bool:
+    """Whether a name has no bytes that Python could only escape."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,291 @@
+"""The images and labels that a recipe names: lists, class folders or an embedded set.
+
+    data = load_dataset(recipe)           # .train, .val: frames of file, label, path; .classes
+
+Nothing here decodes an image, except to find out whether a file without a known suffix is one.
+"""
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from workbench import ROOT
+from workbench.data import images, toy
+from workbench.data.dataset import COLUMNS, DataError, Dataset
+from workbench.data.lists import is_inside, is_utf8, on_disk, read_list
+from workbench.recipe import Recipe
+
+
+def load_dataset(recipe: Recipe, *, strict: bool = True) -> Dataset:
+    """The images of a recipe, after checks of entries, labels and roots.
+
+    Raises DataError. With `strict` off, entries outside of their root and labels out of range are
+    allowed, for `report` to list.
+    """
+    if recipe.dataset != "files":
+        recipe = recipe.model_copy(update=toy.as_files(recipe.dataset))
+    frames: dict[str, pd.DataFrame] = {}
+    folders, skipped = None, []
+    sources = _sources(recipe)
+    for side, (lists, roots) in sources.items():
+        if lists:
+            pairs = enumerate(zip(lists, roots, strict=True))
+            parts = [read_list(path, root, i) for i, (path, root) in pairs]
+            frames[side] = pd.concat(parts, ignore_index=True)
+        else:
+            frames[side], folders, left = read_folders(roots, folders)
+            skipped += [(side, *entry) for entry in left]
+    names = _class_names(recipe, folders)
+    for side, (lists, _) in sources.items():
+        if lists and names:
+            _check_names(side, frames[side], names)
+        elif not lists:  # labels follow the file of class names
+            index = {name: i for i, name in enumerate(names)}
+            frames[side]["label"] = np.array([index[f] for f in folders])[frames[side].label]
+    if recipe.val_fraction:
+        frames["train"], frames["val"] = stratified_split(frames["train"], recipe.val_fraction)
+    if "val" not in frames:
+        raise DataError("no validation images: set val_list, val_root or val_fraction")
+    count = _count_classes(recipe, frames, names)
+    for side, frame in frames.items() if strict else ():
+        _check_entries(side, frame, count, recipe.allow_outside_root)
+    if recipe.train_fraction < 1:
+        frames["train"] = subset(frames["train"], recipe.train_fraction)
+    names = names or [str(i) for i in range(count)]
+    return Dataset(frames["train"], frames["val"], names, skipped)
+
+
+def _sources(recipe: Recipe) -> dict[str, tuple[list[Path], list[Path]]]:
+    """Lists and roots by side; validation is missing where it is split off training."""
+    sides = (recipe.train_list or recipe.train_root, recipe.val_list or recipe.val_root)
+    if not recipe.data_dir and not all(Path(p).is_absolute() for side in sides for p in side):
+        raise DataError("data_dir is missing; dataset: files needs the folder of the images")
+    base = _in_data_dir(recipe, "")
+    if not base.is_dir():
+        raise DataError(f"data_dir {str(base)!r} is no folder; set data_dir to that of the images")
+    sources = {}
+    for side in ("train",) if recipe.val_fraction else ("train", "val"):
+        lists, roots = (
+            [_in_data_dir(recipe, path) for path in getattr(recipe, f"{side}_{kind}")]
+            for kind in ("list", "root")
+        )
+        for root in roots:
+            if not root.is_dir():
+                have = sorted(p.name for p in base.iterdir() if p.is_dir())[:8]
+                raise DataError(
+                    f"{side}_root {str(root)!r} is no folder; data_dir holds {have}. Name the "
+                    "folder; without validation images hold some out with val_fraction"
+                )
+        sources[side] = (lists, roots * len(lists) if len(roots) == 1 and lists else roots)
+    return sources
+
+
+def _in_data_dir(recipe: Recipe, path: str) -> Path:
+    return Path(on_disk(str(ROOT / Path(recipe.data_dir).expanduser() / path)))
+
+
+def _count_classes(recipe: Recipe, frames: dict[str, pd.DataFrame], names: list[str] | None) -> int:
+    """The number of classes: given, or counted in names or labels. Raises DataError."""
+    top = max(frames.values(), key=lambda frame: frame.label.max())
+    count = recipe.num_classes or (len(names) if names else int(top.label.max()) + 1)
+    total = sum(map(len, frames.values()))
+    if count > total and not (recipe.num_classes or names):
+        raise DataError(
+            f"label {count - 1} of {top.file[top.label.idxmax()]!r} makes {count:,} classes of "
+            f"{total:,} images; fix the list, or set num_classes if that is meant"
+        )
+    if count < 2:
+        raise DataError(
+            f"there is one class, {(names or ['0'])[0]!r}, and a classifier needs two or more; "
+            "train_root needs a folder per class, a list needs labels from 0 on"
+        )
+    if names and len(names) != count:
+        raise DataError(f"num_classes is {count} but there are {len(names)} class names")
+    return count
+
+
+def _class_names(recipe: Recipe, folders: list[str] | None) -> list[str] | None:
+    """The names in the file of class names, else those of the class folders."""
+    if not recipe.class_names:
+        return folders
+    path = _in_data_dir(recipe, recipe.class_names)
+    try:
+        text = path.read_text(encoding="utf-8-sig").rstrip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"class_names {str(path)!r} cannot be read: {error}") from None
+    names = [unicodedata.normalize("NFC", name.strip()) for name in text.splitlines()]
+    if "" in names:
+        line = names.index("") + 1
+        raise DataError(f"class_names {str(path)!r}: line {line} is blank; remove it")
+    if folders is not None and sorted(names) != sorted(folders):
+        raise DataError(f"class_names {str(path)!r} and the class folders differ; leave it out")
+    return names
+
+
+def _check_names(side: str, frame: pd.DataFrame, names: list[str]) -> None:
+    """Raises DataError where most entries below a folder with a class's name have another label."""
+    some = frame.iloc[:: len(frame) // 100_000 + 1]
+    classes = set(names)
+    innermost = lambda file: next((p for p in file.split("/")[-2::-1] if p in classes), None)
+    shares = some.label.groupby(some.file.map(innermost)).value_counts(normalize=True)
+    for (folder, label), share in shares.items():
+        if share > 0.5 and 0 <= label < len(names) and names[label] != folder:
+            raise DataError(
+                f"{side}: entries in folder {folder!r} have label {label}, and class {label} is "
+                f"{names[label]!r}; put the class names in the order of the labels"
+            )
+
+
+def _check_entries(side: str, frame: pd.DataFrame, classes: int, allow_outside_root: bool) -> None:
+    wrong = frame[(frame.label < 0) | (frame.label >= classes)]
+    if len(wrong):
+        raise DataError(
+            f"{side}: {len(wrong)} labels outside 0 to {classes - 1}, first "
+            f"{wrong.iloc[0].label} for {wrong.iloc[0].file!r}; labels count from 0"
+        )
+    out = frame[frame.outside]
+    if len(out) and not allow_outside_root:
+        raise DataError(
+            f"{side}: {len(out)} entries are outside of their root, first {out.iloc[0].file!r}; "
+            "fix the list, or set allow_outside_root: true if that is meant"
+        )
+
+
+# ---- class folders
+
+_JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def read_folders(
+    roots: Sequence[str | Path], classes: list[str] | None = None
+) -> tuple[pd.DataFrame, list[str], list[tuple[str, str]]]:
+    """Images in class folders (root/<class>/**), the sorted class names, and what is skipped.
+
+    With `classes` (those of training) labels follow them, and other folder names are an error.
+    """
+    found: list[tuple[str, str, str, int]] = []
+    skipped: list[tuple[str, str]] = []
+    names, seen = set(), set()
+    for number, root in enumerate(map(str, roots)):
+        top = os.path.realpath(root)
+        for folder in sorted(os.listdir(root)):
+            path, name = os.path.join(root, folder), unicodedata.normalize("NFC", folder)
+            real = os.path.realpath(path)
+            nested = is_inside(real, top) or f"{top}/".startswith(f"{real}/")
+            if _is_hidden(folder):
+                skipped.append((folder, "hidden"))
+            elif not os.path.isdir(path):
+                skipped.append((folder, "in no class folder"))
+            elif real in seen or os.path.islink(path) and nested:
+                skipped.append((folder, "a folder that is read already"))
+            else:
+                seen.add(real)
+                names.add(name)
+                files, left = image_files(path, root)
+                skipped += left
+                found += [(_entry(file, root), name, file, number) for file in files]
+    names = sorted(names)
+    if len(splits := [name for name in names if name.lower() in _SPLITS]) > 1:
+        raise DataError(f"folders {splits} are splits, not classes; name them train_root, val_root")
+    if not found:
+        raise DataError(
+            f"no images in class folders below {[str(r) for r in roots]}; wanted "
+            "<root>/<class name>/<image>, or a list file in train_list and val_list"
+        )
+    if classes is not None:
+        if extra := sorted(set(names) - set(classes)):
+            raise DataError(f"class folders {extra[:8]} of validation are not in training")
+        names = classes
+    skipped = [(name.encode("utf-8", "backslashreplace").decode(), why) for name, why in skipped]
+    label = {name: i for i, name in enumerate(names)}
+    frame = pd.DataFrame(found, columns=["file", "class", "path", "list"])
+    frame["label"] = frame.pop("class").map(label).astype(np.int64)
+    frame["outside"] = False
+    return frame[[*COLUMNS, "outside"]], names, skipped
+
+
+def image_files(top: str, root: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Paths of the images below a folder; what is skipped, named from `root`, and why.
+
+    A file is an image by its suffix (images.SUFFIXES), or by its content where Pillow knows it.
+    Hidden files are skipped, and links to folders, so that each folder is read once.
+    """
+    found: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    skip = lambda path, why: skipped.append((os.path.relpath(path, root), why))
+    on_error = lambda error: skip(error.filename, f"unreadable: {error.strerror}")
+    for folder, below, files in os.walk(top, onerror=on_error):
+        entries, folders = sorted(below + files), set(below)
+        below.clear()  # os.walk goes on into what is put back
+        for name in entries:
+            path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            if _is_hidden(name):
+                skip(path, "hidden")
+            elif name in folders and os.path.islink(path):
+                skip(path, "a link to a folder")
+            elif name in folders:
+                below.append(name)
+            elif suffix in images.SUFFIXES or _pillow_opens(path):
+                found.append(path)
+            else:
+                skip(path, "no image")
+    return found, skipped
+
+
+def describe_skipped(skipped: Sequence[tuple]) -> str:
+    """A sentence that counts and names skipped files: tuples that end in file and reason."""
+    if not skipped:
+        return ""
+    named = ", ".join(f"{file} ({why})" for *_, file, why in skipped[:5])
+    more = f" and {len(skipped) - 5:,} more" if len(skipped) > 5 else ""
+    return f"{len(skipped):,} files or folders passed over: {named}{more}"
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def _entry(path: str, root: str) -> str:
+    """The name of a file in a frame. Raises DataError."""
+    if not is_utf8(path):
+        raise DataError(f"{os.fsencode(path)!r} is no UTF-8 file name; rename it")
+    return unicodedata.normalize("NFC", os.path.relpath(path, root))
+
+
+def _pillow_opens(path: str) -> bool:
+    try:
+        with images.quiet(), Image.open(path if os.path.isfile(path) else ""):
+            return True
+    except Exception:  # damaged files make decoders raise nearly anything
+        return False
+
+
+# ---- shares
+
+
+def stratified_split(frame: pd.DataFrame, share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The frame without, and only with, a fixed share of every class (at least one image).
+
+    The images are chosen by hashes of their names, so a folder that grows keeps most of its split.
+    """
+    rank = frame.file.map(lambda f: hashlib.sha256(f.encode("utf-8", "surrogateescape")).digest())
+    position = rank.groupby(frame.label).rank(method="first")
+    size = frame.groupby("label").label.transform("size")
+    if single := sorted(set(frame.label[size < 2])):
+        raise DataError(f"classes {single[:8]} have one image; val_fraction cannot split them")
+    held_out = position <= np.clip((size * share).round(), 1, size - 1)
+    return frame[~held_out].reset_index(drop=True), frame[held_out].reset_index(drop=True)
+
+
+def subset(frame: pd.DataFrame, fraction: float) -> pd.DataFrame:
+    """A fixed share of the rows in their order; a smaller share is a subset of a larger one."""
+    count = max(1, round(len(frame) * fraction))
+    chosen = np.random.default_rng(0).permutation(len(frame))[:count]
+    return frame.iloc[np.sort(chosen)].reset_index(drop=True)

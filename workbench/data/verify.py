@@ -1,0 +1,183 @@
+"""Every image decoded once before training; what cannot be read, duplicates and leaks."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from workbench import CACHE, consumer
+from workbench.data import images
+from workbench.data.dataset import DataError, Dataset, text_digest
+from workbench.data.sources import load_dataset
+from workbench.progress import bar
+from workbench.recipe import Recipe
+
+STAT = ["path", "size", "time", "changed"]  # archives restore a file's time, not its last change
+FACTS = ["bytes", "width", "height", "digest", "problem", "detail"]
+
+
+def verify_images(
+    frame: pd.DataFrame, *, cache: bool = True, progress: bool = True
+) -> pd.DataFrame:
+    """The frame with FACTS about every image, from decoding all of it.
+
+    problem is empty or one of images.REASONS; digest identifies the file's bytes. Facts of valid
+    images are cached in CACHE/facts until a file's size or time changes.
+    """
+    paths = frame.path.tolist()
+    stats = [_stat(path) for path in paths]
+    store = CACHE / "facts" / (text_digest("\n".join(sorted(set(paths))))[:24] + ".parquet")
+    known = _read_facts(store) if cache else {}
+    facts = [known.get(stat) for stat in stats]
+    todo = [i for i, fact in enumerate(facts) if fact is None]
+    try:
+        with (
+            counter(len(todo), "reading images", "img", progress and bool(todo)) as count,
+            images.quiet(),
+            ThreadPoolExecutor(max(2, available_cpus())) as pool,
+        ):
+            for start in range(0, len(todo), 1000):  # few in flight, so that Ctrl-C works
+                chunk = todo[start : start + 1000]
+                for i, fact in zip(chunk, pool.map(_facts, [paths[i] for i in chunk]), strict=True):
+                    facts[i] = fact
+                    count()
+    finally:
+        if cache and todo:  # also after an interrupt
+            _write_facts(store, stats, facts)
+    return pd.concat([frame, pd.DataFrame(facts, columns=FACTS, index=frame.index)], axis=1)
+
+
+@contextlib.contextmanager
+def counter(total: int, text: str, unit: str, show: bool) -> Iterator[Callable[[], object]]:
+    """A function that advances a progress bar, or does nothing."""
+    with bar(total, text, unit) if show else contextlib.nullcontext() as shown:
+        yield shown.update if show else lambda: None
+
+
+def available_cpus() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def file_digest(path: str) -> str:
+    """SHA-1 of a file's bytes, the `digest` of a verified frame.
+
+    Raises OSError, and ImageError for a pipe, which would block.
+    """
+    with images.opened(path) as file:
+        return hashlib.file_digest(file, "sha1").hexdigest()
+
+
+def _facts(path: str) -> tuple:
+    size, digest = 0, ""
+    try:
+        digest = consumer.told(path, lambda: file_digest(path))
+        size = os.path.getsize(path)
+        image = images.open(path)
+        image.pixels()
+        return size, image.width, image.height, digest, "", ""
+    except images.ImageError as error:
+        return size, 0, 0, digest, error.reason, error.detail
+
+
+def _stat(path: str) -> tuple[str, int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return path, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read_facts(store: Path) -> dict[tuple, tuple]:
+    if not store.exists():
+        return {}
+    try:
+        rows = pd.read_parquet(store, columns=[*STAT, *FACTS]).itertuples(index=False, name=None)
+        return {tuple(row[: len(STAT)]): tuple(row[len(STAT) :]) for row in rows}
+    except Exception:  # with a corrupt cache the images are read again
+        return {}
+
+
+def _write_facts(store: Path, stats: list[tuple | None], facts: list[tuple | None]) -> None:
+    # Only of valid images: a corrupt file may be complete the next time.
+    rows = {
+        stat: (*stat, *fact)
+        for stat, fact in zip(stats, facts, strict=True)
+        if stat and fact and not fact[FACTS.index("problem")]
+    }
+    if not rows:
+        return
+    table = pd.DataFrame(rows.values(), columns=[*STAT, *FACTS])
+    with contextlib.suppress(OSError):  # training works without this cache
+        store.parent.mkdir(parents=True, exist_ok=True)
+        temporary = store.with_suffix(f".{os.getpid()}")
+        table.to_parquet(temporary, index=False)
+        os.replace(temporary, store)
+
+
+def drop_corrupt(frame: pd.DataFrame, side: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A verified frame without the images that cannot be read, and these for quarantine.csv.
+
+    Raises DataError when more than one in five cannot be read: then the root is wrong.
+    """
+    bad = frame.problem != ""
+    if bad.mean() > 0.2:
+        first = frame[bad].iloc[0]
+        raise DataError(
+            f"{side}: {bad.sum()} of {len(frame)} images cannot be read, first {first.path!r} "
+            f"({first.problem}: {first.detail}); check data_dir and the roots, then run "
+            "`workbench check-data` for the whole list"
+        )
+    out = frame[bad].rename(columns={"problem": "reason"}).assign(side=side, step=-1)
+    columns = ["side", "file", "label", "reason", "detail", "step"]
+    return frame[~bad].reset_index(drop=True), out[columns]
+
+
+def check_data(recipe: Recipe, *, cache: bool = True, progress: bool = True) -> pd.DataFrame:
+    """`report` for a recipe; entries that training would refuse are rows here, not errors."""
+    return report(load_dataset(recipe, strict=False), cache=cache, progress=progress)
+
+
+def report(data: Dataset, *, cache: bool = True, progress: bool = True) -> pd.DataFrame:
+    """Everything `check-data` finds, a row each: finding, side, file, label, detail.
+
+    Findings: images.REASONS, "label out of range", "outside root", "class without images",
+    "passed over" (detail says why), "duplicate" (the same bytes twice on a side) and "in train and
+    validation". The details of the last two say where, and whether labels differ.
+    """
+    rows = [("passed over", side, file, -1, why) for side, file, why in data.skipped]
+    sides = {"train": data.train, "val": data.val}
+    verified = {s: verify_images(f, cache=cache, progress=progress) for s, f in sides.items()}
+    for side, frame in verified.items():
+        rows += _faults(side, frame, data.classes)
+    train, val = (frame[frame.problem == ""] for frame in verified.values())
+    first = train.drop_duplicates("digest").set_index("digest")
+    for r in val[val.digest.isin(first.index)].itertuples():
+        detail = f"in training as {_same_bytes(first.loc[r.digest], r.label)}"
+        rows.append(("in train and validation", "val", r.file, r.label, detail))
+    return pd.DataFrame(rows, columns=["finding", "side", "file", "label", "detail"])
+
+
+def _faults(side: str, frame: pd.DataFrame, classes: list[str]) -> Iterator[tuple]:
+    for r in frame[frame.problem != ""].itertuples():
+        yield r.problem, side, r.file, r.label, r.detail
+    for r in frame[frame.outside].itertuples():
+        yield "outside root", side, r.file, r.label, r.path
+    for r in frame[(frame.label < 0) | (frame.label >= len(classes))].itertuples():
+        detail = f"there are {len(classes)} classes, counted from 0"
+        yield "label out of range", side, r.file, r.label, detail
+    for label in sorted(set(range(len(classes))) - set(frame.label)):
+        yield "class without images", side, "", label, f"class {classes[label]!r}"
+    valid = frame[frame.problem == ""]
+    for _, group in valid[valid.digest.duplicated(keep=False)].groupby("digest", sort=False):
+        for r in group.iloc[1:].itertuples():
+            detail = f"of {_same_bytes(group.iloc[0], r.label)}"
+            yield "duplicate", side, r.file, r.label, detail
+
+
+def _same_bytes(other: pd.Series, label: int) -> str:
+    return other.file + ("" if other.label == label else f", labelled {other.label} there")
