@@ -83,10 +83,10 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
 
 def _judge_teachers(recipe, content) -> None:
     """Prints what its teachers are worth to the student, from a look at some images."""
-    from workbench import doctor
+    from workbench.doctor import teachers
 
-    report = doctor.teachers(recipe, content, max_images=512, max_val_images=2048)
-    print(*doctor.about_teachers(recipe, report), sep="\n", flush=True)
+    report = teachers.teacher_report(recipe, content, max_images=512, max_val_images=2048)
+    print(*teachers.teacher_findings(recipe, report), sep="\n", flush=True)
 
 
 def _warn(recipe, environment: dict) -> None:
@@ -205,8 +205,10 @@ def doctor(
     for finding in rules.examine(recipe, **sizes, measured=measured):
         print(finding)
     if recipe.teacher and counts:
-        report = rules.teachers(recipe, content)
-        for finding in rules.about_teachers(recipe, report):
+        from workbench.doctor import teachers
+
+        report = teachers.teacher_report(recipe, content)
+        for finding in teachers.teacher_findings(recipe, report):
             print(finding)
     elif recipe.teacher:
         print("its teachers are judged on the images themselves: leave out --images, --classes")

@@ -114,7 +114,7 @@ def test_strikes_learns(strikes):
 
 
 def test_a_student_learns_from_features_and_from_cached_logits(strikes, tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.distillation.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("workbench.distillation.logit_cache.CACHE", tmp_path / "cache")
     teacher = {"teacher": [str(strikes.path)], "mixup_alpha": 0.1}
     features = train(
         recipe_for(

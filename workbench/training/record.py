@@ -99,7 +99,7 @@ class Record:
         if self.dist.is_main:
             self.check_finite(state)
             self.run.save_checkpoint(state.state_dict(meter))
-            if state.distiller and (cache := state.distiller.kept):
+            if state.distiller and (cache := state.distiller.logit_cache):
                 counts = {"requests": cache.requests, "hits": cache.hits}
                 self.environment["teacher_logits"] = counts
             used = usage(self.dist.device, state.seconds)

@@ -314,6 +314,6 @@ def _add_teachers(facts: dict[str, Any], state: TrainState) -> None:
     if state.recipe.cache_teacher_logits:
         keys = "data precision processes threads torch torchvision timm numpy pillow device"
         same = {key: facts[key] for key in keys.split()}
-        facts["teacher_cache"] = state.distiller.keep(
+        facts["teacher_cache"] = state.distiller.open_logit_cache(
             state.steps_per_epoch, **same, code=code_digest()
         )

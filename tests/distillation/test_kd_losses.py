@@ -1,4 +1,4 @@
-"""Distillation losses against slow loops over the formula, torch, scipy, and what they promise."""
+"""Distillation losses against slow loops over the formulas, torch and scipy."""
 
 import math
 
@@ -36,7 +36,7 @@ def decided(seed: int) -> Tensor:
 
 
 def loss_of(name: str, student: Tensor, teacher: Tensor, t: float = 1.0) -> Tensor:
-    return kd_losses.between(name, t, BETA)(student, teacher, labels(*student.shape))
+    return kd_losses.create_loss(name, t, BETA)(student, teacher, labels(*student.shape))
 
 
 def gradient(name: str, student: Tensor, teacher: Tensor, t: float = 1.0) -> Tensor:
@@ -149,64 +149,23 @@ def test_every_loss_is_its_formula(name, shape, temperature):
     assert ours.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
-# ---- against torch and scipy
+# ---- identities
 
 
-@pytest.mark.parametrize("t", TEMPERATURES)
-def test_kl_equals_torch_and_scipy(t):
-    student, teacher = logits(1), logits(2)
-    theirs = F.kl_div((student / t).log_softmax(1), (teacher / t).softmax(1), reduction="none")
-    ours = kd_losses.kl(student, teacher, t)
-    torch.testing.assert_close(ours, theirs.sum(1).mean() * t**2)
-    p, q = (scipy_softmax(z.numpy() / t, axis=1) for z in (teacher, student))
-    assert ours.item() == pytest.approx(t**2 * entropy(p, q, axis=1).mean())
-
-
-@pytest.mark.parametrize("t", TEMPERATURES)
-def test_ce_is_kl_without_t_squared_plus_the_entropy_of_the_teacher(t):
-    student, teacher = logits(1), logits(2)
-    p = scipy_softmax(teacher.numpy() / t, axis=1)
-    wanted = kd_losses.kl(student, teacher, t).item() / t**2 + entropy(p, axis=1).mean()
-    assert kd_losses.ce(student, teacher, t).item() == pytest.approx(wanted)
-
-
-def test_l2_is_the_mean_over_images_and_elements_whatever_the_shape():
+def test_l2_of_any_shape_is_the_mean_over_images_and_elements():
     maps = logits(1, 4, 30).reshape(4, 5, 3, 2), logits(2, 4, 30).reshape(4, 5, 3, 2)
     wanted = np.mean((maps[0].numpy() - maps[1].numpy()) ** 2)
     assert kd_losses.l2(*maps).item() == pytest.approx(wanted)
     torch.testing.assert_close(kd_losses.l2(*maps), kd_losses.l2(*(x.flatten(1) for x in maps)))
 
 
-def test_l2_normalized_is_two_minus_two_cosines_whatever_the_shape():
+def test_l2_normalized_of_any_shape_is_two_minus_two_cosines():
     maps = logits(1, 4, 30).reshape(4, 5, 3, 2), logits(2, 4, 30).reshape(4, 5, 3, 2)
     rows = zip(*(x.flatten(1).numpy() for x in maps), strict=True)
     wanted = np.mean([2 * cosine(a, b) for a, b in rows])
     assert kd_losses.l2_normalized(*maps).item() == pytest.approx(wanted)
     channels_last = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     assert kd_losses.l2_normalized(*channels_last).item() == pytest.approx(wanted)
-
-
-def test_up_kl_equals_scipy_after_a_relu():
-    student, teacher = logits(1), logits(2)
-    p, q = (scipy_softmax(np.maximum(z.numpy(), 0), axis=1) for z in (teacher, student))
-    assert kd_losses.up_kl(student, teacher).item() == pytest.approx(entropy(p, q, axis=1).mean())
-
-
-@pytest.mark.parametrize("t", TEMPERATURES)
-def test_dist_equals_scipys_pearson_over_rows_and_columns(t):
-    student, teacher = logits(1), logits(2)
-    p, q = (scipy_softmax(z.numpy() / t, axis=1) for z in (student, teacher))
-    inter = np.mean([1 - pearsonr(*pair).statistic for pair in zip(p, q, strict=True)])
-    intra = np.mean([1 - pearsonr(*pair).statistic for pair in zip(p.T, q.T, strict=True)])
-    assert kd_losses.dist(student, teacher, t).item() == pytest.approx(t**2 * (inter + intra))
-
-
-@pytest.mark.parametrize("t", TEMPERATURES)
-def test_kl_standardized_equals_scipys_z_scores(t):
-    student, teacher = logits(1), logits(2)
-    p, q = (scipy_softmax(zscore(z.numpy(), axis=1) / t, axis=1) for z in (teacher, student))
-    wanted = t**2 * entropy(p, q, axis=1).mean()
-    assert kd_losses.kl_standardized_logits(student, teacher, t).item() == pytest.approx(wanted)
 
 
 def parts_of_dkd(student: Tensor, teacher: Tensor, t: float) -> tuple[np.ndarray, ...]:
@@ -220,16 +179,7 @@ def parts_of_dkd(student: Tensor, teacher: Tensor, t: float) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)
-@pytest.mark.parametrize("beta", [0.0, 1.0, 8.0])
-def test_dkd_equals_scipy(t, beta):
-    student, teacher = logits(1), logits(2)
-    tckd, nckd, _ = parts_of_dkd(student, teacher, t)
-    ours = kd_losses.dkd(student, teacher, labels(), t, beta)
-    assert ours.item() == pytest.approx(t**2 * (tckd + beta * nckd).mean())
-
-
-@pytest.mark.parametrize("t", TEMPERATURES)
-def test_kl_is_tckd_plus_nckd_by_the_teachers_doubt(t):
+def test_kl_is_tckd_plus_weighted_nckd(t):
     """The identity of the DKD paper, eq. 6; image by image, since the doubt is an image's."""
     student, teacher = logits(1), logits(2)
     tckd, nckd, sure = parts_of_dkd(student, teacher, t)
@@ -241,22 +191,13 @@ def test_kl_is_tckd_plus_nckd_by_the_teachers_doubt(t):
         torch.testing.assert_close(ours, kd_losses.kl(*one, t))
 
 
-def test_the_default_temperature_is_1_and_the_default_beta_8():
-    student, teacher = logits(1), logits(2)
-    for name in ("kl", "ce", "dist", "kl_standardized_logits"):
-        loss = getattr(kd_losses, name)
-        torch.testing.assert_close(loss(student, teacher), loss(student, teacher, 1.0))
-    ours = kd_losses.dkd(student, teacher, labels())
-    torch.testing.assert_close(ours, kd_losses.dkd(student, teacher, labels(), 1.0, 8.0))
-
-
-# ---- where student and teacher agree
+# ---- equal student and teacher, degenerate logits
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_agreement_costs_nothing_and_moves_nothing(name, shape, temperature):
+def test_equal_logits_have_no_loss_and_no_gradient(name, shape, temperature):
     teacher = logits(1, *shape)
     cost = loss_of(name, teacher, teacher, temperature).item()
     if name == "ce":
@@ -282,8 +223,7 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("case", DEGENERATE)
 @pytest.mark.parametrize("name", NAMES)
-def test_degenerate_logits_agree_with_themselves_in_float32(name, case):
-    """Nothing constant is added by rows without order, or by a class that nobody varies in."""
+def test_equal_degenerate_logits_have_no_loss_in_float32(name, case):
     both = DEGENERATE[case]
     cost = loss_of(name, both, both)
     if name == "ce":
@@ -298,8 +238,8 @@ def test_degenerate_logits_agree_with_themselves_in_float32(name, case):
 @pytest.mark.parametrize("case", DEGENERATE)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_degenerate_logits_give_finite_losses_and_gentle_gradients(name, temperature, case, swap):
-    """Gentle: no guard of 1e-8 that would turn into a gradient of 1e8."""
+def test_degenerate_logits_have_finite_losses_and_small_gradients(name, temperature, case, swap):
+    """A denominator guarded by 1e-8 would give gradients of 1e8."""
     pair = DEGENERATE[case], logits(3, *DEGENERATE[case].shape).float()
     student, teacher = reversed(pair) if swap else pair
     cost = loss_of(name, student, teacher, temperature)
@@ -311,20 +251,12 @@ def test_degenerate_logits_give_finite_losses_and_gentle_gradients(name, tempera
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_huge_logits_that_contradict_each_other_stay_finite_in_float32(name):
+def test_huge_opposite_logits_stay_finite_in_float32(name):
     student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 50.0]])
     for teacher in (-student, student.flip(1), student.flip(0)):
         for temperature in (0.1, 1.0, 20.0):
             assert loss_of(name, student, teacher, temperature).isfinite()
             assert gradient(name, student, teacher, temperature).isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["kl", "ce", "dkd"])
-def test_a_confident_contradiction_costs_what_the_logits_say_and_does_not_saturate(name):
-    """At probabilities of e^-20000 the losses are straight lines in the logits."""
-    student, teacher = torch.tensor([[1e4, -1e4, -1e4]]), torch.tensor([[-1e4, -1e4, 1e4]])
-    assert loss_of(name, student, teacher).item() >= 2e4
-    assert gradient(name, student, teacher).abs().max() >= 1
 
 
 # ---- precision
@@ -343,7 +275,7 @@ def test_half_precision_is_computed_in_float32(name, half):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_more_precise_side_decides(name):
+def test_the_higher_precision_is_used(name):
     student, teacher = logits(1).float(), logits(2)
     ours = loss_of(name, student, teacher)
     assert ours.dtype == torch.float64
@@ -353,7 +285,7 @@ def test_the_more_precise_side_decides(name):
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("name", NAMES)
-def test_float32_is_as_good_as_float64(name, temperature):
+def test_float32_is_close_to_float64(name, temperature):
     student, teacher = logits(1, 32, 100, 4.0).float(), logits(2, 32, 100, 4.0).float()
     for find in (loss_of, gradient):
         ours = find(name, student, teacher, temperature)
@@ -361,7 +293,7 @@ def test_float32_is_as_good_as_float64(name, temperature):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
 
 
-def test_dist_sees_classes_whose_probabilities_vanish_in_float32():
+def test_dist_counts_classes_whose_probabilities_underflow():
     """e^-150 is 0 in float32, but r of the class is a matter of ratios, as slow_dist has it."""
     student, teacher = logits(1, classes=4).float(), logits(2, classes=4).float()
     for z in (student, teacher):
@@ -373,13 +305,13 @@ def test_dist_sees_classes_whose_probabilities_vanish_in_float32():
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("shape", [(1, 4), (3, 2), (4, 3)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_finite_differences(name, shape, temperature):
+def test_gradients_equal_finite_differences(name, shape, temperature):
     student, teacher = logits(1, *shape).requires_grad_(), logits(2, *shape)
     assert torch.autograd.gradcheck(lambda s: loss_of(name, s, teacher, temperature), student)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_teacher_gets_no_gradient(name):
+def test_teacher_has_no_gradient(name):
     student, teacher = logits(1).requires_grad_(), logits(2).requires_grad_()
     loss_of(name, student, teacher).backward()
     assert student.grad.any() and teacher.grad is None
@@ -389,13 +321,13 @@ def test_the_teacher_gets_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", PER_IMAGE)
-def test_a_batch_costs_the_mean_of_its_images(name):
-    student, teacher, loss = logits(1), logits(2), kd_losses.between(name, 2.0, BETA)
+def test_batch_loss_is_the_mean_over_images(name):
+    student, teacher, loss = logits(1), logits(2), kd_losses.create_loss(name, 2.0, BETA)
     own = [loss(*(x[i : i + 1] for x in (student, teacher, labels()))) for i in range(6)]
     torch.testing.assert_close(loss(student, teacher, labels()), torch.stack(own).mean())
 
 
-def test_dist_alone_is_about_the_batch():
+def test_dist_depends_on_the_batch():
     """Every image in itself is matched, and still the batch is not."""
     teacher = logits(1)
     probabilities = teacher.softmax(1)
@@ -407,18 +339,18 @@ def test_dist_alone_is_about_the_batch():
     assert kd_losses.dist(student, teacher).item() > 0.01
 
 
-# ---- what each loss does not see
+# ---- invariances
 
 
 @pytest.mark.parametrize("name", TEMPERED)
-def test_a_constant_added_to_a_row_of_logits_changes_nothing(name):
+def test_losses_are_invariant_to_a_constant_per_row(name):
     student, teacher, shift = logits(1), logits(2), logits(3, classes=1)
     wanted = loss_of(name, student, teacher, 2.0)
     torch.testing.assert_close(loss_of(name, student + shift, teacher, 2.0), wanted)
     torch.testing.assert_close(loss_of(name, student, teacher + shift, 2.0), wanted)
 
 
-def test_kl_standardized_does_not_see_the_scale_of_either_side_and_kl_does():
+def test_kl_standardized_is_invariant_to_scale_and_kl_is_not():
     student, teacher = logits(1), logits(2)
     scale, shift = logits(3, classes=1).exp(), logits(4, classes=1)
     wanted = kd_losses.kl_standardized_logits(student, teacher, 2.0)
@@ -428,7 +360,7 @@ def test_kl_standardized_does_not_see_the_scale_of_either_side_and_kl_does():
     assert abs(kd_losses.kl_standardized_logits(-student, teacher, 2.0) - wanted) > 0.05
 
 
-def test_l2_normalized_does_not_see_the_length_of_either_side():
+def test_l2_normalized_is_invariant_to_length():
     student, teacher, scale = logits(1), logits(2), logits(3, classes=1).exp()
     wanted = kd_losses.l2_normalized(student, teacher)
     torch.testing.assert_close(kd_losses.l2_normalized(student * scale, teacher), wanted)
@@ -436,7 +368,7 @@ def test_l2_normalized_does_not_see_the_length_of_either_side():
     assert kd_losses.l2_normalized(-teacher, teacher).item() == pytest.approx(4)
 
 
-def test_dist_does_not_see_a_positive_scale_and_a_shift_of_the_probabilities():
+def test_dist_is_invariant_to_scale_and_shift_of_probabilities():
     """One scale for all rows and shifts by column sum keep rows and columns linear images."""
     teacher = logits(1)
     student = (0.3 * teacher.softmax(1) + 0.7 / 5).log()
@@ -447,7 +379,7 @@ def test_dist_does_not_see_a_positive_scale_and_a_shift_of_the_probabilities():
     )
 
 
-def test_dist_is_0_for_correlated_2_for_opposite_answers_of_either_relation():
+def test_dist_is_0_for_correlated_and_4_for_opposite_predictions():
     """Of two classes and two images, where r is 1 or -1 in every row and column."""
     teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     assert kd_losses.dist(teacher * 3, teacher).item() == pytest.approx(0, abs=1e-6)
@@ -455,7 +387,7 @@ def test_dist_is_0_for_correlated_2_for_opposite_answers_of_either_relation():
     assert kd_losses.dist(-teacher, teacher, 3.0).item() == pytest.approx(36, rel=1e-5)
 
 
-def test_united_perceptions_kl_is_blind_below_zero():
+def test_up_kl_ignores_negative_logits():
     teacher = torch.tensor([[3.0, -1.0, -2.0, 1.0]])
     student = torch.tensor([[3.0, -9.0, -0.1, 1.0]])
     assert kd_losses.up_kl(student, teacher) == 0 and kd_losses.kl(student, teacher) > 0.01
@@ -469,43 +401,35 @@ def test_united_perceptions_kl_is_blind_below_zero():
 
 
 @pytest.mark.parametrize("name", ["kl", "dkd", "kl_standardized_logits"])
-def test_t_squared_keeps_the_gradient_level(name):
+def test_t_squared_keeps_the_gradient_constant(name):
     student, teacher = logits(1), logits(2)
     sizes = [gradient(name, student, teacher, t).norm().item() for t in (10, 20, 40, 80)]
     assert max(sizes) < 1.3 * min(sizes)
 
 
-def test_without_t_squared_the_gradient_of_ce_fades():
+def test_gradient_of_ce_decreases_with_t_squared():
     student, teacher = logits(1), logits(2)
     at_20, at_40 = (gradient("ce", student, teacher, t).norm().item() for t in (20, 40))
     assert at_40 == pytest.approx(at_20 / 4, rel=0.1)
 
 
-def test_the_correlation_in_dist_does_not_fade_so_t_squared_makes_it_grow():
+def test_gradient_of_dist_grows_with_t_squared():
     student, teacher = logits(1), logits(2)
     at_20, at_40 = (gradient("dist", student, teacher, t).norm().item() for t in (20, 40))
     assert at_40 == pytest.approx(4 * at_20, rel=0.1)
 
 
-def test_hot_kl_is_half_the_squared_distance_of_centred_logits():
+def test_kl_at_high_temperature_matches_centred_logits():
     """Hinton et al., eq. 4: its gradient is (s - t) / C per image."""
     student, teacher = (z - z.mean(1, keepdim=True) for z in (logits(1), logits(2)))
     slope = gradient("kl", student, teacher, 1e4)
     torch.testing.assert_close(slope, (student - teacher) / 5 / 6, rtol=1e-3, atol=1e-5)
 
 
-# ---- where correlation and directions are not defined
+# ---- undefined correlations and directions
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_dist_of_one_image_is_its_inter_class_part(temperature):
-    student, teacher = logits(1, 1), logits(2, 1)
-    p, q = (scipy_softmax(z[0].numpy() / temperature) for z in (student, teacher))
-    wanted = temperature**2 * (1 - pearsonr(p, q).statistic)
-    assert kd_losses.dist(student, teacher, temperature).item() == pytest.approx(wanted)
-
-
-def test_dist_asks_nothing_where_the_teacher_is_constant():
+def test_dist_is_zero_for_a_constant_teacher():
     student = logits(1).requires_grad_()
     indifferent = torch.zeros_like(student)
     kd_losses.dist(student, indifferent).backward()
@@ -513,7 +437,7 @@ def test_dist_asks_nothing_where_the_teacher_is_constant():
     assert student.grad.abs().max() < 1e-12
 
 
-def test_dist_has_a_constant_student_uncorrelated_and_moves_it_to_the_teacher():
+def test_dist_moves_a_constant_student_to_the_teacher():
     student, teacher = torch.zeros(6, 5, dtype=torch.float64), decided(2)
     assert kd_losses.dist(student, teacher).item() == pytest.approx(2)
     moved = student - gradient("dist", student, teacher)
@@ -521,7 +445,7 @@ def test_dist_has_a_constant_student_uncorrelated_and_moves_it_to_the_teacher():
     assert kd_losses.dist(moved, teacher) < 1
 
 
-def test_dist_leaves_out_a_class_of_the_teacher_that_does_not_vary():
+def test_dist_counts_a_constant_class_as_zero():
     """The mean still counts it, with 0."""
     shares = [[0.5, 0.2, 0.3], [0.5, 0.4, 0.1], [0.5, 0.1, 0.4]]
     student, teacher = logits(1, 3, 3), torch.tensor(shares, dtype=torch.float64).log()
@@ -531,7 +455,7 @@ def test_dist_leaves_out_a_class_of_the_teacher_that_does_not_vary():
     assert kd_losses.dist(student, teacher).item() == pytest.approx(inter + intra)
 
 
-def test_kl_standardized_has_a_constant_row_as_zeros_and_moves_it_to_the_teacher():
+def test_kl_standardized_moves_a_constant_student_to_the_teacher():
     student, teacher = torch.full((6, 5), 0.1), logits(2).float()
     wanted = kd_losses.kl(torch.zeros(6, 5), torch.tensor(zscore(teacher.numpy(), axis=1)))
     torch.testing.assert_close(kd_losses.kl_standardized_logits(student, teacher), wanted)
@@ -539,7 +463,7 @@ def test_kl_standardized_has_a_constant_row_as_zeros_and_moves_it_to_the_teacher
     assert (moved.argmax(1) == teacher.argmax(1)).all()
 
 
-def test_l2_normalized_has_a_image_of_zeros_as_zeros_and_moves_it_to_the_teacher():
+def test_l2_normalized_moves_zeros_to_the_teacher():
     student, teacher = torch.zeros(1, 4), torch.tensor([[3.0, 0.0, 4.0, 0.0]])
     assert kd_losses.l2_normalized(student, teacher).item() == pytest.approx(1)
     assert kd_losses.l2_normalized(teacher, student).item() == pytest.approx(1)
@@ -547,15 +471,8 @@ def test_l2_normalized_has_a_image_of_zeros_as_zeros_and_moves_it_to_the_teacher
     torch.testing.assert_close(slope, torch.tensor([[-1.2, 0.0, -1.6, 0.0]]))
 
 
-@pytest.mark.parametrize("size", [1e-15, 1e-6, 1e6])
-def test_small_rows_are_no_zeros(size):
-    student, teacher = logits(1).float(), logits(2).float()
-    for loss in (kd_losses.l2_normalized, kd_losses.kl_standardized_logits):
-        torch.testing.assert_close(loss(student * size, teacher), loss(student, teacher))
-
-
 @pytest.mark.parametrize("spread", [1e-2, 1e-4])
-def test_a_small_spread_is_not_taken_for_a_constant(spread):
+def test_a_small_spread_is_not_constant(spread):
     student, teacher = logits(1), logits(2)
     ours = kd_losses.kl_standardized_logits((1 + spread * student).float(), teacher.float())
     wanted = kd_losses.kl_standardized_logits(student, teacher).item()
@@ -567,7 +484,7 @@ def test_a_small_spread_is_not_taken_for_a_constant(spread):
 # ---- labels
 
 
-def test_soft_labels_mean_the_class_with_the_largest_share_and_the_first_of_equals():
+def test_target_of_soft_labels_is_the_first_largest_class():
     student, teacher = logits(1, 3), logits(2, 3)
     soft = torch.tensor([[0.1, 0.6, 0.3, 0, 0], [0.5, 0, 0, 0, 0.5], [0, 0, 0.2, 0.4, 0.4]])
     wanted = kd_losses.dkd(student, teacher, torch.tensor([1, 0, 3]), 2.0)
@@ -576,30 +493,11 @@ def test_soft_labels_mean_the_class_with_the_largest_share_and_the_first_of_equa
     assert kd_losses.dkd(student, teacher, torch.tensor([1, 4, 4]), 2.0) != wanted
 
 
-def test_every_class_can_be_the_target():
-    student, teacher = logits(1), logits(2)
-    for label in range(5):
-        target = torch.full((6,), label)
-        rows = zip(student.tolist(), teacher.tolist(), strict=True)
-        wanted = sum(slow_dkd(s, t, label, 1.0) for s, t in rows) / 6
-        assert kd_losses.dkd(student, teacher, target, 1.0, BETA).item() == pytest.approx(wanted)
-
-
 @pytest.mark.parametrize("t", TEMPERATURES)
-def test_of_two_classes_none_is_left_and_dkd_is_kl(t):
+def test_dkd_of_two_classes_is_kl(t):
     student, teacher = logits(1, 6, 2), logits(2, 6, 2)
     ours = kd_losses.dkd(student, teacher, labels(6, 2), t, 1e6)
     torch.testing.assert_close(ours, kd_losses.kl(student, teacher, t))
-
-
-def test_beta_is_the_weight_of_the_other_classes_alone():
-    """A student that is wrong about the target alone costs the same for every beta."""
-    teacher = logits(2)
-    student = teacher + F.one_hot(labels(), 5) * 2
-    costs = [
-        kd_losses.dkd(student, teacher, labels(), 1.0, beta).item() for beta in (0.0, 1.0, 8.0)
-    ]
-    assert costs == pytest.approx([costs[0]] * 3) and costs[0] > 0.01
 
 
 # ---- learning
@@ -607,7 +505,7 @@ def test_beta_is_the_weight_of_the_other_classes_alone():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_down_the_gradient_lead_to_the_teachers_answers(name, seed):
+def test_gradient_descent_leads_to_the_teachers_predictions(name, seed):
     student, teacher = logits(seed, scale=0.5), decided(seed + 10)
     if name == "up_kl":
         student = student.abs()  # where it is below 0 it never learns
@@ -623,24 +521,24 @@ def test_steps_down_the_gradient_lead_to_the_teachers_answers(name, seed):
 # ---- names and shapes
 
 
-def test_every_name_of_a_recipe_is_its_loss_with_the_recipes_knobs():
+def test_create_loss_uses_the_options_of_the_recipe():
     student, teacher = logits(1), logits(2)
     for name in NAMES:
         own = [2.0] * (name in TEMPERED) + [BETA] * (name == "dkd")
         extra = [labels()] * (name == "dkd")
         wanted = getattr(kd_losses, name)(student, teacher, *extra, *own)
-        assert kd_losses.between(name, 2.0, BETA)(student, teacher, labels()) == wanted
+        assert kd_losses.create_loss(name, 2.0, BETA)(student, teacher, labels()) == wanted
         if name != "dkd":
-            assert kd_losses.between(name, 2.0, BETA)(student, teacher, None) == wanted
+            assert kd_losses.create_loss(name, 2.0, BETA)(student, teacher, None) == wanted
 
 
-def test_another_name_is_told_the_allowed_ones():
+def test_unknown_loss_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'kd'.*" + ", ".join(NAMES)):
-        kd_losses.between("kd", 1.0, BETA)
+        kd_losses.create_loss("kd", 1.0, BETA)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_shapes_are_an_error_even_where_they_would_broadcast(name):
+def test_other_shapes_are_refused_even_if_they_broadcast(name):
     for shape in ((6, 1), (1, 5), (6, 4), (6, 5, 1)):
         with pytest.raises(ValueError, match=r"\(6, 5\)"):
-            kd_losses.between(name, 1.0, BETA)(torch.ones(6, 5), torch.ones(shape), labels())
+            kd_losses.create_loss(name, 1.0, BETA)(torch.ones(6, 5), torch.ones(shape), labels())
