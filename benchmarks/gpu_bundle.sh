@@ -15,7 +15,7 @@ mkdir -p "$bundle/wheels"
 # Not on a machine that has torch, torchvision, timm, pandas, pyarrow, opencv, onnxruntime, scikit-learn
 # and pytest; with all they need themselves, but for what those bring, and for what they only import
 # where it is there (debugpy, jedi, aiohttp).
-packages="pydantic pydantic-core annotated-types typing-inspection simplejpeg captum onnx onnxscript onnx-ir ml-dtypes
+packages="pydantic pydantic-core annotated-types typing-inspection simplejpeg onnx onnxscript onnx-ir ml-dtypes
   protobuf typer shellingham rich markdown-it-py mdurl pygments click tqdm psutil matplotlib contourpy cycler fonttools
   kiwisolver pyparsing safetensors pyyaml papermill ansicolors requests urllib3 idna certifi charset-normalizer
   tenacity nbclient nbformat fastjsonschema jsonschema jsonschema-specifications referencing rpds-py attrs

@@ -6,7 +6,7 @@ A recipe has a probability to classify an image correctly. It depends on the dif
 (a beta distribution, mean 0.8), on an interaction of recipe and image (normal, in logits) and on
 the seed (all images shifted together, by `sd` points of top-1). Images are drawn for each
 comparison and shared by its runs, so that a true difference is one over all images and all seeds.
-Seeds of sd 1.0 lie beyond what the prior of `comparison.Spread` expects: shown, not claimed.
+Seeds of sd 1.0 are beyond the prior of `statistics.VarianceComponents`: shown, not claimed.
 
 Columns: type I error without a difference; coverage of the 95 % interval where there is one; power
 for a difference of 3 standard errors of one run against one, the same for all numbers of runs; and
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from scipy import special, stats
 
-from workbench.evaluation import comparison
+from workbench.evaluation import statistics
 
 SIZES, SEED_SDS = (500, 2000, 10_000), (0.0, 0.1, 0.3, 1.0)
 RUNS = ((2, 1), (2, 2), (3, 1), (3, 3), (5, 5))
@@ -138,7 +138,7 @@ def cell(rng, n: int, runs: tuple[int, int], sd: float, points: float, compariso
         counts = drawn(rng, n, runs, sd, b, BATCH)
         for flat in counts.reshape(BATCH, -1):
             seen = flat > 0
-            d = comparison.difference(a_all[:, seen], b_all[:, seen], counts=flat[seen])
+            d = statistics.difference(a_all[:, seen], b_all[:, seen], counts=flat[seen])
             found["found"] += d.adjusted < 0.05
             found["covered"] += d.low <= points <= d.high
             sound = 0 < d.p <= 1 and -100 <= d.low < d.high <= 100

@@ -71,13 +71,13 @@ def _comparison(root: Path, rounds: int) -> tuple[float, float]:
     import ipywidgets
 
     from workbench.evaluation import comparison
-    from workbench.ui import plots, widgets
+    from workbench.ui import plots, run_picker, widgets
 
     names = sorted(path.name for path in root.iterdir())
 
-    def opened() -> widgets.RunPicker:
-        picker = widgets.RunPicker(root, names)
-        assert len(picker.found.table) == 4 and len(picker.found.sentences()) == 3
+    def opened() -> run_picker.RunPicker:
+        picker = run_picker.RunPicker(root, names)
+        assert len(picker.result.table) == 4 and len(picker.result.sentences()) == 3
         return picker
 
     picker = opened()  # the first one warms up
@@ -93,11 +93,11 @@ def _augmentation(rounds: int) -> float:
     from workbench import ROOT, data
     from workbench.data import images
     from workbench.recipe import Recipe
-    from workbench.ui import views, widgets
+    from workbench.ui import recipe_editor, views, widgets
 
     recipe = Recipe.from_yaml(ROOT / "params/resnet50_a2_300e.yaml", image_size=224)
     image = images.decode(data.load_dataset(Recipe()).train.path[0]).resize((500, 375))
-    options = widgets.RecipeEditor(recipe, views.AUGMENTATION)
+    options = recipe_editor.RecipeEditor(recipe, views.AUGMENTATION)
     view = widgets.InteractiveView(lambda one: views.augmentation_grid(one, image), options)
     return _median(_mover(options.controls["randaug_m"], (3.0, 9.0), view), rounds)
 
@@ -106,9 +106,9 @@ def _mover(control, values: tuple[float, float], view) -> Callable[[], None]:
     """Moves a control to the one value and the other, and sees that another image came."""
 
     def moved() -> None:
-        before = view._image.value
+        before = view.image.value
         control.value = values[control.value == values[0]]
-        assert view._image.value not in (b"", before)
+        assert view.image.value not in (b"", before)
 
     return moved
 

@@ -145,7 +145,7 @@ def test_compare_prints_table_and_verdict_and_writes_them(params, tmp_path):
     assert table.differs[1] == "lr 0.05 (0.1)"
     said = done.output.splitlines()[-1]
     assert f"- {said}\n" in out["markdown"].read_text()
-    turned = invoke("compare", *folders, "--against", "slow")
+    turned = invoke("compare", *folders, "--baseline", "slow")
     assert "small and slow" in turned.output or "small is " in turned.output
 
 

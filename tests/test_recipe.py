@@ -738,7 +738,7 @@ def test_papermill_sees_what_to_compare_with_a_word_about_each():
     seen = papermill.inspect_notebook(str(path))
     assert (
         set(seen)
-        == {"runs_dir", "names", "against", "weights", "unfinished", "export_dir"}
+        == {"runs_dir", "names", "baseline", "weights", "unfinished", "export_dir"}
         == set(parameters(path))
     )
     assert all(option["help"] for option in seen.values())

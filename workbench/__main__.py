@@ -218,7 +218,7 @@ def doctor(
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="run folders; seeds of a recipe are one")],
     weights: Annotated[str, typer.Option(help="raw, or ema where a run kept an average")] = "raw",
-    against: Annotated[str, typer.Option(help="the recipe to hold against; the first")] = "",
+    baseline: Annotated[str, typer.Option(help="name of the recipe to compare with")] = "",
     csv: Annotated[Path | None, typer.Option(help="write the table to this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write table and verdicts there")] = None,
 ) -> None:
@@ -236,7 +236,7 @@ def compare(
     for folder in early:
         print(f"{folder} is left out: it was not evaluated yet")
     found = comparison.compare(
-        [f for f in folders if f not in early], weights=weights, against=against
+        [f for f in folders if f not in early], weights=weights, baseline=baseline
     )
     if csv:
         found.table.to_csv(csv, index=False)

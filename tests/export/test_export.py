@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from workbench import augmentation, data, export, runs, training
 from workbench.__main__ import app
 from workbench.data import images
-from workbench.evaluation import comparison
+from workbench.evaluation import statistics
 from workbench.export import ExportError, PackageError, consumer, prediction
 from workbench.recipe import Recipe
 
@@ -518,7 +518,7 @@ def test_a_form_that_rounds_is_left_out_where_its_interval_lies_beyond_the_point
     before, after = np.ones((2, 1, images), bool)
     after[0, :lost] = False
     before[0, lost : lost + won] = False
-    d = comparison.difference(before, after)
+    d = statistics.difference(before, after)
     report = {"forms": {form: {"difference": {"points": d.points, "low": d.low, "high": d.high}}}}
     best = 100 / images * (won - lost + 1.96 * np.sqrt(lost + won))
     assert (best < -0.5) == refused, "the case is what it says"

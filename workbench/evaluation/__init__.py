@@ -1,10 +1,23 @@
-"""Predictions of a model, what follows from them, and comparisons of runs."""
+"""Predictions of a model, their metrics, and comparisons of runs."""
 
 from workbench.evaluation.metrics import (
+    calibration_error,
     confusion,
     mistakes,
     per_class,
+    reliability,
     shared_teacher_errors,
     side_by_side,
     summary,
 )
+
+__all__ = [
+    "calibration_error",
+    "confusion",
+    "mistakes",
+    "per_class",
+    "reliability",
+    "shared_teacher_errors",
+    "side_by_side",
+    "summary",
+]

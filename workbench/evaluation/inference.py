@@ -1,11 +1,11 @@
 """A model's predictions as a table with a row per image."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench import models
@@ -16,13 +16,18 @@ TOP = 5
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, batches: Any, normalize: Any, device: torch.device, progress: Any = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    normalize: Callable[[Tensor], Tensor],
+    device: torch.device,
+    progress: Callable[[int], object] | None = None,
 ) -> pd.DataFrame:
-    """Predictions of a model over batches, in full precision, in the order of the frame.
+    """Predictions of a model in evaluation mode and float32, in the order of the image list.
 
-    Columns: row (of the frame), label, class1 to class5 (ids, best first; fewer when there are
-    fewer classes), p1 to p5 (softmax), p_label, loss (natural log, no smoothing). Images that
-    could not be read have no row; attrs["failures"] holds their (row, reason, detail).
+    Columns: row (of the list), label, class1 to class5 (class numbers, best first; fewer when there
+    are fewer classes), p1 to p5 (softmax), p_label, loss (cross-entropy in nats, no smoothing).
+    Images that could not be read have no row; attrs["failures"] lists their (row, reason, detail).
+    `progress` receives the number of images of each batch. Raises DataError without any image.
     """
     parts, failures = [], []
     with models.eval_mode(model):
@@ -30,8 +35,7 @@ def predict(
             failures += batch.failures
             if len(batch.images):
                 images = normalize(batch.images.to(device, non_blocking=True))
-                logits = model(images).float()
-                parts.append(_rows(batch, logits))
+                parts.append(_columns(batch, model(images).float()))
             if progress is not None:
                 progress(len(batch.images))
     if not parts:
@@ -42,19 +46,17 @@ def predict(
     return frame
 
 
-def _rows(batch: Batch, logits: torch.Tensor) -> dict[str, np.ndarray]:
-    labels = batch.labels.to(logits.device)
+def _columns(batch: Batch, logits: Tensor) -> dict[str, np.ndarray]:
     log_p = F.log_softmax(logits, dim=1)
-    # Equal logits are ranked by class number: topk leaves ties open, a stable sort does not.
-    k = min(TOP, logits.shape[1])
+    # A stable sort ranks equal logits by class number; the order of topk is undefined.
     best = torch.sort(log_p, dim=1, descending=True, stable=True)
-    label_log_p = log_p.gather(1, labels[:, None])[:, 0]
-    # Copies: what came from a loader's process holds a file open for as long as it is kept.
+    label_log_p = log_p.gather(1, batch.labels.to(logits.device)[:, None])[:, 0]
+    # Copies: tensors of a loader process keep a file of shared memory open.
     columns = {"row": batch.indices.numpy().copy(), "label": batch.labels.numpy().copy()}
-    for i in range(k):
-        columns[f"class{i + 1}"] = best.indices[:, i].cpu().numpy().astype(np.int32)
-    for i in range(k):
-        columns[f"p{i + 1}"] = best.values[:, i].exp().cpu().numpy()
-    columns["p_label"] = label_log_p.exp().cpu().numpy()
-    columns["loss"] = -label_log_p.cpu().numpy()
-    return columns
+    ranks = range(min(TOP, logits.shape[1]))
+    columns |= {f"class{i + 1}": best.indices[:, i].int().cpu().numpy() for i in ranks}
+    columns |= {f"p{i + 1}": best.values[:, i].exp().cpu().numpy() for i in ranks}
+    return columns | {
+        "p_label": label_log_p.exp().cpu().numpy(),
+        "loss": -label_log_p.cpu().numpy(),
+    }

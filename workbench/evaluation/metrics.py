@@ -1,97 +1,140 @@
-"""What follows from a table with a row per validation image."""
+"""Metrics of a table of predictions, which has a row per validation image."""
 
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
+BINS = 15  # of the reliability diagram
+
+
+def top_k(predictions: pd.DataFrame) -> float:
+    """The percentage of the images whose label is among all predicted classes, five at most."""
+    ranks = [c for c in predictions.columns if c.startswith("class")]
+    hits = predictions[ranks].to_numpy() == predictions.label.to_numpy()[:, None]
+    return 100 * float(hits.any(axis=1).mean())
+
 
 def summary(predictions: pd.DataFrame) -> dict[str, float | int]:
-    """top1 and top5 in percent, mean loss, and the number of images they stand on."""
-    label = predictions.label.to_numpy()
-    ranks = [c for c in predictions.columns if c.startswith("class")]
-    hits = predictions[ranks].to_numpy() == label[:, None]
+    """top1 and top5 in percent, val_loss (mean cross-entropy) and val_images."""
     return {
-        "top1": 100 * float(hits[:, 0].mean()),
-        "top5": 100 * float(hits.any(axis=1).mean()),
+        "top1": 100 * float((predictions.class1 == predictions.label).mean()),
+        "top5": top_k(predictions),
         "val_loss": float(predictions.loss.to_numpy().astype(np.float64).mean()),
         "val_images": len(predictions),
     }
 
 
-def confusion(
-    predictions: pd.DataFrame, classes: list[str], most: int | None = None
-) -> pd.DataFrame:
-    """Counts, a row per true class and a column per predicted one; of the `most` confused alone.
+def pair_counts(predictions: pd.DataFrame) -> pd.Series:
+    """The number of images by true and predicted class, sorted; pairs without images are absent."""
+    return predictions.groupby(["label", "class1"]).size()
 
-    attrs has the images of each row over all columns, and the number of all classes.
+
+def class_table(
+    counts: pd.Series, weights: pd.Series, classes: list[str], most: int | None = None
+) -> pd.DataFrame:
+    """Values by (true, predicted) class as a table, rows true classes, columns predicted ones.
+
+    With `most` only the classes with the largest sum of weights in row and column. attrs has
+    "classes", the number of all, and "images", the sum of each row over all columns.
     """
-    label, answer = predictions.label.to_numpy(), predictions.class1.to_numpy()
-    images = np.bincount(label, minlength=len(classes))
-    kept = np.arange(len(classes))
-    if most is not None and most < len(classes):
-        wrong = np.concatenate([label[label != answer], answer[label != answer]])
-        errors = np.bincount(wrong, minlength=len(classes))
-        kept = np.sort(np.argsort(-errors, kind="stable")[:most])
-    shown = np.isin(label, kept) & np.isin(answer, kept)
-    table = np.zeros((len(kept), len(kept)), np.int64)
-    np.add.at(table, tuple(np.searchsorted(kept, x[shown]) for x in (label, answer)), 1)
+    true, predicted = (counts.index.get_level_values(i).to_numpy() for i in (0, 1))
+    totals = sum(np.bincount(side, weights, len(classes)) for side in (true, predicted))
+    kept = np.sort(np.argsort(-totals, kind="stable")[:most])
+    shown = np.isin(true, kept) & np.isin(predicted, kept)
+    table = np.zeros((len(kept), len(kept)), counts.dtype)
+    rows, columns = (np.searchsorted(kept, side[shown]) for side in (true, predicted))
+    table[rows, columns] = counts[shown]
     names = [classes[i] for i in kept]
     frame = pd.DataFrame(table, index=names, columns=names)
-    frame.attrs = {"images": images[kept].tolist(), "classes": len(classes)}
+    images = np.bincount(true, counts, len(classes))[kept]
+    frame.attrs = {"classes": len(classes), "images": images.tolist()}
     return frame
 
 
+def confusion(
+    predictions: pd.DataFrame, classes: list[str], most: int | None = None
+) -> pd.DataFrame:
+    """Counts by true (rows) and predicted (columns) class; with `most` of those confused most."""
+    counts = pair_counts(predictions)
+    true, predicted = (counts.index.get_level_values(i) for i in (0, 1))
+    return class_table(counts, counts.where(true != predicted, 0), classes, most)
+
+
 def per_class(predictions: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
-    """class, images, top1 in percent (nan without images) and its most frequent mistake."""
-    label, answer = predictions.label.to_numpy(np.int64), predictions.class1.to_numpy(np.int64)
-    counts, hits = (np.bincount(x, minlength=len(classes)) for x in (label, label[label == answer]))
-    pairs = label[label != answer] * len(classes) + answer[label != answer]
-    pairs, times = np.unique(pairs, return_counts=True)
-    mistake = np.full(len(classes), "", object)
-    # The last one stays: the most frequent, of equal ones the lowest class number.
-    for pair in pairs[np.lexsort((-pairs, times))].tolist():
-        mistake[pair // len(classes)] = classes[pair % len(classes)]
-    top1 = 100 * hits / np.where(counts, counts, np.nan)
-    return pd.DataFrame({"class": classes, "images": counts, "top1": top1, "mistaken for": mistake})
+    """class, images, top1 in percent (nan without images) and "mistaken for".
+
+    That is the class predicted most often by mistake, of equally frequent ones the first.
+    """
+    counts = pair_counts(predictions).rename("count").reset_index()
+    wrong = counts[counts.label != counts.class1].sort_values(
+        "count", kind="stable", ascending=False
+    )
+    mistakes = wrong.drop_duplicates("label").set_index("label").class1
+    mistakes = mistakes.reindex(range(len(classes)), fill_value=-1)
+    names = np.array([*classes, ""], object)[mistakes]
+    label = predictions.label.to_numpy(np.int64)
+    images = np.bincount(label, minlength=len(classes))
+    correct = np.bincount(label[label == predictions.class1], minlength=len(classes))
+    top1 = 100 * correct / np.where(images, images, np.nan)
+    return pd.DataFrame({"class": classes, "images": images, "top1": top1, "mistaken for": names})
 
 
 def side_by_side(predictions: Mapping[str, pd.DataFrame], classes: list[str]) -> pd.DataFrame:
-    """class, images, and a column of top-1 in percent for every name. Raises ValueError when the
-    predictions are of different images."""
-    table = None
-    keys = {tuple(zip(f.list, f.file, strict=True)) for f in predictions.values()}
-    if len(keys) > 1:
+    """class, images, and a column of top-1 in percent per name.
+
+    Raises ValueError when the predictions are of different images.
+    """
+    images = {tuple(zip(f.list, f.file, strict=True)) for f in predictions.values()}
+    if len(images) > 1:
         raise ValueError("these predictions are of different images; compare within one list")
-    for name, frame in predictions.items():
-        part = per_class(frame, classes)
-        if table is None:
-            table = part[["class", "images"]].copy()
-        table[name] = part.top1
-    return table
+    parts = {name: per_class(frame, classes) for name, frame in predictions.items()}
+    first = next(iter(parts.values()))[["class", "images"]]
+    return first.assign(**{name: part.top1 for name, part in parts.items()})
 
 
 def shared_teacher_errors(student: pd.DataFrame, teacher: pd.DataFrame) -> dict[str, float | int]:
-    """What a student says where its teacher is wrong.
+    """What a student predicts where its teacher is wrong, for the same images in the same order.
 
-    wrong is the number of such images; same, other and right the percentages of them on which
-    the student gives the same wrong answer, another one, or the right one. Both are predictions
-    of the same images in the same order.
+    wrong is the number of these images; same, other and correct are percentages of them: the
+    student predicts the teacher's class, another wrong class, or the label.
     """
     wrong = (teacher.class1 != teacher.label).to_numpy()
-    ours, theirs = student.class1.to_numpy()[wrong], teacher.class1.to_numpy()[wrong]
-    label = teacher.label.to_numpy()[wrong]
-    same, right = ours == theirs, ours == label
-    share = lambda mask: 100 * float(mask.mean()) if len(mask) else float("nan")
+    student, teacher = student[wrong], teacher[wrong]
+    same = student.class1.to_numpy() == teacher.class1.to_numpy()
+    correct = student.class1.to_numpy() == teacher.label.to_numpy()
+    percent = lambda mask: 100 * float(mask.mean()) if len(mask) else float("nan")
     return {
         "wrong": int(wrong.sum()),
-        "same": share(same),
-        "other": share(~same & ~right),
-        "right": share(right),
+        "same": percent(same),
+        "other": percent(~same & ~correct),
+        "correct": percent(correct),
     }
 
 
 def mistakes(predictions: pd.DataFrame, count: int = 12) -> pd.DataFrame:
-    """The wrong answers given with most confidence, worst first."""
+    """The wrong predictions with the highest confidence, highest first."""
     wrong = predictions[predictions.label != predictions.class1]
     return wrong.sort_values("p1", ascending=False, kind="stable").head(count)
+
+
+def reliability(predictions: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
+    """images, confidence (mean p1) and top1 (both 0 to 1) by bins of p1 of equal width.
+
+    Guo et al., arXiv 1706.04599, section 2. The index is the upper edge of the bin; empty bins
+    have no row.
+    """
+    p = predictions.p1.to_numpy(float)
+    correct = (predictions.class1 == predictions.label).to_numpy(float)
+    edge = np.clip(np.ceil(p * bins).astype(int), 1, bins) / bins
+    groups = pd.DataFrame({"confidence": p, "top1": correct}).groupby(edge)
+    table = groups.mean()
+    table.insert(0, "images", groups.size())
+    return table.rename_axis("up to")
+
+
+def calibration_error(predictions: pd.DataFrame, bins: int = BINS) -> float:
+    """Expected calibration error, 0 to 1: the mean over images of |confidence - top1| by bin."""
+    table = reliability(predictions, bins)
+    gaps = (table.confidence - table.top1).abs()
+    return float((gaps * table.images).sum() / table.images.sum())

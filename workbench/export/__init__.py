@@ -33,7 +33,7 @@ from torch import nn
 
 from workbench import augmentation, consumer, data, models, runs, training
 from workbench.data import images
-from workbench.evaluation import comparison
+from workbench.evaluation import statistics
 from workbench.progress import bar
 from workbench.recipe import Recipe, RecipeError, runtime_only
 
@@ -440,7 +440,7 @@ def parity(
     for name in names:
         its = flips[flips.form == name]
         before, after = (np.concatenate(right[form])[None] for form in (first, name))
-        found = comparison.difference(before, after)
+        found = statistics.difference(before, after)
         report["forms"][name] = {
             "top1": 100 * float(after.mean()),
             "flips": len(its),
@@ -790,7 +790,7 @@ def card(meta: Meta, report: Mapping[str, Any], recipe: Recipe, environment: Map
     leaks, empty = environment.get("train_val_duplicates"), environment.get("empty_classes")
     forms, n = report["forms"], report["images"]
     top1 = forms["torch"]["top1"]
-    low, high = comparison.wilson(round(top1 * n / 100), n)
+    low, high = statistics.wilson(round(top1 * n / 100), n)
     lines = [
         "---", 'library_name: "onnx"', 'pipeline_tag: "image-classification"',
         f'tags: ["image-classification", {json.dumps(meta.model)}]',
