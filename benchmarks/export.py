@@ -54,9 +54,9 @@ def _forms(name: str, threads: int) -> dict[str, Callable[[], object]]:
     seen = export.preprocess(Recipe(image_size=224, val_resize=256))
     network = export.Network(models.create(name, 1000), seen).eval()
     onnx = export.to_onnx(network)
-    feeds = [network.feed(network.noise(8)).numpy() for _ in range(4)]
+    feeds = [network.to_input(network.noise(8)).numpy() for _ in range(4)]
     int8, _ = export.to_int8(onnx, feeds)
-    feed = network.feed(network.noise(1))
+    feed = network.to_input(network.noise(1))
     plain = {"data": feed.numpy()}
     whole, small = export.session(onnx, threads), export.session(int8, threads)
     last = feed.contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,6 @@ import torch
 
 from workbench import runs, training
 from workbench.evaluation import comparison
-from workbench.export import prediction
 from workbench.recipe import RENAMED, RENAMED_COLUMNS, Recipe, runtime_only
 
 FOLDER = Path(__file__).parent / "earlier_run"
@@ -74,7 +73,7 @@ def test_its_model_is_loaded_and_predicts(earlier, image_folder):
     model, kind, file = training.load_run_model(Recipe(**earlier.recipe()), earlier, 10)
     assert (kind, file) == ("ema", "last.pt") and not model.training
     out = earlier.path.parent / "predictions.csv"
-    prediction.write(prediction.open_source(earlier.path), [image_folder / "val"], out)
+    export.predict_to_file(export.open_source(earlier.path), [image_folder / "val"], out)
     assert len(pd.read_csv(out)) == 6
 
 

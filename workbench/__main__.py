@@ -256,23 +256,25 @@ def export(
     name: Annotated[str, typer.Option(help="of the package; the run's if not given")] = "",
     version: Annotated[str, typer.Option(help="in the file's name; 1.0.0 if not given")] = "",
     weights: Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")] = "",
-    pixels: Annotated[bool, typer.Option(help="the network takes uint8 and normalises")] = False,
+    uint8_input: Annotated[bool, typer.Option(help="normalise inside the network")] = False,
     int8: Annotated[bool, typer.Option(help="add a quantised network")] = False,
-    whole: Annotated[bool, typer.Option(help="add a network that resizes and crops too")] = False,
-    program: Annotated[bool, typer.Option(help="add a file for torch.export.load")] = False,
+    with_preprocessing: Annotated[
+        bool, typer.Option(help="add a network that also resizes and crops")
+    ] = False,
+    torch_export: Annotated[bool, typer.Option(help="add a file for torch.export.load")] = False,
     kestrel: Annotated[
         Path | None, typer.Option(help="take the to_kestrel block of this UP configuration")
     ] = None,
-    int8_points: Annotated[float, typer.Option(help="top-1 that int8 or whole may lose")] = 0.5,
+    int8_points: Annotated[float, typer.Option(help="points of top-1 that int8 may lose")] = 0.5,
     p: Overrides = [],  # noqa: B006
     check: Annotated[Path | None, typer.Option(help="verify this package instead")] = None,
-    measure: Annotated[bool, typer.Option(help="and its predictions here, on -p data_dir")] = False,
+    measure: Annotated[bool, typer.Option(help="and its predictions, on -p data_dir")] = False,
 ) -> None:
-    """Pack a run for deployment once its answers were compared, or verify a package.
+    """Export a run for deployment after a comparison with PyTorch, or verify a package.
 
     workbench export runs/mine-seed0 --int8    workbench export --check mine_1.0.0.tar --measure
 
-    Exit code 1 where a form is left out, or where --measure finds other predictions.
+    Exit code 1 if a format is left out, or if --measure finds other predictions.
     """
     if (run is None) == (check is None):
         raise typer.BadParameter("name a run folder, or --check a package")
@@ -281,7 +283,7 @@ def export(
 
     if check:
         meta = exporting.load(check).meta
-        print(f"{check}: sound; {meta.model_name} {meta.version}, {meta.model}, ", end="")
+        print(f"{check}: valid; {meta.model_name} {meta.version}, {meta.model}, ", end="")
         print(f"{len(meta.classes)} classes, {meta.weights} weights of {meta.made['run']}")
         if measure:
             report = exporting.measure(check, **_knobs(p))
@@ -297,8 +299,9 @@ def export(
         if block is None:
             raise exporting.ExportError(f"{kestrel} has no to_kestrel block")
     path = exporting.package(
-        run, out, name=name, version=version, weights=weights, pixels=pixels, int8=int8,
-        whole=whole, program=program, kestrel=block, int8_points=int8_points, **_knobs(p),
+        run, out, name=name, version=version, weights=weights, uint8_input=uint8_input,
+        int8=int8, with_preprocessing=with_preprocessing, torch_export=torch_export,
+        kestrel=block, int8_points=int8_points, **_knobs(p),
     )  # fmt: skip
     report = exporting.read_report(path)
     print(exporting.table(report).to_string(float_format="{:.4g}".format))
@@ -317,32 +320,32 @@ def predict(
     top: Annotated[int, typer.Option(help="classes per image")] = 5,
     batch_size: Annotated[int, typer.Option(help="images at once")] = 64,
     workers: Annotated[int | None, typer.Option(help="processes that read images")] = None,
-    images: Annotated[Path | None, typer.Option(help="folder for annotated images")] = None,
+    annotate_dir: Annotated[Path | None, typer.Option(help="folder for annotated images")] = None,
     weights: Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")] = "",
 ) -> None:
-    """Name the best classes of images in a table. Exit code 1 if none could be read.
+    """Write the best classes of images to a table. Exit code 1 if no image could be read.
 
-    The same command goes on where it was interrupted. List files name an image a line.
+    The same command resumes after an interruption. A list has an image on each line.
     """
     from workbench import data
-    from workbench.export import prediction
+    from workbench import export as exporting
 
-    passed: list[tuple[str, str]] = []
-    opened = prediction.open_source(source, weights)
-    print(f"answers by {opened}", flush=True)
-    counts = prediction.write(
+    skipped: list[tuple[str, str]] = []
+    opened = exporting.open_source(source, weights)
+    print(f"predictions of {opened}", flush=True)
+    counts = exporting.predict_to_file(
         opened,
         inputs,
         out,
         top=top,
         batch_size=batch_size,
         workers=workers,
-        images=images,
-        passed=passed,
+        annotate_dir=annotate_dir,
+        skipped=skipped,
     )
-    if passed:
-        print(data.describe_skipped(passed))
-    print(f"{sum(counts.values()):,} images: {counts.get('', 0):,} answered in {out}")
+    if skipped:
+        print(data.describe_skipped(skipped))
+    print(f"{sum(counts.values()):,} images: {counts.get('', 0):,} predictions in {out}")
     for reason, count in counts.items():
         if reason:
             print(f"{count:,} {reason}: see the column error")

@@ -2,8 +2,8 @@
 
 python predict.py [model_int8.onnx] IMAGE ...     prints file, best class, probability
 
-Of a file that cannot be read it prints `error: ` and why, and goes on; the exit code is then 1.
-The rules for reading a file are those of training: workbench.data.images takes them from here.
+For a file that cannot be read it prints `error: ` and the reason, and continues; the exit code is
+then 1. Training reads files by the same rules: workbench.data.images imports them from here.
 """
 
 import errno
@@ -21,16 +21,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 HERE = Path(__file__).parent
-MIN_SIDE = 4  # pixels; below it a crop or a rotation has nothing to work on
+MIN_SIDE = 4  # pixels
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
 
-# A network file system stumbles; a second look a moment later tells a hiccup from a broken file.
-_PASSING = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR}
-_NOT_THE_FILE = {errno.EMFILE, errno.ENFILE}  # too many are open: no image is to blame
+# Errors of a network file system that may pass: the file is opened again.
+_TEMPORARY = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR}
+_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}  # not an error of the image
 
 REASONS = ("missing", "unreadable", "undecodable", "truncated", "too small", "too large")
 
-# How a sensor held the scene, by EXIF's number (EXIF 2.3, 4.6.4) -> the scene upright
+# EXIF orientation (EXIF 2.3, 4.6.4) -> function that turns the pixels upright
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -44,19 +44,18 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class ImageError(ValueError):
-    """An image cannot be used. `reason` is one of REASONS, the text adds the detail."""
+    """An image cannot be used. `reason` is one of REASONS."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
-    def __reduce__(self):
-        return ImageError, (self.reason, self.detail)
+    def __str__(self):
+        return f"{self.reason}: {self.detail}"
 
 
-def told(path: str | Path, read: Callable[[], Any]) -> Any:
-    """What `read` returns; whatever it raises becomes an ImageError with a reason."""
+def with_reason(path: str | Path, read: Callable[[], Any]) -> Any:
+    """The result of `read`; its exceptions are raised as ImageError."""
     for attempt in (1, 2, 3):
         try:
             return read()
@@ -70,22 +69,22 @@ def told(path: str | Path, read: Callable[[], Any]) -> Any:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError("too large", str(error).split(",")[0]) from None
         except OSError as error:
-            if error.errno in _NOT_THE_FILE:
+            if error.errno in _TOO_MANY_FILES:
                 raise
-            if error.errno in _PASSING and attempt < 3:
+            if error.errno in _TEMPORARY and attempt < 3:
                 time.sleep(attempt)
                 continue
             if error.errno is not None:
                 raise ImageError("unreadable", error.strerror or str(error)) from None
             reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
             raise ImageError(reason, str(error)) from None
-        except Exception as error:  # damaged files make decoders raise nearly anything
+        except Exception as error:  # decoders raise many types for damaged files
             raise ImageError("undecodable", f"{type(error).__name__}: {error}") from None
     raise AssertionError("unreachable")
 
 
 def opened(path: str | Path) -> BinaryIO:
-    """A regular file: of another kind, a pipe would be waited for. Raises ImageError, OSError."""
+    """A regular file; opening a pipe would block. Raises ImageError, OSError."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -95,7 +94,7 @@ def opened(path: str | Path) -> BinaryIO:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises ImageError for an image with a side under MIN_SIDE or over MAX_PIXELS in all."""
+    """Raises ImageError if a side is below MIN_SIDE or the area above MAX_PIXELS."""
     if min(width, height) < MIN_SIDE:
         raise ImageError("too small", f"{width}x{height} pixels, under {MIN_SIDE} on a side")
     if width * height > MAX_PIXELS:
@@ -103,76 +102,76 @@ def check_size(width: int, height: int) -> None:
 
 
 def decode(file: BinaryIO) -> np.ndarray:
-    """The first frame as `upright` gives it; the file is closed. Raises whatever Pillow does."""
+    """The upright pixels of the first frame; closes the file. Raises the errors of Pillow."""
     with file, Image.open(file) as image:
         check_size(*image.size)
         image.load()
-        if image.mode == "I" and image.format == "PPM":  # Pillow has stretched it to 16 bits
+        if image.mode == "I" and image.format == "PPM":  # Pillow scales it to 16 bits
             image = Image.fromarray(np.asarray(image).astype(np.uint16))
         return upright(image)
 
 
 def upright(image: Image.Image) -> np.ndarray:
-    """uint8 RGB (height, width, 3) as a person sees it. Raises ImageError, as `to_rgb`."""
+    """Upright uint8 RGB (height, width, 3). Raises ImageError."""
     return UPRIGHT[orientation(image)](np.asarray(to_rgb(image)))
 
 
 def orientation(image: Image.Image) -> int:
-    """The key of UPRIGHT that the metadata names; 1 where they are missing or damaged."""
+    """The EXIF orientation, a key of UPRIGHT; 1 if it is missing or damaged."""
     try:
         found = image.getexif().get(0x0112, 1)
         return found if found in UPRIGHT else 1
-    except Exception:  # as of decoders: the pixels may still be sound
+    except Exception:  # many types for damaged metadata
         return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, white where it is transparent. Raises ImageError where white is not defined."""
+    """8-bit RGB on a white background. Raises ImageError for modes without a defined white."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError("undecodable", f"mode {image.mode} pixels have no defined white")
-    # A PNG may name one colour that is transparent.
+    # A PNG may have one transparent colour.
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def prepare(pixels: np.ndarray, seen: dict) -> np.ndarray:
-    """The network's input (1, 3, size, size): short side to `resize`, the centre, normalised."""
+def prepare(pixels: np.ndarray, preprocess: dict) -> np.ndarray:
+    """The network's input (1, 3, size, size): short side to `resize`, centre crop, normalised."""
     image = Image.fromarray(pixels)
-    sides, size = np.array(image.size), seen["size"]
-    resized = (seen["resize"] * sides / sides.min()).astype(int)
+    sides, size = np.array(image.size), preprocess["size"]
+    resized = (preprocess["resize"] * sides / sides.min()).astype(int)
     first = np.round((resized - size) / 2)
-    # Only what the centre shows is resized: its box in pixels of the image.
+    # Only the centre is resized: its box in pixels of the image.
     box = [*(first * (sides / resized)), *((first + size) * (sides / resized))]
-    image = image.resize((size, size), Image.Resampling[seen["interpolation"].upper()], box)
-    pixels = np.asarray(image).transpose(2, 0, 1)[None]
-    if seen["normalised_inside"]:
+    kind = Image.Resampling[preprocess["interpolation"].upper()]
+    pixels = np.asarray(image.resize((size, size), kind, box)).transpose(2, 0, 1)[None]
+    if preprocess["normalised_inside"]:
         return pixels
-    mean, std = (255 * np.array(seen[k], np.float32).reshape(1, 3, 1, 1) for k in ("mean", "std"))
-    return (pixels - mean) / std
+    mean, std = (255 * np.array(preprocess[key], np.float32) for key in ("mean", "std"))
+    return (pixels - mean.reshape(1, 3, 1, 1)) / std.reshape(1, 3, 1, 1)
 
 
 def read(path: str | Path) -> np.ndarray:
-    """What `decode` gives of a file. Raises ImageError."""
-    return told(path, lambda: decode(opened(path)))
+    """The upright pixels of an image file. Raises ImageError."""
+    return with_reason(path, lambda: decode(opened(path)))
 
 
-def main(words: list[str]) -> int:
-    """Prints file, best class and its probability, a line each; returns the exit code."""
-    if not words or words[0].startswith("-"):
+def main(arguments: list[str]) -> int:
+    """Prints file, best class and its probability for each image; returns the exit code."""
+    if not arguments or arguments[0].startswith("-"):
         sys.exit(__doc__)
-    import onnxruntime  # here, so that reading images does not load it
+    import onnxruntime  # not needed for reading images
 
-    network = words.pop(0) if words[0].endswith(".onnx") else "model.onnx"
-    warnings.simplefilter("ignore")  # Pillow's, about damaged metadata: the pixels decide
+    network = arguments.pop(0) if arguments[0].endswith(".onnx") else "model.onnx"
+    warnings.simplefilter("ignore")  # of Pillow, about damaged metadata
     meta = json.loads((HERE / "meta.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(HERE / network, providers=["CPUExecutionProvider"])
     failed = 0
-    for path in words:
+    for path in arguments:
         try:
             data = prepare(read(path), meta["preprocess"])
         except (ImageError, OSError) as error:
@@ -185,5 +184,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # any name of a file
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # any file name
     sys.exit(main(sys.argv[1:]))

@@ -199,7 +199,7 @@ def test_the_deployment_notebook_packs_a_run_reports_and_answers(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     [package] = (tmp_path / "out").iterdir()
     report = export.read_report(package)
-    assert report["images"] == 500 and list(report["forms"]) == ["torch", "onnx", "int8"]
+    assert report["images"] == 500 and list(report["formats"]) == ["torch", "onnx", "int8"]
     kept = export.check(package)
     assert "model.onnx" in kept and "model_int8.onnx" not in kept
     said = "".join(o.text for c in cells(tmp_path / "out.ipynb") for o in c.get("outputs", [])
@@ -208,10 +208,10 @@ def test_the_deployment_notebook_packs_a_run_reports_and_answers(tmp_path):
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     shown = {c.id: [o for o in c.outputs if "data" in o] for c in executed.cells if "outputs" in c}
     assert "int8" in shown["report"][0].data["text/html"]
-    assert f"**Top-1 {report['forms']['torch']['top1']:.2f} %**" in (
+    assert f"**Top-1 {report['formats']['torch']['top1']:.2f} %**" in (
         shown["card"][0].data["text/markdown"])  # fmt: skip
     assert "image/png" in shown["try"][0].data
-    assert "image/png" in shown["flips"][0].data or report["forms"]["int8"]["flips"] == 0
+    assert "image/png" in shown["flips"][0].data or report["formats"]["int8"]["flips"] == 0
 
 
 class Executed:
@@ -449,7 +449,7 @@ def test_the_newest_run_that_can_be_packed_is_packed(tmp_path):
         os.utime(path / "status.json", (later, later))
     assert export.newest(tmp_path).path == run.path
     shutil.rmtree(run.path)
-    with pytest.raises(export.ExportError, match="no finished run in .* can be packed"):
+    with pytest.raises(export.ExportError, match="no finished run in .* can be exported"):
         export.newest(tmp_path)
 
 

@@ -128,15 +128,15 @@ def test_model_inputs_are_those_of_the_first_step_with_their_mean(digits):
     assert texts(figure)[1] == image_grids.label_text(targets[0], digits.classes)
 
 
-def test_other_predictions_of_an_exported_network_are_shown_by_form(digits):
+def test_other_predictions_of_an_exported_network_are_shown_by_format(digits):
     val = digits.val.iloc[[3, 7]]
-    flips = pd.DataFrame({"file": val.file, "list": val.list, "form": ["int8", "onnx"],
+    flips = pd.DataFrame({"file": val.file, "list": val.list, "format": ["int8", "onnx"],
                           "before": [1, 2], "after": [4, 5], "label": [1, 2]})  # fmt: skip
-    figure = views.other_answers(flips, "int8", Recipe(), digits.classes)
+    figure = views.other_predictions(flips, "int8", Recipe(), digits.classes)
     assert texts(figure) == ["int8: 1 other predictions", "1\nto 4\nis 1"]
     see = training.eval_transform(Recipe())
     np.testing.assert_array_equal(cell(figure, 0, 1), see(images.decode(val.path.iloc[0])))
-    none = views.other_answers(flips, "program", Recipe(), digits.classes)
+    none = views.other_predictions(flips, "program", Recipe(), digits.classes)
     assert isinstance(none, pd.DataFrame) and none.empty
 
 

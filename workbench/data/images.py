@@ -49,7 +49,7 @@ def open(path: str | Path) -> "Pixels | Jpeg":
 
     Raises ImageError, as do the methods that decode.
     """
-    return consumer.told(path, lambda: _open(path))
+    return consumer.with_reason(path, lambda: _open(path))
 
 
 def image(image: "AnyImage") -> "Pixels | Jpeg":
@@ -137,7 +137,7 @@ class Jpeg:
         except ValueError as error:
             # libjpeg reports its first problem; the rows that were cut off are none.
             if not (cut and _LEFT_OVER.search(str(error))):
-                return consumer.told("", lambda: consumer.decode(io.BytesIO(self._raw))), 1
+                return consumer.with_reason("", lambda: consumer.decode(io.BytesIO(self._raw))), 1
         return UPRIGHT[self._orientation](pixels), scale
 
 

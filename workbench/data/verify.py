@@ -75,7 +75,7 @@ def file_digest(path: str) -> str:
 def _facts(path: str) -> tuple:
     size, digest = 0, ""
     try:
-        digest = consumer.told(path, lambda: file_digest(path))
+        digest = consumer.with_reason(path, lambda: file_digest(path))
         size = os.path.getsize(path)
         image = images.open(path)
         image.pixels()

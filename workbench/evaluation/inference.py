@@ -21,13 +21,15 @@ def predict(
     normalize: Callable[[Tensor], Tensor],
     device: torch.device,
     progress: Callable[[int], object] | None = None,
+    top: int = TOP,
 ) -> pd.DataFrame:
     """Predictions of a model in evaluation mode and float32, in the order of the image list.
 
-    Columns: row (of the list), label, class1 to class5 (class numbers, best first; fewer when there
-    are fewer classes), p1 to p5 (softmax), p_label, loss (cross-entropy in nats, no smoothing).
-    Images that could not be read have no row; attrs["failures"] lists their (row, reason, detail).
-    `progress` receives the number of images of each batch. Raises DataError without any image.
+    Columns: row (of the list), label, class1 to class`top` (class numbers, best first; fewer when
+    there are fewer classes), p1 to p`top` (softmax), p_label, loss (cross-entropy in nats, without
+    smoothing). Images that could not be read have no row; attrs["failures"] lists their (row,
+    reason, detail). `progress` receives the number of images of each batch. Raises
+    DataError without any image.
     """
     parts, failures = [], []
     with models.eval_mode(model):
@@ -35,7 +37,7 @@ def predict(
             failures += batch.failures
             if len(batch.images):
                 images = normalize(batch.images.to(device, non_blocking=True))
-                parts.append(_columns(batch, model(images).float()))
+                parts.append(_columns(batch, model(images).float(), top))
             if progress is not None:
                 progress(len(batch.images))
     if not parts:
@@ -46,14 +48,14 @@ def predict(
     return frame
 
 
-def _columns(batch: Batch, logits: Tensor) -> dict[str, np.ndarray]:
+def _columns(batch: Batch, logits: Tensor, top: int) -> dict[str, np.ndarray]:
     log_p = F.log_softmax(logits, dim=1)
     # A stable sort ranks equal logits by class number; the order of topk is undefined.
     best = torch.sort(log_p, dim=1, descending=True, stable=True)
     label_log_p = log_p.gather(1, batch.labels.to(logits.device)[:, None])[:, 0]
     # Copies: tensors of a loader process keep a file of shared memory open.
     columns = {"row": batch.indices.numpy().copy(), "label": batch.labels.numpy().copy()}
-    ranks = range(min(TOP, logits.shape[1]))
+    ranks = range(min(top, logits.shape[1]))
     columns |= {f"class{i + 1}": best.indices[:, i].int().cpu().numpy() for i in ranks}
     columns |= {f"p{i + 1}": best.values[:, i].exp().cpu().numpy() for i in ranks}
     return columns | {

@@ -50,7 +50,7 @@ def _legend(ax: Axes, empty: str = "", beside: bool = False, size: int = 8) -> N
 
 
 def answer(image: Image.Image, table: pd.DataFrame) -> Figure:
-    """An image beside its predicted classes with their probabilities (prediction.one)."""
+    """An image beside its predicted classes with their probabilities (export.predict_image)."""
     figure = Figure(7, 0.9 + 0.3 * max(4, len(table)))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
     left.imshow(np.asarray(image))

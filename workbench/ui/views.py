@@ -169,15 +169,15 @@ def flips(
     return _changed_images(table, baseline.recipe, result.classes, heading)
 
 
-def other_answers(
-    flips: pd.DataFrame, form: str, recipe: Recipe, classes: Sequence[str]
+def other_predictions(
+    flips: pd.DataFrame, name: str, recipe: Recipe, classes: Sequence[str]
 ) -> Figure | pd.DataFrame:
-    """The images for which one form of an exported network predicts another class than torch.
+    """The images for which one format of an exported network predicts another class than torch.
 
     `flips` is flips.csv of a package. A table if there are none, or the images are missing.
     """
-    table = flips[flips.form == form]
-    heading = f"{form}: {len(table):,} other predictions"
+    table = flips[flips.format == name]
+    heading = f"{name}: {len(table):,} other predictions"
     return _changed_images(table, recipe.model_dump(), classes, heading)
 
 

@@ -1,0 +1,363 @@
+"""A table that was interrupted at any moment is resumed and ends with the same bytes."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import train
+from PIL import Image
+from prediction_helpers import IN_PHOTOS, Colours, Recording, make_photos, save_noise
+
+from workbench import data, runs
+from workbench.export import PredictionError, open_source, predict_to_file
+from workbench.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["workbench.export", "prediction_helpers", "pytest", "helpers"])
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    return make_photos(tmp_path / "photos")
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files beside an output."""
+    return [p.name for p in folder.iterdir() if ".partial" in p.name or p.name.startswith(".out")]
+
+
+# ---- killed processes
+
+
+def _write_until_killed(source, inputs, out, ready, options):
+    torch.set_num_threads(1)
+    if isinstance(source, Path):
+        source = open_source(source)
+        source.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    ready.set()
+    predict_to_file(source, inputs, out, **options)
+
+
+def _start(source, inputs, out, **options):
+    ready = _server.Event()
+    process = _server.Process(
+        target=_write_until_killed, args=(source, inputs, out, ready, options)
+    )
+    process.start()
+    assert ready.wait(60)
+    return process
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_repeatedly_a_thousand_images_give_the_same_table(tmp_path, kills):
+    recipe = Recipe(
+        name="digits", train_fraction=0.1, epochs=1, batch_size=32, image_size=16, val_resize=16,
+        model="test_resnet", workers=0, device="cpu", precision="fp32", runs_dir=str(tmp_path),
+    )  # fmt: skip
+    run, rng = train(recipe).path, np.random.default_rng(0)
+    for i in range(1000):
+        path = tmp_path / "in" / f"{i % 7}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(path)
+    (tmp_path / "in" / "3" / "3.png").write_bytes(b"no image")
+    expected, out, options = tmp_path / "expected.csv", tmp_path / "out.csv", {"batch_size": 16}
+    counts = predict_to_file(run, [tmp_path / "in"], expected, **options)
+    assert counts == {"": 999, "undecodable": 1}
+    partial = tmp_path / "out.csv.partial"
+    lines = lambda: partial.read_bytes().count(b"\n") if partial.exists() else 0
+    moments, progress = random.Random(0), [0]
+    for i in range(kills):
+        process = _start(run, [tmp_path / "in"], out, workers=int(i == 1), **options)
+        while i % 3 and lines() <= progress[-1] + 16:  # mostly after one more batch
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and not out.exists()
+        progress.append(lines())
+    assert len(set(progress)) > kills // 2 and progress[-1] > 30
+    predict_to_file(run, [tmp_path / "in"], out, **options)
+    assert out.read_bytes() == expected.read_bytes() and leftovers(tmp_path) == []
+
+
+def _die_at(number, half, inputs, out, options, counter):
+    """Ends by SIGKILL before its numbered system call, or after half of a write.
+
+    A negative counter means that the call was a write.
+    """
+    for name in ("write", "fsync", "replace", "unlink", "ftruncate", "mkdir"):
+        call = getattr(os, name)
+
+        def counted(*arguments, _call=call, _write=name == "write", **words):
+            counter.value += 1
+            if counter.value == number:
+                if half and _write:
+                    _call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                counter.value = -1 if _write else 1
+                os.kill(os.getpid(), signal.SIGKILL)
+            return _call(*arguments, **words)
+
+        setattr(os, name, counted)
+    data.available_cpus = lambda: 1  # the same order of calls every time
+    predict_to_file(Colours(), inputs, out, **options)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".csv", *(pytest.param(x, marks=pytest.mark.slow) for x in (".jsonl", ".parquet"))]
+)
+def test_killed_before_every_system_call_it_gives_the_same_table(photos, tmp_path, suffix):
+    inputs = [photos / "0.png", photos / "below"]
+    contents = lambda folder: {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+    def place(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        return folder / f"out{suffix}", {"batch_size": 2, "top": 2, "annotate_dir": folder / "a"}
+
+    out, options = place("expected")
+    predict_to_file(Colours(), inputs, out, **options)
+    expected = contents(out.parent)
+    assert len(expected) == 4
+    number, half, halves = 1, False, 0
+    while True:
+        out, options = place(f"{number}{half}")
+        counter = _server.Value("i", 0)
+        arguments = (number, half, inputs, out, options, counter)
+        process = _server.Process(target=_die_at, args=arguments)
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        predict_to_file(Colours(), inputs, out, **options)
+        assert contents(out.parent) == expected, (number, half)
+        # A write is killed twice: before it and after half of it.
+        half = counter.value == -1 and not half
+        halves, number = halves + half, number + (not half)
+    assert contents(out.parent) == expected
+    assert number > 15 and halves == 3  # the header and two batches
+
+
+def test_a_second_writer_is_refused(photos, tmp_path):
+    out = tmp_path / "out.csv"
+    process = _start(Colours(pause=1.0), [photos], out, batch_size=1)
+    try:
+        while not (tmp_path / "out.csv.partial").exists():
+            time.sleep(0.01)
+        time.sleep(0.05)
+        with pytest.raises(PredictionError, match="is being written by another process"):
+            predict_to_file(Colours(), [photos], out, batch_size=1)
+        assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+    predict_to_file(Colours(), [photos], out, batch_size=1)
+    assert pd.read_csv(out).file.tolist() == IN_PHOTOS
+
+
+# ---- other files in the way
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("nowhere/out.csv", {}, "there is no folder"),
+        ("out.xlsx", {}, "its suffix must be .csv, .jsonl, .parquet"),
+        ("out", {}, "its suffix must be"),
+        ("out.csv", {"top": 0}, "top is 0; it must be 1 or more"),
+        ("out.csv", {"batch_size": 0}, "batch_size is 0"),
+        ("out.csv", {"workers": -1}, "workers is -1"),
+        ("out.csv", {"weights": "best"}, "weights is 'best'; choose raw or ema"),
+        ("file.csv", {}, "exists and is not replaced"),
+        ("link.csv", {}, "exists and is not replaced"),
+        ("folder.csv", {}, "exists and is not replaced"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_work(photos, tmp_path, out, options, message):
+    (tmp_path / "file.csv").write_text("mine")
+    (tmp_path / "link.csv").symlink_to("nowhere")
+    (tmp_path / "folder.csv").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(PredictionError, match=message):
+        predict_to_file(tmp_path, [photos], tmp_path / out, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file.csv").read_text() == "mine"
+
+
+def test_a_table_finished_by_another_process_meanwhile_is_kept(photos, tmp_path, monkeypatch):
+    out, locking = tmp_path / "out.csv", runs.locking
+
+    def late(path):
+        out.write_text("theirs")
+        return locking(path)
+
+    monkeypatch.setattr(runs, "locking", late)
+    with pytest.raises(PredictionError, match="exists and is not replaced"):
+        predict_to_file(Colours(), [photos], out)
+    assert out.read_text() == "theirs" and leftovers(tmp_path) == []
+
+
+def test_a_file_created_meanwhile_is_not_replaced_and_predictions_are_saved(photos, tmp_path):
+    out, calls = tmp_path / "out.csv", []
+    for source in (Recording(lambda _: out.write_text("mine")), Colours()):
+        with pytest.raises(PredictionError, match="exists and is not replaced"):
+            predict_to_file(source, [photos], out, batch_size=4)
+        assert out.read_text() == "mine"
+    out.unlink()
+    predict_to_file(Recording(calls.append), [photos], out, batch_size=4)
+    assert pd.read_csv(out).file.tolist() == IN_PHOTOS and not calls
+
+
+@pytest.mark.parametrize("text", [b"my notes\n", b"my notes", b'{"a": 1}\n', b"[1]\n"])
+def test_another_file_named_partial_is_not_changed(photos, tmp_path, text):
+    partial = tmp_path / "out.csv.partial"
+    partial.write_bytes(text)
+    with pytest.raises(PredictionError, match="is not a partial table.*delete"):
+        predict_to_file(Colours(), [photos], tmp_path / "out.csv")
+    assert partial.read_bytes() == text
+
+
+# ---- resuming
+
+
+class _Stop(Exception):
+    pass
+
+
+def interrupted(photos: Path, out: Path, batches: int = 1) -> bytes:
+    """A call that is interrupted after some batches of 4; the content of its partial file."""
+    calls = []
+
+    def stop(count):
+        calls.append(count)
+        if len(calls) > batches:
+            raise _Stop
+
+    with contextlib.suppress(_Stop):
+        predict_to_file(Recording(stop), [photos], out, batch_size=4)
+    return out.with_name(f"{out.name}.partial").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top": 2}, "top 5, now 2"),
+        ({"batch_size": 3}, "batch_size 4, now 3"),
+        ({"fingerprint": "others"}, "weights 'colours', now 'others'"),
+        ({"inputs": True}, "inputs '"),
+        ({"annotate_dir": "shown"}, "annotate_dir '', now '.*shown'"),
+    ],
+)
+def test_other_arguments_are_named_and_nothing_is_changed(
+    photos, tmp_path, monkeypatch, change, message
+):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out.csv"
+    before = interrupted(photos, out)
+    options = {"batch_size": 4, **change}
+    source = Colours(fingerprint=options.pop("fingerprint", "colours"))
+    if options.pop("inputs", False):
+        save_noise(photos / "new.png", 50)
+    with pytest.raises(PredictionError, match=f"{message}.* Use the same ones to resume, or del"):
+        predict_to_file(source, [photos], out, **options)
+    assert (tmp_path / "out.csv.partial").read_bytes() == before
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text,
+        lambda text: text + b'{"file": "4.p',
+        lambda text: text + text.splitlines(keepends=True)[-1],
+        lambda text: text + b'{"file": "4.png"}\n' + b"\0" * 4096,
+        lambda text: text + b"\xff\n" * 3,
+        lambda text: text[:-5],
+        lambda text: text.replace(b'"1.png"', b'"7.png"'),
+        lambda text: text.splitlines(keepends=True)[0],
+        lambda text: text.splitlines(keepends=True)[0][:-20],
+        lambda text: b"",
+    ],
+)
+def test_a_damaged_end_is_predicted_again(photos, tmp_path, damage):
+    out, expected = tmp_path / "out.csv", tmp_path / "expected.csv"
+    predict_to_file(Colours(), [photos], expected, batch_size=4)
+    partial = tmp_path / "out.csv.partial"
+    partial.write_bytes(damage(interrupted(photos, out)))
+    predict_to_file(Colours(), [photos], out, batch_size=4)
+    assert out.read_bytes() == expected.read_bytes() and leftovers(tmp_path) == []
+
+
+def test_complete_batches_are_not_predicted_again(photos, tmp_path):
+    calls = []
+    interrupted(photos, tmp_path / "out.csv", batches=2)
+    predict_to_file(Recording(calls.append), [photos], tmp_path / "out.csv", batch_size=4)
+    assert calls == [1]
+
+
+def test_a_batch_is_synced_before_the_next_one(photos, tmp_path, monkeypatch):
+    events, fsync = [], os.fsync
+
+    def synced(handle):
+        fsync(handle)
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        if name.endswith(".partial"):
+            events.append(os.fstat(handle).st_size == os.path.getsize(name) > 0 and "synced")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    source = Recording(lambda _: events.append("predicted"))
+    predict_to_file(source, [photos], tmp_path / "out.csv", batch_size=4)
+    assert events == ["synced", *["predicted", "synced"] * 3]
+
+
+def _write_with_small_files(photos, out, limit, connection):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        predict_to_file(Colours(), [photos], out, batch_size=4, annotate_dir=out.parent / "shown")
+    except Exception as error:
+        connection.send((type(error).__name__, str(error)))
+    else:
+        connection.send(("none", ""))
+
+
+# In bytes: no header, half a batch, an image, the second batch, the table itself is the larger.
+@pytest.mark.parametrize("limit", [0, 50, 1300, 1500])
+def test_on_a_full_disk_it_is_an_error_and_resumes_later(photos, tmp_path, limit):
+    out, expected = tmp_path / "full" / "out.jsonl", tmp_path / "expected.jsonl"
+    out.parent.mkdir()
+    predict_to_file(Colours(), [photos], expected, batch_size=4)
+    receiver, sender = _server.Pipe(duplex=False)
+    process = _server.Process(target=_write_with_small_files, args=(photos, out, limit, sender))
+    process.start()
+    sender.close()
+    assert receiver.poll(60)
+    kind, message = receiver.recv()
+    process.join()
+    assert kind == "PredictionError" and "File too large" in message
+    assert not out.exists()
+    predict_to_file(Colours(), [photos], out, batch_size=4, annotate_dir=out.parent / "shown")
+    assert out.read_bytes() == expected.read_bytes() and leftovers(out.parent) == []
+    assert len([p for p in (out.parent / "shown").rglob("*") if p.is_file()]) == 9
+
+
+def test_a_partial_write_is_continued(photos, tmp_path, monkeypatch):
+    out, expected = tmp_path / "out.jsonl", tmp_path / "expected.jsonl"
+    predict_to_file(Colours(), [photos], expected)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, text: write(handle, text[:100]))
+    predict_to_file(Colours(), [photos], out)
+    assert out.read_bytes() == expected.read_bytes()

@@ -1,0 +1,107 @@
+"""Images annotated with their predicted class."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from workbench import data
+from workbench.data import images
+from workbench.export.inputs import Entry, PredictionError
+
+LONG_SIDE, FONT_SIZE = 512, 16  # pixels
+
+
+def annotate(image: Image.Image, name: str, p: float) -> Image.Image:
+    """The image, at most LONG_SIDE pixels long, above a band with class name and softmax."""
+    shown = image.copy()
+    shown.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    font, margin = _font(), FONT_SIZE // 2
+    name, value = " ".join(name.split()), f"  {100 * p:.1f} %"
+    text, length = name + value, len(name)
+    while font.getlength(text) > LONG_SIDE - 2 * margin and length:
+        length -= 1
+        text = name[:length] + "…" + value
+    width = max(shown.width, int(font.getlength(text)) + 2 * margin)
+    sheet = Image.new("RGB", (width, shown.height + 2 * FONT_SIZE), "white")
+    sheet.paste(shown, ((width - shown.width) // 2, 0))
+    middle = (width / 2, shown.height + FONT_SIZE)
+    ImageDraw.Draw(sheet).text(middle, text, fill="black", font=font, anchor="mm")
+    return sheet
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(fonts / "DejaVuSans.ttf", FONT_SIZE)
+
+
+def annotation_paths(
+    entries: list[Entry], inputs: Sequence[str | Path], folder: str | Path | None
+) -> list[Path | None]:
+    """The path of each annotated image: its name below the folder, numbered if it is taken.
+
+    None for each without a folder. Raises PredictionError if an input would be overwritten, or if
+    the images would be inputs of the next call.
+    """
+    if folder is None:
+        return [None] * len(entries)
+    folder = Path(os.path.realpath(Path(folder).expanduser()))
+    for path in inputs:
+        if os.path.isdir(path) and folder.is_relative_to(os.path.realpath(path)):
+            raise PredictionError(f"annotate_dir {folder} is in the input {path}; choose another")
+    taken: dict[Path, str] = {}
+    targets: list[Path | None] = []
+    for entry in entries:
+        path = os.path.realpath(entry.path)
+        if Path(path).is_relative_to(folder):
+            raise PredictionError(f"{entry.path} is in annotate_dir {folder}; choose another")
+        parts = [part for part in entry.file.split("/") if part not in ("", ".", "..")]
+        target = plain = folder.joinpath(*parts or ["image"])
+        if plain.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+            target = plain = plain.with_name(plain.name + ".jpg")
+        number = 1
+        while taken.setdefault(target, path) != path:
+            number += 1
+            target = plain.with_name(f"{plain.stem}-{number}{plain.suffix}")
+        targets.append(target)
+    for parent in {target.parent for target in targets}:
+        if os.path.realpath(parent) != str(parent):
+            raise PredictionError(f"{parent} is below a link; choose another annotate_dir")
+    return targets
+
+
+def annotate_batch(
+    entries: list[Entry], targets: list[Path | None], rows: list[dict[str, Any]]
+) -> None:
+    """Writes the annotated images of a batch. Existing files are replaced."""
+    todo = [t for t in zip(entries, targets, rows, strict=True) if t[1] and not t[2]["error"]]
+    with images.quiet(), ThreadPoolExecutor(data.available_cpus()) as pool:
+        list(pool.map(lambda arguments: _write(*arguments), todo))
+
+
+def _write(entry: Entry, target: Path, row: dict[str, Any]) -> None:
+    try:
+        sheet = annotate(images.decode(entry.path), row["class1"], row["p1"])
+    except images.ImageError:
+        return  # removed after its prediction
+    kind = "PNG" if target.suffix.lower() == ".png" else "JPEG"
+    # Links are not followed. The next call replaces the temporary file of a killed process.
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
+            sheet.save(file, kind, quality=90)
+        os.replace(temporary, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise PredictionError(f"{target} was not written: {error.strerror or error}") from None
