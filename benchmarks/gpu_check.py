@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
-GPU_TESTS = ("training/test_lamb", "augmentation/test_batched", "training/test_gpu")
+GPU_TESTS = ("training/test_lamb", "augmentation/test_device_ops", "training/test_gpu")
 TARGETS = {"step loop": 1.03, "LAMB": 0.6}
 
 

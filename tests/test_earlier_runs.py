@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench import runs, training
+from workbench import export, runs, training
 from workbench.evaluation import comparison
 from workbench.recipe import RENAMED, RENAMED_COLUMNS, Recipe, runtime_only
 

@@ -39,10 +39,10 @@ def main() -> None:
 def _recipe(params: Path, overrides: list[str]):
     from workbench.recipe import Recipe
 
-    return Recipe.from_yaml(params, **_knobs(overrides))
+    return Recipe.from_yaml(params, **_overrides(overrides))
 
 
-def _knobs(overrides: list[str]) -> dict[str, str]:
+def _overrides(overrides: list[str]) -> dict[str, str]:
     from workbench.recipe import RecipeError
 
     bad = [text for text in overrides if "=" not in text]
@@ -286,7 +286,7 @@ def export(
         print(f"{check}: valid; {meta.model_name} {meta.version}, {meta.model}, ", end="")
         print(f"{len(meta.classes)} classes, {meta.weights} weights of {meta.made['run']}")
         if measure:
-            report = exporting.measure(check, **_knobs(p))
+            report = exporting.measure(check, **_overrides(p))
             print(exporting.table(report).to_string(float_format="{:.4g}".format))
             print(*report["problems"], sep="\n")
             raise typer.Exit(int(bool(report["problems"])))
@@ -301,7 +301,7 @@ def export(
     path = exporting.package(
         run, out, name=name, version=version, weights=weights, uint8_input=uint8_input,
         int8=int8, with_preprocessing=with_preprocessing, torch_export=torch_export,
-        kestrel=block, int8_points=int8_points, **_knobs(p),
+        kestrel=block, int8_points=int8_points, **_overrides(p),
     )  # fmt: skip
     report = exporting.read_report(path)
     print(exporting.table(report).to_string(float_format="{:.4g}".format))

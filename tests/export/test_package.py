@@ -508,7 +508,7 @@ def test_bad_arguments_are_refused_before_the_export(trained, tmp_path, monkeypa
         ({"name": "../evil"}, "allowed are letters, digits, dot, dash and _"),
         ({"version": "1/2"}, "allowed are letters, digits, dot, dash and _"),
         ({"lr": "3"}, "lr cannot be changed after training; allowed are data_dir"),
-        ({"weights": "fast"}, "no fast weights; it has raw and ema"),
+        ({"weights": "fast"}, "no fast weights, only raw and ema"),
     ):
         with pytest.raises(ExportError, match=problem):
             export.package(trained.path, tmp_path, **options)

@@ -436,20 +436,20 @@ def _no_ema(run: runs.Run) -> None:
 
 FIT = "does not fit recipe.yaml and environment.json, test_"
 BROKEN = {
-    "weights": (_without("last.pt", "best.safetensors"), "holds no weights yet"),
+    "weights": (_without("last.pt", "best.safetensors"), "has no weights yet"),
     "truncated last.pt": (lambda r: os.truncate(r.file("last.pt"), 5000), "last.pt cannot be read"),
     "truncated best": (_truncate_best, "best.safetensors cannot be read"),
-    "empty last.pt": (_checkpoint({"model": {}, "ema": None}), "keeps no raw weights"),
+    "empty last.pt": (_checkpoint({"model": {}, "ema": None}), "has no raw weights"),
     "numbers": (_checkpoint({"model": {}, "ema": 5}), "does not fit recipe.yaml"),
-    "a list": (_checkpoint([1, 2]), "last.pt holds no checkpoint"),
+    "a list": (_checkpoint([1, 2]), "last.pt is not a checkpoint"),
     "recipe": (_without("recipe.yaml"), "is no readable run"),
     "recipe list": (_text("recipe.yaml", "- a\n"), "recipe.yaml holds"),
     "classes": (_without("environment.json"), "has no classes in environment.json"),
     "classes as numbers": (_text("environment.json", '{"classes": [1, 2]}'), "has no classes"),
     "two classes": (_text("environment.json", '{"classes": ["a", "b"]}'), f"{FIT}resnet with 2"),
     "model": (_other_model, f"{FIT}vit"),
-    "nan": (_nan, "holds nan or infinity"),
-    "no ema": (_no_ema, "keeps no ema weights; it has raw"),
+    "nan": (_nan, "contains nan or infinity"),
+    "no ema": (_no_ema, "has no ema weights, only raw"),
 }
 
 

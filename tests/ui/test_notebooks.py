@@ -287,7 +287,7 @@ def test_the_distillation_notebook_judges_teaches_and_compares(tmp_path):
     assert f"teacher {source}, resnet10t, 4.9 million parameters" in first.said("findings")
     assert "11 steps an epoch of 324 images" in first.said("findings")
     assert "teacher logits are cached in" in first.said("training")
-    assert "task " in first.said("training") and "mimic " in first.said("training")
+    assert "task " in first.said("training") and "distillation " in first.said("training")
     assert f"student alone: {alone.path}" in first.said("alone")
 
     table = first.table("result")

@@ -1,1 +1,1 @@
-"""Recipes read from configurations of other frameworks."""
+"""Recipes read from configurations of other frameworks: United Perception."""

@@ -68,10 +68,10 @@ class RunPicker(View):
         done = [r for r in usable if unfinished or r.status()["state"] == "finished"]
         pair = comparison.newest_pair(done, baseline)
         self.runs.value = tuple(names) or tuple(run.path.name for run in pair)
-        self._compare()
+        self._update_result()
         self.search.observe(self.refresh, names="value")
         for control in (self.runs, self.baseline, self.weights):
-            control.observe(self._compare, names="value")
+            control.observe(self._update_result, names="value")
         if watched() == "jupyter":
             with contextlib.suppress(RuntimeError):  # no event loop, so no front end either
                 self._watching = asyncio.get_running_loop().create_task(self._watch())
@@ -108,7 +108,7 @@ class RunPicker(View):
             self._labels[key] = f"{text}  {run.path.name}  ({mark}, epoch {epoch})"
         return self._labels[key]
 
-    def _compare(self, _: Any = None) -> None:
+    def _update_result(self, _: Any = None) -> None:
         if self._updating:
             return
         newest_first = [name for _, name in self.runs.options if name in self.runs.value]
@@ -143,7 +143,7 @@ class RunPicker(View):
             if (stamp := self.stamp()) != self._stamp:
                 self._stamp = stamp
                 self.refresh()
-                self._compare()
+                self._update_result()
 
     def static_repr(self) -> dict[str, str]:
         rows = [("\u2713" * (name in self.runs.value), text) for text, name in self.runs.options]
