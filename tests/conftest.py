@@ -1,4 +1,4 @@
-"""A cache of its own for the whole session, and a small folder of images for every test."""
+"""Fixtures of all tests: a cache folder of the session, small images, run folders, commands."""
 
 import atexit
 import json
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before workbench is imported anywhere: it reads the place of its cache once.
+# Before workbench is imported anywhere: it reads the folder of its cache once.
 os.environ["WORKBENCH_CACHE"] = tempfile.mkdtemp(prefix="workbench-tests-")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch is imported below, before workbench
 os.environ.pop("VIRTUAL_ENV", None)  # of another environment IPython would warn
@@ -31,7 +31,7 @@ CLASSES = ("a", "b", "c")
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The same sums here and in the children, and no fight for the cores over tiny images."""
+    """One thread of torch, as in child processes: sums in the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,14 +52,14 @@ def float64(monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs `workbench` with these words in this process, where torch is imported already."""
+    """Runs `workbench` with these words in this process."""
 
     def call(*words) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", ["workbench", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main()
         (out, err), code = capsys.readouterr(), ended.value.code
-        text = code if isinstance(code, str) else ""  # which Python prints before it ends with 1
+        text = code if isinstance(code, str) else ""  # Python prints it and exits with 1
         return subprocess.CompletedProcess(words, 1 if text else code or 0, out, err + text)
 
     return call
@@ -84,7 +84,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 def save_noise(path: Path, seed, size: tuple[int, int] = (40, 32)) -> Path:
-    """An image of smooth noise (width x height) that no other seed gives; the suffix decides."""
+    """An image of smooth noise (width x height), another one for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
     return path
@@ -96,13 +96,13 @@ def write_list(path: Path, *rows: str) -> Path:
     return path
 
 
-IMAGES, JUDGED = 400, ["ant", "bee", "cat", "dog"]  # of the runs that run_folder makes up
+IMAGES, JUDGED = 400, ["ant", "bee", "cat", "dog"]  # images and classes of run_folder
 
 
 def run_folder(
     root: Path, name: str, seed: int = 0, *, top1: float = 0.8, n: int = IMAGES, **options
 ) -> Path:
-    """A run as training leaves it: of `n` images the first ones are right, but for some luck."""
+    """A run folder as training writes it; `top1` of the `n` predictions are correct, with noise."""
     path = root / f"{name[:60]}-seed{seed}"
     path.mkdir(parents=True)
     Recipe(name=name, seed=seed, runs_dir=str(root), **options).to_yaml(path / "recipe.yaml")
@@ -124,3 +124,24 @@ def run_folder(
     steps = pd.DataFrame({"step": [1, 2, 3], "images_per_second": [10.0, 300.0, 310.0]})
     steps.to_csv(path / "steps.csv", index=False)
     return path
+
+
+@pytest.fixture
+def logit_cache(tmp_path, monkeypatch) -> Path:
+    """An empty folder for caches of teacher logits."""
+    monkeypatch.setattr("workbench.distillation.logit_cache.CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "teachers"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, str]:
+    """Paths of teachers of digits: run, a run with EMA, and wide, an untrained resnet10t."""
+    from helpers import TEACHER, train
+    from safetensors.torch import save_file
+
+    from workbench import models
+
+    folder = tmp_path_factory.mktemp("teachers")
+    run = train(Recipe(name="teacher", runs_dir=str(folder), **TEACHER))
+    save_file(models.create("resnet10t", 10, seed=7).state_dict(), folder / "wide.safetensors")
+    return {"run": str(run.path), "wide": str(folder / "wide.safetensors")}

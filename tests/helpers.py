@@ -1,4 +1,4 @@
-"""What tests of several parts share: trainings, comparisons of runs, images."""
+"""Functions of several tests: trainings, comparisons of runs, images."""
 
 import multiprocessing
 
@@ -10,10 +10,15 @@ from torchvision.transforms.v2 import functional as F
 
 from workbench import runs, training
 
-# A fresh process that has imported everything and computed nothing: children are forked from it in
-# milliseconds, and killing one is killing a training.
+# Children are forked in milliseconds from a process that has imported everything.
 fork_server = multiprocessing.get_context("forkserver")
 fork_server.set_forkserver_preload(["workbench.training", "workbench.recipe"])
+
+TEACHER = {  # a teacher of digits with an image size and normalisation that are not the defaults
+    "train_fraction": 0.25, "epochs": 3, "lr": 0.05, "ema_decay": 0.5, "eval_every": 3,
+    "image_size": 24, "val_resize": 24, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.35],
+    "workers": 0,
+}  # fmt: skip
 
 
 def train(recipe, **options) -> runs.Run:
@@ -30,8 +35,8 @@ def assert_same_tensors(ours, theirs):
 
 def assert_same_run(one: runs.Run, other: runs.Run):
     first, second = one.load_checkpoint(), other.load_checkpoint()
-    for part in ("model", "ema"):
-        assert_same_tensors(first[part], second[part])
+    for part in ("model", "ema", "adapters"):
+        assert_same_tensors(first[part] or {}, second[part] or {})
     moments = [
         {(i, k): v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
         for state in (first, second)
@@ -52,13 +57,13 @@ def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with edges, as a camera sees them."""
+    """Smooth colours with edges, as in a photograph."""
     coarse = noise_image(max(2, width // 12), max(2, height // 12), seed)
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def differences(a, b) -> np.ndarray:
-    """How far apart two images of one shape are, level by level."""
+    """Absolute differences of two images of the same shape."""
     a, b = np.asarray(a, int), np.asarray(b, int)
     assert a.shape == b.shape
     return np.abs(a - b)

@@ -1,6 +1,6 @@
 """A run folder of version 62fdd70, whose options and columns had other names, still opens.
 
-tests/earlier_run is such a folder, a distillation of two epochs, without its weights.
+tests/earlier_run is a distillation of two epochs by that version, without its weights.
 """
 
 import json
@@ -54,7 +54,7 @@ def test_its_recipe_has_the_present_names(earlier):
     assert facts["train_val_duplicates"] == 0 and facts["empty_classes"] == []
 
 
-def test_it_is_the_same_recipe_to_a_resume_and_to_a_free_name(earlier):
+def test_its_recipe_is_the_same_to_a_resume_and_to_unused_name(earlier):
     recipe = Recipe(**{**earlier.recipe(), "runs_dir": str(earlier.path.parent)})
     assert runs.unused_name(recipe) == recipe
     here = recipe.model_dump()
@@ -78,7 +78,7 @@ def test_its_model_is_loaded_and_predicts(earlier, image_folder):
 
 
 def test_a_run_of_that_version_resumes(tmp_path):
-    """From a checkpoint with the former names of what an epoch has summed up."""
+    """From a checkpoint with the former names of the sums of an epoch."""
     recipe = Recipe(
         train_fraction=0.1, epochs=2, workers=0, log_every=1, checkpoint_minutes=0.0,
         runs_dir=str(tmp_path),

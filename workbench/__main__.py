@@ -1,15 +1,19 @@
-"""The commands a notebook cannot be: `workbench --help`."""
+"""The commands: `workbench --help`."""
 
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from workbench import ROOT
+
+if TYPE_CHECKING:  # imported where needed, so that `workbench --help` starts at once
+    from workbench.recipe import Recipe
 
 app = typer.Typer(
     help="Recipes, runs and checks for image classifiers.",
@@ -22,21 +26,23 @@ Params = Annotated[Path, typer.Argument(help="a params file")]
 Overrides = Annotated[
     list[str], typer.Option("-p", "--set", metavar="OPTION=VALUE", help="overrides one option")
 ]
+Weights = Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")]
 STOPPED = 3  # exit code of a run that was stopped and can be resumed
 
 
 def main() -> None:
-    """Runs a command; what a person can fix is one message and exit code 1, not a traceback."""
+    """Runs a command; errors of the package and of files are a message and exit code 1."""
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:
-        if not type(error).__module__.startswith("workbench."):
+        of_a_file = isinstance(error, OSError) and error.filename  # its text names the file
+        if not (of_a_file or type(error).__module__.startswith("workbench.")):
             raise
         name = type(error).__name__
         sys.exit(str(error) if name == "RecipeError" else f"{name}: {error}")
 
 
-def _recipe(params: Path, overrides: list[str]):
+def _recipe(params: Path, overrides: list[str]) -> "Recipe":
     from workbench.recipe import Recipe
 
     return Recipe.from_yaml(params, **_overrides(overrides))
@@ -45,21 +51,20 @@ def _recipe(params: Path, overrides: list[str]):
 def _overrides(overrides: list[str]) -> dict[str, str]:
     from workbench.recipe import RecipeError
 
-    bad = [text for text in overrides if "=" not in text]
-    if bad:
-        raise RecipeError([f"-p {text}: wanted OPTION=VALUE" for text in bad], "command line")
+    if bad := [f"-p {text}: wanted OPTION=VALUE" for text in overrides if "=" not in text]:
+        raise RecipeError(bad, "command line")
     return dict(text.split("=", 1) for text in overrides)
 
 
 @app.command()
 def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads it, never writes
-    """Train a recipe, or go on with it. Exit code 0 finished, 3 stopped and resumable.
+    """Train a recipe, or resume it. Exit code 0 finished, 3 stopped and resumable.
 
     On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS
     """
     recipe = _recipe(params, p)
     from workbench import data, runs, training
-    from workbench.doctor import throughput
+    from workbench.doctor import teachers, throughput
     from workbench.ui import widgets
 
     run = runs.Run(recipe.folder)
@@ -67,11 +72,12 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
     content = None
     if recipe.teacher and training.is_main() and not run.file("last.pt").exists():
         content = data.load_dataset(recipe)
-        _judge_teachers(recipe, content)
+        report = teachers.teacher_report(recipe, content, max_images=512, max_val_images=2048)
+        print(*teachers.teacher_findings(recipe, report), sep="\n", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # before the first step, or twice: status says so
         for row in training.fit(recipe, run, dataset=content):
-            if not progress.started:
-                _warn(recipe, run.environment())
+            if progress.bar is None:
+                _print_warnings(recipe, run.environment())
             progress.show(row)
     if training.is_main():
         progress.close()
@@ -81,21 +87,11 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
         raise typer.Exit(STOPPED)
 
 
-def _judge_teachers(recipe, content) -> None:
-    """Prints what its teachers are worth to the student, from a look at some images."""
-    from workbench.doctor import teachers
-
-    report = teachers.teacher_report(recipe, content, max_images=512, max_val_images=2048)
-    print(*teachers.teacher_findings(recipe, report), sep="\n", flush=True)
-
-
-def _warn(recipe, environment: dict) -> None:
-    """Prints what speaks against a recipe; training goes on."""
+def _print_warnings(recipe: "Recipe", environment: dict) -> None:
     from workbench import doctor
 
     sizes = {"images": environment["train_images"], "classes": len(environment["classes"])}
-    sizes["downscaled"] = environment["downscaled"]
-    for finding in doctor.examine(recipe, **sizes):
+    for finding in doctor.examine(recipe, **sizes, downscaled=environment["downscaled"]):
         if finding.kind == "warning":
             print(finding, flush=True)
 
@@ -111,34 +107,27 @@ def notebook(
     from workbench import runs
 
     if notebook.is_file() and '"lr = ' not in notebook.read_text(encoding="utf-8"):
-        raise runs.RunError(f"{notebook} takes no recipe; run it with papermill, as it says itself")
-    folder = recipe.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise runs.RunError(f"cannot write {folder}: {error.strerror}; choose runs_dir") from None
-    output, run = folder / notebook.name, runs.Run(folder)
+        raise runs.RunError(f"{notebook} takes no recipe; run it with papermill")
+    run = runs.Run(recipe.folder)
+    with run.writing():  # raises RunError where the folder cannot be written
+        before = run.status()
+    output = run.file(notebook.name)
     # The checked recipe itself: papermill would read numbers into `name=007` or `name: 1_000`.
     command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3"]
     command += ["-y", recipe.yaml(recipe.non_default()), "--no-progress-bar", "--stdout-file", "-"]
     print(f"papermill {notebook} -> {output}", flush=True)
-    before = run.status()
-    with tempfile.TemporaryFile("w+", errors="replace") as log:  # papermill's own, and kernel's
+    with tempfile.TemporaryFile("w+", errors="replace") as log:  # warnings of a success too
         code = subprocess.run(command, stderr=log).returncode
         log.seek(0)
-        trace = log.read().rpartition("papermill.exceptions.")[2]
+        print(log.read() if code else "", end="", file=sys.stderr)
     status = run.status()
-    trained = status != before  # else the status is that of an earlier start
-    if code:
-        again = "the same command goes on from the last checkpoint"
-        print(trace, again * (trained and run.file("last.pt").exists()), file=sys.stderr)
-    if trained and status["state"] == "stopped":
+    if status != before and status["state"] == "stopped":
         raise typer.Exit(STOPPED)
     if code:
         sys.exit(code)
     words = " ".join(f"-p {text}" for text in [*p, f"seed={recipe.seed + 1}"])
-    print(f"to look at: {output} (make lab)")
-    print(f"how much is luck: workbench notebook {notebook} {params} {words}")
+    print(f"the executed notebook: {output} (make lab opens it)")
+    print(f"another seed: workbench notebook {notebook} {params} {words}")
 
 
 @app.command("check-data")
@@ -149,28 +138,24 @@ def check_data(
 ) -> None:
     """Read every image of a recipe and report what is wrong. Exit code 1 if anything is.
 
-    Hidden files are named, and are no fault.
+    Hidden files are listed, and do not count as wrong.
     """
     recipe = _recipe(params, p)
     from workbench import data
 
     content = data.load_dataset(recipe, strict=False)
     findings = data.report(content)
-    print(
-        f"{len(content.train):,} training and {len(content.val):,} validation images, "
-        f"{len(content.classes)} classes"
-    )
+    counts = f"{len(content.train):,} training and {len(content.val):,} validation images"
+    print(f"{counts}, {len(content.classes)} classes")
     if out:
         findings.to_csv(out, index=False)
     if findings.empty:
         print("every image can be read; no duplicates, nothing in both lists")
         return
     for (finding, side), rows in findings.groupby(["finding", "side"], sort=False):
-        print(f"\n{finding}, {side}: {len(rows):,}")
+        print(f"\n{finding}, {side}: {len(rows):,}; the first of them (--out FILE.csv writes all):")
         for row in rows.head(5).itertuples():
-            print("  " + "  ".join(str(v) for v in (row.file, row.detail) if v))
-        if len(rows) > 5:
-            print(f"  ... {len(rows) - 5:,} more" + ("" if out else "; --out FILE.csv lists all"))
+            print(f"  {row.file}  {row.detail}")
     print("\nTraining leaves out what cannot be read; duplicates and images in both lists stay in.")
     raise typer.Exit(int((findings.detail != "hidden").any()))
 
@@ -182,11 +167,11 @@ def doctor(
     images: Annotated[int | None, typer.Option(help="training images, without the data")] = None,
     classes: Annotated[int | None, typer.Option(help="classes, without the data")] = None,
 ) -> None:
-    """Say what a recipe will do, and what speaks against it, before it trains."""
+    """Print facts and warnings about a recipe before it trains."""
     recipe = _recipe(params, p)
     from workbench import doctor as rules
 
-    counts = None
+    content = None
     if images is None or classes is None:
         base = ROOT / Path(recipe.data_dir).expanduser()
         paths = [base / path for path in recipe.train_list or recipe.train_root]
@@ -197,47 +182,41 @@ def doctor(
         content = data.load_dataset(recipe)
         training.create_model(recipe, len(content.classes))  # checks its image sizes
         images, classes = len(content.train), len(content.classes)
-        counts = content.counts
         if content.skipped:
             print(data.describe_skipped(content.skipped))
+    counts = content.counts if content else None
+    measured = bool(content) or rules.worth_measuring(recipe)
     sizes = {"images": images, "classes": classes, "counts": counts}
-    measured = counts is not None or rules.worth_measuring(recipe)
-    for finding in rules.examine(recipe, **sizes, measured=measured):
-        print(finding)
-    if recipe.teacher and counts:
+    print(*rules.examine(recipe, **sizes, measured=measured), sep="\n")
+    if recipe.teacher and content:
         from workbench.doctor import teachers
 
         report = teachers.teacher_report(recipe, content)
-        for finding in teachers.teacher_findings(recipe, report):
-            print(finding)
+        print(*teachers.teacher_findings(recipe, report), sep="\n")
     elif recipe.teacher:
-        print("its teachers are judged on the images themselves: leave out --images, --classes")
+        print("teachers are judged on the images: leave out --images and --classes")
 
 
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="run folders; seeds of a recipe are one")],
-    weights: Annotated[str, typer.Option(help="raw, or ema where a run kept an average")] = "raw",
+    weights: Annotated[str, typer.Option(help="raw, or ema where a run averaged them")] = "raw",
     baseline: Annotated[str, typer.Option(help="name of the recipe to compare with")] = "",
     csv: Annotated[Path | None, typer.Option(help="write the table to this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write table and verdicts there")] = None,
 ) -> None:
-    """Say which recipe is better, and whether that could be luck.
+    """Print which recipe is better, and whether the difference is significant.
 
     workbench compare runs/cifar10_*
     """
-    from workbench import runs
     from workbench.evaluation import comparison
 
-    for path in filter(None, (csv, markdown)):
-        if not path.parent.is_dir():
-            raise comparison.ComparisonError(f"there is no folder {path.parent}; make it first")
-    early = [f for f in folders if runs.Run(f).unevaluated()]
+    started = [folder for folder in folders if (folder / "recipe.yaml").exists()]
+    early = [folder for folder in started if not (folder / "predictions.parquet").exists()]
     for folder in early:
         print(f"{folder} is left out: it was not evaluated yet")
-    found = comparison.compare(
-        [f for f in folders if f not in early], weights=weights, baseline=baseline
-    )
+    evaluated = [folder for folder in folders if folder not in early]
+    found = comparison.compare(evaluated, weights=weights, baseline=baseline)
     if csv:
         found.table.to_csv(csv, index=False)
     if markdown:
@@ -251,20 +230,15 @@ def compare(
 @app.command()
 def export(
     run: Annotated[Path | None, typer.Argument(help="a run folder")] = None,
-    out: Annotated[Path, typer.Option(help="folder the package is written into")] = ROOT
-    / "packages",
+    out: Annotated[Path, typer.Option(help="folder of the package")] = ROOT / "packages",
     name: Annotated[str, typer.Option(help="of the package; the run's if not given")] = "",
     version: Annotated[str, typer.Option(help="in the file's name; 1.0.0 if not given")] = "",
-    weights: Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")] = "",
+    weights: Weights = "",
     uint8_input: Annotated[bool, typer.Option(help="normalise inside the network")] = False,
     int8: Annotated[bool, typer.Option(help="add a quantised network")] = False,
-    with_preprocessing: Annotated[
-        bool, typer.Option(help="add a network that also resizes and crops")
-    ] = False,
+    with_preprocessing: Annotated[bool, typer.Option(help="add a network that resizes")] = False,
     torch_export: Annotated[bool, typer.Option(help="add a file for torch.export.load")] = False,
-    kestrel: Annotated[
-        Path | None, typer.Option(help="take the to_kestrel block of this UP configuration")
-    ] = None,
+    kestrel: Annotated[Path | None, typer.Option(help="UP configuration with to_kestrel")] = None,
     int8_points: Annotated[float, typer.Option(help="points of top-1 that int8 may lose")] = 0.5,
     p: Overrides = [],  # noqa: B006
     check: Annotated[Path | None, typer.Option(help="verify this package instead")] = None,
@@ -321,36 +295,23 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="images at once")] = 64,
     workers: Annotated[int | None, typer.Option(help="processes that read images")] = None,
     annotate_dir: Annotated[Path | None, typer.Option(help="folder for annotated images")] = None,
-    weights: Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")] = "",
+    weights: Weights = "",
 ) -> None:
     """Write the best classes of images to a table. Exit code 1 if no image could be read.
 
     The same command resumes after an interruption. A list has an image on each line.
     """
-    from workbench import data
     from workbench import export as exporting
 
-    skipped: list[tuple[str, str]] = []
     opened = exporting.open_source(source, weights)
     print(f"predictions of {opened}", flush=True)
-    counts = exporting.predict_to_file(
-        opened,
-        inputs,
-        out,
-        top=top,
-        batch_size=batch_size,
-        workers=workers,
-        annotate_dir=annotate_dir,
-        skipped=skipped,
-    )
-    if skipped:
-        print(data.describe_skipped(skipped))
-    print(f"{sum(counts.values()):,} images: {counts.get('', 0):,} predictions in {out}")
+    how = {"top": top, "batch_size": batch_size, "workers": workers, "annotate_dir": annotate_dir}
+    counts = exporting.predict_to_file(opened, inputs, out, **how)
+    predicted = counts.pop("", 0)
+    print(f"{predicted + sum(counts.values()):,} images: {predicted:,} predictions in {out}")
     for reason, count in counts.items():
-        if reason:
-            print(f"{count:,} {reason}: see the column error")
-    if not counts.get(""):
-        raise typer.Exit(1)
+        print(f"{count:,} {reason}: see the column error")
+    raise typer.Exit(int(not predicted))
 
 
 @app.command("import-up")
@@ -371,16 +332,11 @@ def import_up(
     print(found.summary(), file=sys.stderr)
 
 
-@app.command("options", hidden=True)
 @app.command()
 def options(
-    notebooks: Annotated[
-        bool, typer.Option(help="write them into the parameters cells of notebooks/")
-    ] = False,
+    notebooks: Annotated[bool, typer.Option(help="write them into notebooks/")] = False,
 ) -> None:
     """Print every option of a recipe with its default and meaning."""
-    import json
-
     from workbench.recipe import Recipe
 
     if not notebooks:
@@ -392,8 +348,8 @@ def options(
             if "parameters" in cell["metadata"].get("tags", []) and "lr = " in str(cell["source"]):
                 cell["source"] = Recipe.parameters_cell().splitlines(keepends=True)
                 cell["metadata"]["jupyter"] = {"source_hidden": True}
-        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8")
+        text = json.dumps(notebook, indent=1, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -409,7 +365,7 @@ def migrate(files: Annotated[list[Path], typer.Argument(help="params files")]) -
 
 @app.command("runs")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="where run folders lie")] = ROOT / "runs",
+    folder: Annotated[Path, typer.Argument(help="the folder of run folders")] = ROOT / "runs",
 ) -> None:
     """List the runs in a folder, newest first."""
     from workbench import runs

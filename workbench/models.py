@@ -7,7 +7,6 @@ print(load(model, "runs/imagenet-seed0"))     # what was loaded, re-initialised,
 import argparse
 import contextlib
 import difflib
-import json
 import re
 import sys
 import unicodedata
@@ -27,16 +26,16 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench import ROOT, runs
 
+hub = huggingface_hub.constants
+
 
 class ModelError(ValueError):
     """A model or weights that cannot be used."""
-
-
-# ---- models
 
 
 def create(
@@ -58,42 +57,34 @@ def create(
     32). Raises ModelError.
     """
     check_name(name)
-    options: dict[str, Any] = {"drop_rate": dropout}
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    if deep_stem:
-        options |= {"stem_type": "deep", "stem_width": 32}
-    if avg_down:
-        options["avg_down"] = True
-    if drop_path:
-        options["drop_path_rate"] = drop_path
     published = timm.get_pretrained_cfg(name)
-    if published and published.fixed_input_size:
-        options["img_size"] = image_size
-    hub = huggingface_hub.constants
+    options = {  # None is not passed on
+        "num_classes": num_classes,
+        "drop_rate": dropout,
+        "drop_path_rate": drop_path or None,
+        "stem_type": "deep" if deep_stem else None,
+        "stem_width": 32 if deep_stem else None,
+        "avg_down": avg_down or None,
+        "img_size": image_size if published and published.fixed_input_size else None,
+    }
     offline = pretrained and (hub.HF_HUB_OFFLINE or not _online())
     with torch.random.fork_rng(devices=[]), mock.patch.object(hub, "HF_HUB_OFFLINE", offline):
         torch.default_generator.manual_seed(seed)  # timm initialises on the CPU
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except Exception as error:
-            if not pretrained:
-                raise ModelError(
-                    f"{name} cannot be created with image_size {image_size} and {options}: "
-                    f"{_first_sentence(error)}"
-                ) from None
-            raise ModelError(
-                f"the published weights of {name}, {published and published.hf_hub_id}, are not in "
-                f"{hub.HF_HUB_CACHE} and could not be fetched ({_first_sentence(error)}); download "
-                "the file and name it in weights, or set pretrained: false"
-            ) from None
+            given = {key: value for key, value in options.items() if value}
+            text = f"{name} cannot be created with image_size {image_size} and {given}"
+            if pretrained:
+                text = f"the weights {published and published.hf_hub_id} of {name} are neither in "
+                text += f"{hub.HF_HUB_CACHE} nor online; download them and name the file in weights"
+            raise ModelError(f"{text} ({_first_sentence(error)})") from None
 
 
 def _online() -> bool:
     """Whether Hugging Face responds within 5 s; its own downloads would retry for a minute."""
     with contextlib.suppress(Exception):
-        address = huggingface_hub.constants.ENDPOINT
-        return bool(huggingface_hub.get_session().head(address, timeout=5))
+        return bool(huggingface_hub.get_session().head(hub.ENDPOINT, timeout=5))
     return False
 
 
@@ -115,10 +106,8 @@ def check_size(model: nn.Module, size: int, option: str, takes: int) -> None:
         with eval_mode(model), torch.no_grad():
             model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     except Exception as error:
-        raise ModelError(
-            f"{model.default_cfg['architecture']} does not take {option} {size} "
-            f"({_first_sentence(error)}); set it to {takes}, or to another size the model takes"
-        ) from None
+        text = f"{model.default_cfg['architecture']} does not take {option} {size}"
+        raise ModelError(f"{text} ({_first_sentence(error)}); set it to {takes}") from None
 
 
 def parameters(model: nn.Module) -> int:
@@ -136,11 +125,8 @@ def module(model: nn.Module, name: str) -> nn.Module:
     """The submodule of that name. Raises ModelError with close names."""
     names = [known for known, _ in model.named_modules() if known]
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=4)
-        close = close or [known for known in names if "." not in known]
-        raise ModelError(
-            f"{type(model).__name__} has no module {name!r}; near: {_shortened(close, 12)}"
-        )
+        close = difflib.get_close_matches(name, names, n=4) or [n for n in names if "." not in n]
+        raise ModelError(f"{type(model).__name__} has no module {name!r}; near: {_few(close)}")
     return model.get_submodule(name)
 
 
@@ -154,9 +140,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-# ---- cost
 
 
 def profile(model: nn.Module, image_size: int) -> dict[str, float]:
@@ -175,14 +158,13 @@ def profile(model: nn.Module, image_size: int) -> dict[str, float]:
             if isinstance(value, Tensor):
                 outputs.setdefault(value.untyped_storage().data_ptr(), value)
 
-    with contextlib.ExitStack() as stack:
-        for part in model.modules():
-            stack.enter_context(part.register_forward_hook(save))
-        stack.enter_context(eval_mode(model))
-        stack.enter_context(torch.no_grad())
-        # Fused attention kernels are not counted on every device, plain products are.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        flops = stack.enter_context(FlopCounterMode(display=False))
+    with (
+        register_module_forward_hook(save),
+        eval_mode(model),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),  # fused attention is not counted on every device
+        FlopCounterMode(display=False) as flops,
+    ):
         model(image)
     outputs.pop(image.untyped_storage().data_ptr(), None)
     return {
@@ -207,14 +189,11 @@ class Loaded:
 
     def __str__(self) -> str:
         text = f"{self.source}: {len(self.loaded)} tensors loaded"
-        resampled = {name: why for name, why in self.loaded.items() if why}
-        for status, tensors in (
-            ("re-initialised", [f"{name} ({why})" for name, why in self.reinitialised.items()]),
-            ("in the file ignored", self.ignored),
-            ("of them resampled", [f"{name} ({why})" for name, why in resampled.items()]),
-        ):
-            text += f"; {len(tensors)} {status}: {_shortened(tensors)}" if tensors else ""
-        return text + (f"; {self.note}" if self.note else "")
+        for status, rows in self.table().groupby("status", sort=False):
+            if status != "loaded":
+                names = [f"{row.tensor} ({row.why})" for row in rows.itertuples()]
+                text += f"; {len(names)} {status}: {_few(names)}"
+        return f"{text}; {self.note}" if self.note else text
 
     def table(self) -> pd.DataFrame:
         """A row per tensor: tensor, status (re-initialised, ignored, resampled or loaded), why."""
@@ -229,17 +208,15 @@ def load(
 ) -> Loaded:
     """Loads the weights that fit from a run folder or a weights file.
 
-    Understands run folders (EMA weights as runs.Run.choose_weights says), safetensors, and state
-    dicts saved by torch, plain or in a dict under "ema", "model", "state_dict" and the like (EMA
-    preferred), with any prefix (`module.`), in timm's, torchvision's or UP's names. Position
-    embeddings of another image size are resampled. The classifier of a run trained on other
-    `classes` is re-initialised. Raises ModelError for a file that cannot be read, contains other
-    Python objects or nan, or (without `force`) fits less than half of the body's tensors.
+    Reads run folders (EMA weights as by runs.Run.choose_weights), safetensors, and state dicts of
+    torch, plain or below "ema", "model", "state_dict" and the like (EMA preferred), with any prefix
+    (`module.`), in timm's, torchvision's or UP's names. Position embeddings of another image size
+    are resampled. The classifier of a run trained on other `classes` is re-initialised. Raises
+    ModelError for a file that cannot be read, contains other Python objects or nan, or (without
+    `force`) fits less than half of the body's tensors.
     """
     path = ROOT / Path(source).expanduser()
     label, tensors = read_weights(path)
-    if any(name.startswith("backbone.") for name in tensors):
-        label += " (United Perception's names; only its ResNets' are translated to timm's)"
     other_classes = classes is not None and not same_classes(run_classes(path), classes)
     return _load_fitting(model, label, _rename(label, tensors, model), other_classes, force)
 
@@ -267,9 +244,8 @@ def _load_fitting(
     for name, value in own.items():
         why, given = "", tensors.get(name)
         if given is None:
-            result.reinitialised[name] = "not in the file"
-            continue
-        if given.shape != value.shape:
+            why = "not in the file"
+        elif given.shape != value.shape:
             resampled = _resample(model, tensors) if resampled is None else resampled
             why = f"file has {tuple(given.shape)}, model {tuple(value.shape)}"
             given = None if name.startswith(head) else resampled.get(name)
@@ -287,8 +263,7 @@ def _load_fitting(
         hint = "; allow_partial_weights: true loads them nevertheless" if fitting else ""
         raise ModelError(
             f"{label} fits {fits} of the model's {len(body)} tensors before the classifier, so it "
-            f"is of another model: the file has {_shortened(list(tensors))}, the model "
-            f"{_shortened(body)}{hint}"
+            f"is of another model: the file has {_few([*tensors])}, the model {_few(body)}{hint}"
         )
     model.load_state_dict(fitting, strict=False)
     return result
@@ -307,78 +282,60 @@ _SCALAR = np.float64().__reduce__()[0]
 _SAFE = [argparse.Namespace, np.dtype, *{type(np.dtype(c)) for c in "?bBhHiIlLqQefd"}]
 _SAFE += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 _EMA_KEYS = ("ema", "state_dict_ema", "model_ema", "ema_state_dict")  # the last is UP's
-_MODEL_KEYS = ("model", "state_dict")
+_MODEL_KEYS = ("model", "state_dict", "model_state_dict")
 
 
 def read_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
     """(description, tensors by name) of a run folder or a file. Never executes code from it."""
     if path.is_dir():
-        for name in ("last.pt", "best.safetensors"):
-            if (path / name).exists():
-                return read_weights(path / name)
-        raise ModelError(
-            f"{path} is no run folder with weights: neither last.pt nor best.safetensors"
-        )
+        files = [file for name in ("last.pt", "best.safetensors") if (file := path / name).exists()]
+        if not files:
+            raise ModelError(f"{path} is no run folder: neither last.pt nor best.safetensors")
+        path = files[0]
     content = _read_file(path)
     keys, measured = _EMA_KEYS + _MODEL_KEYS, ""
     if path.name == "last.pt" and isinstance(content, Mapping) and content.get("ema"):
         kind, measured = runs.Run(path.parent).choose_weights()
         keys = _MODEL_KEYS if kind == "raw" else keys
     key, tensors = _find_state_dict(content, keys)
-    if tensors:
-        details = ", ".join(text for text in (key, measured) if text)
-        return f"{path} [{details}]" if key else str(path), tensors
-    held = content if isinstance(content, Mapping) else {}
-    others = [key for key, value in held.items() if _tensors(value)]
-    if len(others) == 1:  # any other name, such as model_state_dict
-        return f"{path} [{others[0]}]", _tensors(held[others[0]])
-    found = f"no state dict, but {list(held) or type(content).__name__!r:.200}"
-    if others:
-        found = f"several state dicts, {others}"
-    raise ModelError(f"{path} holds {found}; save that of the model alone")
+    if not tensors:
+        held = [*content] if isinstance(content, Mapping) else type(content).__name__
+        raise ModelError(f"{path} has no state dict below one of {', '.join(keys)}, but {held}")
+    details = ", ".join(text for text in (key, measured) if text)
+    return f"{path} [{details}]" if key else str(path), tensors
 
 
 def _read_file(path: Path) -> Any:
     if not path.exists():
         raise ModelError(f"weights {str(path)!r} are not there")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except Exception as error:
-            raise ModelError(f"{path} is no readable safetensors file: {error}") from None
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_SAFE):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         objects = ", ".join(re.findall(r"GLOBAL (\S+)", str(error)))
-        why = f"holds Python objects: {objects}" if objects else "is truncated or no PyTorch file"
-        raise ModelError(
-            f"{path} {why}; objects beside tensors are not run here, save its state dict alone"
-        ) from None
+        why = f"holds Python objects, {objects}" if objects else "is truncated or no weights file"
+        raise ModelError(f"{path} {why}; only tensors are read, objects are not run here") from None
 
 
 def _find_state_dict(content: Any, keys: tuple[str, ...]) -> tuple[str, dict[str, Tensor]]:
     """(key, tensors) of the first of `keys` with tensors, at any depth; else content's own."""
-    for key in keys if isinstance(content, Mapping) else ():
-        if isinstance(content.get(key), Mapping):
-            _, tensors = _find_state_dict(content[key], keys)
-            if tensors:
-                return key, tensors
-    return "", _tensors(content)
+    if not isinstance(content, Mapping):
+        return "", {}
+    for key in keys:
+        _, tensors = _find_state_dict(content.get(key), keys)
+        if tensors:
+            return key, tensors
+    return "", {str(k): value for k, value in content.items() if isinstance(value, Tensor)}
 
 
-def _tensors(content: Any) -> dict[str, Tensor]:
-    items = content.items() if isinstance(content, Mapping) else ()
-    return {str(key): value for key, value in items if isinstance(value, Tensor)}
-
-
-# United Perception: backbone.layer0.0 is the stem's convolution(s), layer0.1 its norm.
-_UP_NAMES = (
-    (re.compile(r"\bbackbone\.layer0\.0\."), "conv1."),
-    (re.compile(r"\bbackbone\.layer0\.1\."), "bn1."),
-    (re.compile(r"\bbackbone\."), ""),
-    (re.compile(r"\bhead\.classifier\."), "fc."),
-)
+_UP_NAMES = {  # United Perception: layer0.0 is the stem's convolution(s), layer0.1 its norm
+    r"\bbackbone\.layer0\.0\.": "conv1.",
+    r"\bbackbone\.layer0\.1\.": "bn1.",
+    r"\bbackbone\.": "",
+    r"\bhead\.classifier\.": "fc.",
+}
 
 
 def _rename(label: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -387,8 +344,8 @@ def _rename(label: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict
     Raises ModelError if the file holds the model twice, such as a student and a teacher.
     """
     if any("backbone.layer0." in name for name in tensors):
-        for pattern, name in _UP_NAMES:
-            tensors = {pattern.sub(name, key): value for key, value in tensors.items()}
+        for pattern, name in _UP_NAMES.items():
+            tensors = {re.sub(pattern, name, key): value for key, value in tensors.items()}
     own = model.state_dict()
     starts = [(name, m.end()) for name in tensors for m in re.finditer(r"^|\.", name)]
     prefixes = Counter(name[:end] for name, end in starts if name[end:] in own).most_common(2)
@@ -399,12 +356,9 @@ def _rename(label: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
-def _shortened(names: list[str], count: int = 4) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-# ---- run folders as sources of weights
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def run_pixels(path: Path) -> dict[str, Any]:
@@ -417,12 +371,10 @@ def run_pixels(path: Path) -> dict[str, Any]:
 
 def run_classes(path: Path) -> list[str] | None:
     """Class names, in NFC, of a run folder or of a file in one; None if unknown."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        names = json.loads((folder / "environment.json").read_text())["classes"]
+    with contextlib.suppress(runs.RunError, KeyError, TypeError):
+        names = runs.Run(path if path.is_dir() else path.parent).environment()["classes"]
         return [unicodedata.normalize("NFC", name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None
 
 
 def same_classes(theirs: list[str] | None, ours: list[str]) -> bool:

@@ -8,12 +8,13 @@ this module imports neither torch nor pandas.
 """
 
 import ast
+import contextlib
 import difflib
 import hashlib
 import json
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError, ValidationInfo, field_validator
@@ -56,8 +57,7 @@ class RecipeError(ValueError):
 
     def __init__(self, problems: list[str], source: str = "recipe"):
         self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {text}" for text in problems))
+        super().__init__("\n  - ".join([f"{source}: {len(problems)} problem(s)", *problems]))
 
 
 FIELDS = list(Options.model_fields)
@@ -67,8 +67,7 @@ class Recipe(Options):
     """Options that are valid together. Raises RecipeError, never a pydantic error."""
 
     def __init__(self, /, **values: Any):
-        unknown = [key for key in values if key not in FIELDS]
-        problems = [f"{key}: {_unknown(key, n)}" for n, key in enumerate(unknown)]
+        problems = [f"{key}: {_unknown(key)}" for key in values if key not in FIELDS]
         known = {key: value for key, value in values.items() if key in FIELDS}
         bad: dict[str, str] = {}
         try:
@@ -93,7 +92,10 @@ class Recipe(Options):
 
         Raises RecipeError for a file that is missing, is not a flat mapping or has a bad option.
         """
-        return cls._named(str(path), {**read_params(path), **overrides})
+        try:
+            return cls(**{**params_files.read(path, TEXT), **overrides})
+        except ValueError as error:
+            raise RecipeError(getattr(error, "problems", [str(error)]), str(path)) from None
 
     @classmethod
     def from_namespace(cls, namespace: Mapping[str, Any]) -> "Recipe":
@@ -104,25 +106,15 @@ class Recipe(Options):
         variables are ignored.
         """
         cells = [text for text in namespace.get("In") or [] if text.startswith("# Parameters")]
-        if not cells:
-            values = {
-                k: v
-                for k, v in namespace.items()
-                if (not k.startswith("_") and _plain(v))
-                or (k in FIELDS and not isinstance(v, types.ModuleType))
-            }
-            return cls._named("parameters", values)
         # Of a cell that was corrected and run again, the last text counts.
         cells = {text.partition("\n")[0]: text for text in cells}.values()
-        names = [name for cell in cells for name in _assigned(cell)]
-        return cls._named("parameters", {name: namespace[name] for name in names})
-
-    @classmethod
-    def _named(cls, source: str, values: Mapping[str, Any]) -> "Recipe":
-        try:
-            return cls(**values)
-        except RecipeError as error:
-            raise RecipeError(error.problems, source) from None
+        nodes = [node for text in cells for node in ast.walk(ast.parse(text))]
+        names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        if not cells:
+            plain = bool | int | float | str | list | tuple | None
+            names = [k for k, v in namespace.items() if k[:1] != "_" and isinstance(v, plain)]
+            names += FIELDS
+        return cls(**{name: namespace[name] for name in names if name in namespace})
 
     def replace(self, **changes: Any) -> "Recipe":
         """This recipe with other values, checked again."""
@@ -140,8 +132,8 @@ class Recipe(Options):
     def yaml(self, keys: Iterable[str]) -> str:
         """These options as lines of a params file, each with its description."""
         fields = type(self).model_fields
-        dumped = ((k, params_files.dump(getattr(self, k))) for k in keys)
-        return "".join(f"{k}: {text}  # {fields[k].description}\n" for k, text in dumped)
+        dumped = ((key, params_files.dump(getattr(self, key))) for key in keys)
+        return "".join(f"{key}: {text}  # {fields[key].description}\n" for key, text in dumped)
 
     @classmethod
     def parameters_cell(cls) -> str:
@@ -189,7 +181,7 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 def inactive_options(values: Mapping[str, Any]) -> set[str]:
     """Options that have no effect with these values, whatever they are set to."""
-    recipe = types.SimpleNamespace(**{**defaults(), **values})
+    recipe = SimpleNamespace(**{**defaults(), **values})
     return {key for key in FIELDS if unmet_needs(metadata(key)["needs"], recipe)}
 
 
@@ -201,26 +193,11 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     return new
 
 
-def read_params(path: str | Path) -> dict[str, Any]:
-    """The flat mapping of a params file.
-
-    Raises RecipeError naming the line of a syntax error, a repeated key, or what came instead of
-    a mapping.
-    """
-    try:
-        return params_files.read(path, TEXT)
-    except ValueError as error:
-        raise RecipeError([str(error)], str(path)) from None
-
-
-def _unknown(key: str, number: int) -> str:
+def _unknown(key: str) -> str:
     """Why there is no such option, and which one may be meant."""
     if key in RENAMED:
         return f"renamed to {RENAMED[key]!r}; `workbench migrate FILE` rewrites a params file"
-    if number >= 20:  # each takes a millisecond
-        return "no such option"
-    names = {name: name for name in FIELDS}
-    names |= {other: name for name in FIELDS for other in metadata(name)["aka"]}
+    names = {other: name for name in FIELDS for other in (name, *metadata(name)["aka"])}
     close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
     hint = f"the nearest is {names[close[0]]!r}" if close else "`workbench options` lists all"
     return f"no such option; {hint}"
@@ -229,11 +206,11 @@ def _unknown(key: str, number: int) -> str:
 def _coerced(value: Any, annotation: Any) -> Any:
     """YAML 1.1 and the command line give `3e-4`, `true` or `[1, 2]` as text: the value it means."""
     kinds = [*get_args(annotation), annotation]
-    text = value.strip().lower() if isinstance(value, str) else None
+    text = value.strip().lower() if isinstance(value, str) else ""
     if text in ("none", "null") and type(None) in kinds:
         return None
     if get_origin(annotation) is list:
-        if text and text.startswith("["):
+        if text.startswith("["):
             try:  # items of text options stay as they are written
                 value = params_files.parse_list(value, as_text=annotation == list[str])
             except ValueError:
@@ -242,11 +219,9 @@ def _coerced(value: Any, annotation: Any) -> Any:
         return [_coerced(item, kinds[0]) for item in value]
     if text in ("true", "false") and bool in kinds:
         return text == "true"
-    if text is not None and (int in kinds or float in kinds):
-        try:
+    if text and (int in kinds or float in kinds):
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            return value
     if isinstance(value, float) and int in kinds and value.is_integer():
         return int(value)
     if annotation is str and type(value) is int:  # papermill's -p makes a number of 20261126
@@ -256,24 +231,6 @@ def _coerced(value: Any, annotation: Any) -> Any:
 
 def _sentence(key: str, given: Any, item: Mapping[str, Any]) -> str:
     """What was given and what is allowed, from one pydantic error."""
+    where = "".join(f" at position {at}" for at in item["loc"][1:] if isinstance(at, int))
     text = item["msg"][0].lower() + item["msg"][1:]
-    if item["type"] == "string_type":
-        text += "; put it in quotes, or use -r instead of papermill's -p"
-    where = (
-        f" at position {item['loc'][1]}" if len(item["loc"]) > 1 and item["loc"][1] != key else ""
-    )
     return f"{given!r}{where}: {text} ({Recipe.model_fields[key].description})"
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | list | tuple)
-
-
-def _assigned(source: str) -> list[str]:
-    targets = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign):
-            targets += [name.id for name in node.targets if isinstance(name, ast.Name)]
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            targets.append(node.target.id)
-    return list(dict.fromkeys(targets))

@@ -1,15 +1,4 @@
-"""The run folder: what a training writes, in files that pandas reads.
-
-    runs/<name>/  recipe.yaml          every option
-                  environment.json     versions, commit, device, seconds, memory, data fingerprint
-                  metrics.csv          a row per epoch; the same bytes after a kill and resume
-                  steps.csv            a row per log_every steps, with speed
-                  predictions.parquet  a row per validation image and set of weights (raw, ema)
-                  quarantine.csv       images that could not be read, if there are any
-                  weights_report.csv   a row per tensor, if it started from other weights
-                  status.json          running, stopped, finished or failed, and the step
-                  last.pt              the checkpoint a resume starts from
-                  best.safetensors     weights of the best validated epoch (chosen on that list)
+"""The run folder: what a training writes, in files that pandas reads; `Run` lists them.
 
 Files are replaced atomically (temporary file, fsync, rename) or appended to by line. An exclusive
 lock keeps a second writer out; it ends with its process.
@@ -24,8 +13,9 @@ import io
 import json
 import math
 import os
+import secrets
+import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,6 +29,7 @@ if TYPE_CHECKING:  # imported where needed, so that `workbench runs` starts with
     import pandas as pd
 
 STATES = ("new", "running", "interrupted", "stopped", "failed", "finished", "unreadable")
+TABLES = ("metrics.csv", "steps.csv", "quarantine.csv")
 
 
 class RunError(RuntimeError):
@@ -48,32 +39,26 @@ class RunError(RuntimeError):
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; at the end, fsynced and renamed to it, or removed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.touch(exist_ok=False)
     try:
+        mode = temporary.stat().st_mode
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600
+        temporary.chmod(mode)  # some libraries write 0600
+        _fsync(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 _locks: set[int] = set()  # file descriptors of this process
@@ -97,13 +82,13 @@ def locking(path: Path) -> Iterator[tuple[int, bool]]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     _locks.add(handle)
     try:
-        yield handle, _taken(handle)
+        yield handle, _take_lock(handle)
     finally:
         _locks.discard(handle)
         os.close(handle)
 
 
-def _taken(handle: int) -> bool:
+def _take_lock(handle: int) -> bool:
     """Whether the lock was free; retried for 0.4 s, since readers hold it for a moment."""
     for _ in range(20):
         try:
@@ -115,15 +100,24 @@ def _taken(handle: int) -> bool:
 
 
 class Run:
-    """One run folder. Creating a Run reads nothing; `writing` creates and locks the folder."""
+    """One run folder. Creating a Run reads nothing; `writing` creates and locks the folder.
+
+    recipe.yaml          every option
+    environment.json     versions, commit, device, seconds, memory, data fingerprint
+    metrics.csv          a row per epoch; the same bytes after a kill and resume
+    steps.csv            a row per log_every steps, with speed
+    predictions.parquet  a row per validation image and set of weights (raw, ema)
+    quarantine.csv       images that could not be read, if there are any
+    weights_report.csv   a row per tensor, if it started from other weights
+    status.json          running, stopped, finished or failed, and the step
+    last.pt              the checkpoint a resume starts from
+    best.safetensors     weights of the best validated epoch (chosen on that list)
+    STOP                 created by a user or a widget: training stops at the next step
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._lock: int | None = None
-        self._columns: dict[str, list[str]] = {}
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        self._writing = False
 
     def file(self, name: str) -> Path:
         """The path of a file of the folder, whether it exists or not."""
@@ -134,11 +128,11 @@ class Run:
     def status(self) -> dict[str, Any]:
         """state (one of STATES), step, steps, message; `running` only if its writer lives."""
         status = {"state": "new", "step": 0, "steps": None, "message": ""}
-        if self.file("status.json").exists():
-            try:
+        try:
+            if self.file("status.json").exists():
                 status |= json.loads(self.file("status.json").read_text())
-            except (OSError, ValueError, TypeError) as error:
-                return status | {"state": "unreadable", "message": str(error)}
+        except (OSError, ValueError, TypeError) as error:
+            return status | {"state": "unreadable", "message": str(error)}
         if status["state"] == "running" and not self.locked():
             status["state"] = "interrupted"
         return status
@@ -152,36 +146,25 @@ class Run:
         print(f"nothing to show yet: {status['message'] or f'{self.path} is ' + status['state']}")
         return False
 
-    def unevaluated(self) -> bool:
-        """Whether this is a run that has no predictions yet."""
-        return self.file("recipe.yaml").exists() and not self.file("predictions.parquet").exists()
-
     def recipe(self) -> dict[str, Any]:
         """The options in recipe.yaml."""
         import yaml
 
+        # libyaml's parser where PyYAML has it: ten times as fast, as safe.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         try:
-            # libyaml's parser where PyYAML has it: ten times as fast, as safe.
-            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
             text = self.file("recipe.yaml").read_text(encoding="utf-8")
-            recipe = yaml.load(text, Loader=loader) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            return renamed(yaml.load(text, Loader=loader) or {})
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise RunError(f"{self.path} is no readable run: {error}") from None
-        if not isinstance(recipe, dict):
-            raise RunError(f"{self.path} is no readable run: recipe.yaml holds {recipe!r:.60}")
-        return renamed(recipe)
 
     def environment(self) -> dict[str, Any]:
         """environment.json; empty if there is none."""
-        if not self.file("environment.json").exists():
-            return {}
+        path = self.file("environment.json")
         try:
-            facts = dict(json.loads(self.file("environment.json").read_text()))
+            facts = dict(json.loads(path.read_text())) if path.exists() else {}
         except (OSError, ValueError, TypeError) as error:
-            raise RunError(
-                f"{self.file('environment.json')} cannot be read ({_first_line(error)}); move it "
-                "away to go on without its record"
-            ) from None
+            raise RunError(f"{path} cannot be read ({error}); move it away to continue") from None
         return {RENAMED_FACTS.get(key, key): value for key, value in facts.items()}
 
     def metrics(self) -> pd.DataFrame:
@@ -191,6 +174,10 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """A row per log_every steps, empty before the first."""
         return self._frame("steps.csv")
+
+    def quarantine(self) -> pd.DataFrame:
+        """The images that could not be read: side, file, label, reason, detail, step."""
+        return self._frame("quarantine.csv")
 
     def choose_weights(self, asked: str = "") -> tuple[str, str]:
         """ "raw" or "ema", and a text with the last top-1 of both.
@@ -204,10 +191,6 @@ class Run:
         raw, ema, images = rows.iloc[-1]
         worse = raw - ema > 2 * math.sqrt((raw * (100 - raw) + ema * (100 - ema)) / images)
         return asked or ("raw" if worse else "ema"), f"top-1 raw {raw:.2f} %, EMA {ema:.2f} %"
-
-    def quarantine(self) -> pd.DataFrame:
-        """The images that could not be read: side, file, label, reason, detail, step."""
-        return self._frame("quarantine.csv")
 
     def predictions(self, weights: str | None = None) -> pd.DataFrame:
         """A row per validation image of the last evaluation; `weights` picks raw or ema."""
@@ -229,8 +212,7 @@ class Run:
     def _text(self, name: str) -> str:
         """The complete lines of a table: a killed writer may leave half a line."""
         try:
-            with open(self.file(name), newline="", encoding="utf-8") as file:
-                text = file.read()
+            text = self.file(name).read_bytes().decode()  # with the line ends as they are
         except OSError:
             return ""
         return text[: text.rfind("\n") + 1]
@@ -240,44 +222,35 @@ class Run:
     def locked(self) -> bool:
         """Whether some process is writing this run."""
         try:
-            handle = os.open(self.file("lock"), os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
+            with open(self.file("lock"), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:  # also where there is no file
+            return isinstance(error, BlockingIOError)
+        return False
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Run]:
         """Creates and locks the folder. Raises RunError if another process has locked it."""
-        with contextlib.ExitStack() as stack:
+        lock = self.file("lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error}; choose another runs_dir") from None
+        with locking(lock) as (_, ours):
+            if not ours:
+                owner = lock.read_text(errors="replace") or "another process"
+                stop = f"wait for it, or stop it with: touch {self.file('STOP')}"
+                raise RunError(f"{self.path} is being written by {owner}; {stop}")
+            with contextlib.suppress(OSError):  # a full disk is reported by the first file
+                lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            for leftover in self.path.glob(".*.*.????????"):  # of a writer that was killed
+                leftover.unlink(missing_ok=True)
+            self._writing = True
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock, ours = stack.enter_context(locking(self.file("lock")))
-            except OSError as error:
-                raise RunError(
-                    f"cannot write {self.path}: {error.strerror}; choose another runs_dir"
-                ) from None
-            try:
-                if not ours:
-                    owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
-                    raise RunError(
-                        f"{self.path} is being written by {owner or 'another process'}; wait for "
-                        f"it, stop it (touch {self.file('STOP')}), or give this run another name"
-                    )
-                with contextlib.suppress(OSError):  # a full disk is reported by the first file
-                    os.ftruncate(self._lock, 0)
-                    owner = f"process {os.getpid()} on {socket.gethostname()}"
-                    os.pwrite(self._lock, owner.encode(), 0)
-                for leftover in self.path.glob(".*.*.????????"):  # of a writer that was killed
-                    leftover.unlink(missing_ok=True)
                 yield self
             finally:
-                self._lock = None
+                self._writing = False
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Replaces a JSON file."""
@@ -286,9 +259,8 @@ class Run:
 
     def set_status(self, state: str, **values: Any) -> None:
         """Replaces status.json; values that are not given stay."""
-        old = {k: v for k, v in self.status().items() if k != "state"}
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self.write_json("status.json", {**old, **values, "state": state, "updated": now})
+        self.write_json("status.json", {**self.status(), **values, "state": state, "updated": now})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Adds a line to a CSV file in one write; the first row defines the columns.
@@ -296,57 +268,40 @@ class Run:
         Floats are written as their shortest exact text, None as an empty field.
         """
         path = self.file(name)
-        lines = []
-        if name not in self._columns:
-            if path.exists() and path.stat().st_size:
-                with open(path, newline="", encoding="utf-8") as file:
-                    self._columns[name] = next(csv.reader(file))
-            else:
-                self._columns[name] = list(row)
-                lines.append(self._columns[name])
-        columns = self._columns[name]
-        if set(row) != set(columns):
-            raise RunError(f"{path}: row of {sorted(row)} under columns {sorted(columns)}")
-        lines.append(["" if row[c] is None else row[c] for c in columns])
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(lines)
-        handle = self._guarded(os.open, path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            data = text.getvalue().encode()
-            if self._guarded(os.write, handle, data) != len(data):
-                raise RunError(
-                    f"{path}: only half a line was written; free disk space and start again"
-                )
-        finally:
-            os.close(handle)
+        with self._errors(name), open(path, "a+", newline="", encoding="utf-8") as file:
+            file.seek(0)
+            columns = next(csv.reader(file), None)
+            writer = csv.DictWriter(file, columns or list(row), lineterminator="\n")
+            if columns is None:
+                writer.writeheader()
+            elif set(row) != set(columns):
+                raise RunError(f"{path}: row of {sorted(row)} under columns {sorted(columns)}")
+            writer.writerow(row)
 
     def truncate_after(self, step: int) -> None:
         """Removes the rows after `step` from the tables, and incomplete lines."""
-        self._columns.clear()
-        for name in ("metrics.csv", "steps.csv", "quarantine.csv"):
-            path = self.file(name)
-            if not path.exists():
+        for name in TABLES:
+            if not self.file(name).exists():
                 continue
             header, *rows = list(csv.reader(io.StringIO(self._text(name), newline=""))) or [[]]
-            header = [RENAMED_COLUMNS.get(name, name) for name in header]
-            column = header.index("step") if "step" in header else None
-            kept = [row for row in rows if column is not None and _step(row, column) <= step]
-            if kept:
-                text = io.StringIO()
-                csv.writer(text, lineterminator="\n").writerows([header, *kept])
-                with self.atomic_write(name) as temporary:
-                    temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-            else:
-                path.unlink()
+            header = [RENAMED_COLUMNS.get(column, column) for column in header]
+            rows = [row for row in rows if float(row[header.index("step")]) <= step]
+            if not rows:
+                self.file(name).unlink()
+                continue
+            with (
+                self.atomic_write(name) as path,
+                path.open("w", encoding="utf-8", newline="") as out,
+            ):
+                csv.writer(out, lineterminator="\n").writerows([header, *rows])
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replaces last.pt, then syncs the tables up to it."""
+        """Replaces last.pt; the tables are synced first."""
         import torch
 
-        for name in ("metrics.csv", "steps.csv", "quarantine.csv"):
+        for name in TABLES:
             if self.file(name).exists():
-                with open(self.file(name), "rb") as file:
-                    os.fsync(file.fileno())
+                _fsync(self.file(name))
         with self.atomic_write("last.pt") as temporary:
             torch.save(dict(state), temporary)
 
@@ -360,10 +315,7 @@ class Run:
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:
-            raise RunError(
-                f"{path} cannot be read ({_first_line(error)}); move it away to start this run "
-                "from the beginning, or name another run in resume_from"
-            ) from None
+            raise RunError(f"{path} cannot be read ({_first_line(error)}); move it away") from None
 
     def save_weights(self, name: str, tensors: Mapping[str, Any], metadata: Mapping) -> None:
         """Replaces a safetensors file; metadata values become text."""
@@ -375,71 +327,45 @@ class Run:
 
     def load_weights(self, name: str) -> tuple[str, dict[str, Any]]:
         """ "raw" or "ema", and the tensors by name."""
-        from safetensors.torch import load_file
-
         try:
-            with safe_open(self.file(name), "pt") as opened:
-                kind = (opened.metadata() or {}).get("weights", "raw")
-            return kind, load_file(self.file(name))
+            with safe_open(self.file(name), "pt") as file:
+                kind = (file.metadata() or {}).get("weights", "raw")
+                return kind, {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{self.file(name)} cannot be read ({_first_line(error)})") from None
+            raise RunError(f"{self.file(name)} cannot be read ({error})") from None
 
     def save_frame(self, name: str, frame: pd.DataFrame) -> None:
         """Replaces a parquet or CSV file."""
+        write = frame.to_parquet if name.endswith(".parquet") else frame.to_csv
         with self.atomic_write(name) as temporary:
-            if name.endswith(".parquet"):
-                frame.to_parquet(temporary, index=False)
-            else:
-                frame.to_csv(temporary, index=False)
-
-    def stop_requested(self) -> bool:
-        """Whether the folder has a file named STOP."""
-        return self.file("STOP").exists()
-
-    def clear_stop(self) -> None:
-        """Removes the STOP file."""
-        self.file("STOP").unlink(missing_ok=True)
+            write(temporary, index=False)
 
     @contextlib.contextmanager
     def atomic_write(self, name: str) -> Iterator[Path]:
         """A temporary path that replaces a file at the end. Raises RunError."""
-        if self._lock is None:
+        if not self._writing:
             raise RunError(f"{self.path}: write inside `with run.writing():`")
+        with self._errors(name), atomic_write(self.file(name)) as temporary:
+            yield temporary
+
+    @contextlib.contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Turns what may be a full disk into RunError."""
         try:
-            with atomic_write(self.file(name)) as temporary:
-                yield temporary
-        except (OSError, RuntimeError, SafetensorError) as error:  # each of them can be a full disk
-            raise self._failure(error, name) from error
-
-    def _guarded(self, call: Any, *arguments: Any) -> Any:
-        try:
-            return call(*arguments)
-        except OSError as error:
-            raise self._failure(error, "a table") from error
-
-    def _failure(self, error: Exception, name: str) -> RunError:
-        import shutil
-
-        try:
-            free = f"{shutil.disk_usage(self.path).free / 1e6:,.0f} MB free there"
-        except OSError:
-            free = "the folder is gone"
-        return RunError(
-            f"{self.path}: {name} was not written ({_first_line(error)}; {free}). What was written "
-            "before is intact; the same command resumes from the last checkpoint"
-        )
-
-
-def _step(row: list[str], column: int) -> float:
-    try:
-        return float(row[column])
-    except (IndexError, ValueError):
-        return float("inf")
+            yield
+        except RunError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = f"{shutil.disk_usage(self.path.parent).free / 1e6:,.0f} MB free there"
+            raise RunError(
+                f"{self.path}: {name} was not written ({_first_line(error)}; {free}); the same "
+                "command resumes from the last checkpoint"
+            ) from error
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    text = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text}"
 
 
 COLUMNS = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_loss minutes"
@@ -451,25 +377,21 @@ def rows(root: str | Path = "runs") -> list[dict[str, Any]]:
     The state of a folder that cannot be read is "unreadable"; nothing is raised.
     """
     found = []
-    for path in sorted(Path(root).glob("*/recipe.yaml")) if Path(root).is_dir() else []:
+    for path in sorted(Path(root).glob("*/recipe.yaml")):
         run = Run(path.parent)
         written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(path.stat().st_mtime))
         row = dict.fromkeys([*COLUMNS.split(), "device"])
         row |= {"run": run.path.name, "updated": written}
         try:
-            status, recipe = run.status(), run.recipe()
-            header, *lines = csv.reader(io.StringIO(run._text("metrics.csv") or "epoch\n"))
-            last = dict(zip(header, lines[-1], strict=True)) if lines else {}
-            last = {k: float(v) for k, v in last.items() if v}
+            status, recipe, environment = run.status(), run.recipe(), run.environment()
+            lines = list(csv.DictReader(io.StringIO(run._text("metrics.csv"))))
+            last = {k: float(v) for k, v in lines[-1].items() if v} if lines else {}
             row |= {k: recipe.get(k) for k in ("model", "dataset", "seed", "epochs")}
-            row |= {"state": status["state"], "epoch": int(last.get("epoch", 0))}
             row |= {k: last.get(k) for k in ("top1", "top5", "ema_top1", "train_loss")}
-            environment = run.environment()
-            row |= {
-                "minutes": environment.get("seconds", 0) / 60,
-                "n": int(last["val_images"]) if "val_images" in last else None,
-            }
-            row |= {"device": environment.get("device"), "updated": status.get("updated", written)}
+            row |= {"epoch": int(last.get("epoch", 0)), "device": environment.get("device")}
+            row["n"] = int(last["val_images"]) if "val_images" in last else None
+            row["minutes"] = environment.get("seconds", 0) / 60
+            row |= {"state": status["state"], "updated": status.get("updated", written)}
         except Exception as error:
             row |= {"state": "unreadable", "message": _first_line(error)}
         found.append(row)
@@ -485,26 +407,17 @@ def finished(root: str | Path, **environment: Any) -> list[Run]:
     for path in sorted(Path(root).glob("*/environment.json")):
         run = Run(path.parent)
         with contextlib.suppress(RunError):
-            known = run.environment()
-            if "recipe" in known:
-                known["recipe"] = _fingerprint(run)
-            same = all(known.get(key) == value for key, value in environment.items())
-            if same and run.status()["state"] == "finished":
+            # Of the options under their present names, also for a run of an earlier version.
+            known = {**run.environment(), "recipe": fingerprint(run.recipe())}
+            if run.status()["state"] == "finished" and environment.items() <= known.items():
                 found.append(run)
     return found
-
-
-def _fingerprint(run: Run) -> str | None:
-    """Of the options under their present names, also for a run of an earlier version."""
-    if run.file("recipe.yaml").exists():
-        return fingerprint(run.recipe())
-    return run.environment().get("recipe")
 
 
 def unused_name(recipe: Recipe) -> Recipe:
     """The recipe, with _2 appended to its name while that folder has a run of another recipe."""
     run = Run(recipe.folder)
-    if not run.file("last.pt").exists() or _fingerprint(run) == recipe.fingerprint:
+    if not run.file("last.pt").exists() or fingerprint(run.recipe()) == recipe.fingerprint:
         return recipe
     return unused_name(recipe.replace(name=f"{recipe.name}_2"))
 
@@ -524,13 +437,10 @@ def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
             text = run._text(name)
             lines = text.splitlines()
             # After a resume the lines from some point on are others: those are new.
-            pairs = enumerate(zip(seen[name], lines, strict=False))
-            known = next(
-                (i for i, (old, new) in pairs if old != new), min(len(seen[name]), len(lines))
-            )
+            known = max(1, len(os.path.commonprefix([seen[name], lines])))
             seen[name] = lines
-            if len(lines) > max(1, known):
-                new = pd.read_csv(io.StringIO(text)).iloc[max(1, known) - 1 :]
+            if len(lines) > known:
+                new = pd.read_csv(io.StringIO(text)).iloc[known - 1 :]
                 new = new.astype(object).where(new.notna(), None)
                 rows += [{"kind": kind, **row} for row in new.to_dict("records")]
         yield from sorted(rows, key=lambda row: row["step"])

@@ -9,7 +9,7 @@ Every schedule is at its peak in the first step after the warm-up.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from workbench.recipe import Recipe
 
@@ -36,8 +36,13 @@ class Warmup:
         return self.ratio + (1 - self.ratio) * share
 
 
+@dataclass(frozen=True)
 class _Schedule:
     """The warm-up, then `rate(step)` of the class below."""
+
+    peak: float
+    _: KW_ONLY
+    warmup: Warmup = Warmup()
 
     def __call__(self, step: int) -> float:
         if step < self.warmup.steps:
@@ -46,78 +51,56 @@ class _Schedule:
 
 
 @dataclass(frozen=True)
-class Constant(_Schedule):
-    """The peak, after the warm-up."""
-
-    peak: float
-    warmup: Warmup = Warmup()
-
-    def rate(self, step: int) -> float:
-        return self.peak
-
-
-@dataclass(frozen=True)
 class MultiStep(_Schedule):
-    """The peak times gamma for every milestone (a step number) reached."""
+    """The peak times gamma for every milestone (a step number) reached; constant without any."""
 
-    peak: float
-    milestones: tuple[int, ...]
+    milestones: tuple[int, ...] = ()
     gamma: float = 0.1
-    warmup: Warmup = Warmup()
 
     def rate(self, step: int) -> float:
         return self.peak * self.gamma ** sum(step >= m for m in self.milestones)
 
 
 @dataclass(frozen=True)
-class Step(_Schedule):
-    """The peak times gamma after every `every` steps."""
+class _Decay(_Schedule):
+    """From the peak, where the warm-up ends, to `end` after the last of `steps`.
 
-    peak: float
-    every: int
-    gamma: float = 0.1
-    warmup: Warmup = Warmup()
-
-    def rate(self, step: int) -> float:
-        return self.peak * self.gamma ** (step // self.every)
-
-
-@dataclass(frozen=True)
-class Cosine(_Schedule):
-    """Half a cosine from the peak, where the warm-up ends, to `end` after the last of `steps`.
-
-    Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts. `hold` steps share one
-    rate (steps per epoch: changes once an epoch). `period` is the number of steps from the end
-    of the warm-up to `end`; None is all that remain. United Perception's per-epoch cosine has a
-    period of all epochs, so that it stops short of `end` by its warm-up.
+    `hold` steps share one rate (steps per epoch: changes once an epoch). `period` is the number of
+    steps from the end of the warm-up to `end`; None is all that remain.
     """
 
-    peak: float
     steps: int
     end: float = 0.0
-    warmup: Warmup = Warmup()
+    _: KW_ONLY
     hold: int = 1
     period: int | None = None
 
     def rate(self, step: int) -> float:
-        share = _share(step, self.steps, self.warmup.steps, self.hold, self.period)
-        return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * share)) / 2
+        start = self.warmup.steps
+        done = max(0, step // self.hold * self.hold - start)
+        share = min(1.0, done / max(1, self.period or self.steps - start))
+        return self.end + (self.peak - self.end) * self.curve(share)
+
+
+class Cosine(_Decay):
+    """Half a cosine: Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts.
+
+    United Perception's per-epoch cosine has a period of all epochs, so that it stops short of
+    `end` by its warm-up.
+    """
+
+    def curve(self, share: float) -> float:
+        return (1 + math.cos(math.pi * share)) / 2
 
 
 @dataclass(frozen=True)
-class Polynomial(_Schedule):
-    """(1 - share)^power from the peak, where the warm-up ends, to `end`; power 1 is a line."""
+class Polynomial(_Decay):
+    """(1 - share)^power of the way from the end to the peak; power 1 is a line."""
 
-    peak: float
-    steps: int
     power: float = 1.0
-    end: float = 0.0
-    warmup: Warmup = Warmup()
-    hold: int = 1
 
-    def rate(self, step: int) -> float:
-        share = _share(step, self.steps, self.warmup.steps, self.hold)
-        return self.end + (self.peak - self.end) * (1 - share) ** self.power
+    def curve(self, share: float) -> float:
+        return (1 - share) ** self.power
 
 
 @dataclass(frozen=True)
@@ -141,15 +124,6 @@ class OneCycle:
         return low + (self.peak - low) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _share(step: int, steps: int, start: int, hold: int, period: int | None = None) -> float:
-    """The position of a step between `start` and the end, 0 to 1."""
-    gone = max(0, step // hold * hold - start)
-    return min(1.0, gone / max(1, period or steps - start))
-
-
-# ---- of a recipe
-
-
 class TrainingError(RuntimeError):
     """Training cannot continue; the text says at which step and what to try."""
 
@@ -165,30 +139,30 @@ def warmup_steps(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def lr_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate as a function of the step, counted from 0.
+    """The learning rate of a recipe as a function of the step, counted from 0.
 
     Raises TrainingError when the warm-up would leave no training at the peak.
     """
-    steps = recipe.epochs * steps_per_epoch
-    climb = warmup_steps(recipe, steps_per_epoch)
-    if climb >= steps:
+    steps, rise = recipe.epochs * steps_per_epoch, warmup_steps(recipe, steps_per_epoch)
+    if rise >= steps:
         raise TrainingError(
-            f"the warm-up takes {climb} steps and the whole training {steps}; lower warmup_steps"
+            f"the warm-up takes {rise} steps and the whole training {steps}; lower warmup_steps"
         )
-    warmup = Warmup(climb, recipe.warmup_start_factor, recipe.warmup)
-    hold = steps_per_epoch if recipe.lr_per_epoch else 1
+    warmup = Warmup(rise, recipe.warmup_start_factor, recipe.warmup)
+    decay = {"warmup": warmup, "hold": steps_per_epoch if recipe.lr_per_epoch else 1}
     match recipe.schedule:
-        case "multistep":
-            milestones = tuple(m * steps_per_epoch for m in recipe.milestones)
-            return MultiStep(recipe.lr, milestones, recipe.gamma, warmup)
-        case "step":
-            every = recipe.lr_step_epochs * steps_per_epoch
-            return Step(recipe.lr, every, recipe.gamma, warmup)
+        case "multistep" | "step" as kind:
+            every = recipe.lr_step_epochs
+            epochs = (
+                recipe.milestones if kind == "multistep" else range(every, recipe.epochs, every)
+            )
+            milestones = tuple(epoch * steps_per_epoch for epoch in epochs)
+            return MultiStep(recipe.lr, milestones, recipe.gamma, warmup=warmup)
         case "cosine":
             period = recipe.cosine_epochs and round(recipe.cosine_epochs * steps_per_epoch)
-            return Cosine(recipe.lr, steps, recipe.lr_min, warmup, hold, period)
+            return Cosine(recipe.lr, steps, recipe.lr_min, period=period, **decay)
         case "polynomial":
-            return Polynomial(recipe.lr, steps, recipe.power, recipe.lr_min, warmup, hold)
+            return Polynomial(recipe.lr, steps, recipe.lr_min, recipe.power, **decay)
         case "one_cycle":
             return OneCycle(recipe.lr, steps, recipe.pct_start)
-    return Constant(recipe.lr, warmup)
+    return MultiStep(recipe.lr, warmup=warmup)  # constant

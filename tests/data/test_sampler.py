@@ -1,11 +1,9 @@
 """The rows and random numbers of a step: functions of the seed, with the stated distributions."""
 
 import hashlib
-import pickle
 from collections.abc import Iterator
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
@@ -13,15 +11,8 @@ from workbench import data
 from workbench.data import DataError, sampler
 
 
-def test_an_order_is_a_permutation_that_differs_by_seed_and_epoch():
-    names = [(seed, epoch) for seed in range(4) for epoch in range(4)]
-    orders = [tuple(data.epoch_permutation(*name, 200)) for name in names]
-    assert all(sorted(o) == list(range(200)) for o in orders) and len(set(orders)) == 16
-    assert tuple(data.epoch_permutation(3, 2, 200)) == orders[14]
-
-
-def test_random_numbers_are_functions_of_their_names_and_never_overlap():
-    names = [
+def test_random_numbers_are_functions_of_their_place_and_never_overlap():
+    places = [
         (seed, purpose, epoch, index, copy)
         for seed in (0, 1, 2**32 - 1)
         for purpose in range(6)
@@ -29,25 +20,25 @@ def test_random_numbers_are_functions_of_their_names_and_never_overlap():
         for index in (0, 1, 10**6)
         for copy in (0, 1, 2**16 - 1)
     ]
-    heads = [tuple(data.rng_for(*name).integers(0, 2**63, 4)) for name in names]
-    assert len(set(heads)) == len(names)
-    assert tuple(data.rng_for(*names[7]).integers(0, 2**63, 4)) == heads[7]
+    heads = [tuple(data.rng_for(*place).integers(0, 2**63, 4)) for place in places]
+    assert len(set(heads)) == len(places)
+    assert tuple(data.rng_for(*places[7]).integers(0, 2**63, 4)) == heads[7]
     long = data.rng_for(0, data.DRAW, 0, 0).integers(0, 2**63, 10_000)
     for other in ((0, data.DRAW, 0, 1), (0, data.DRAW, 0, 0, 1)):
         assert not set(long) & set(data.rng_for(*other).integers(0, 2**63, 10_000))
 
 
 def test_a_stream_does_not_depend_on_the_one_before():
-    streams = data.Streams(7)
+    streams = sampler.Streams(7)
     for place in [(data.DRAW, 3, 17, 0), (data.DRAW, 3, 17, 2), (data.MIX, 0, 2**40, 9)]:
         a, b = streams(*place), data.rng_for(7, *place)
-        for draw in (
+        for sample in (
             lambda rng: rng.random(3),
             lambda rng: rng.permutation(5),
             lambda rng: rng.integers(7, dtype=np.int32),  # leaves half a number behind
             lambda rng: rng.standard_normal(4),
         ):
-            np.testing.assert_array_equal(draw(a), draw(b))
+            np.testing.assert_array_equal(sample(a), sample(b))
 
 
 def test_step_seeds_differ_by_seed_step_and_rank():
@@ -70,8 +61,8 @@ def test_step_seeds_differ_by_seed_step_and_rank():
 def test_the_rows_of_a_step_never_change(
     count, seed, batch_size, drop_last, copies, balance, digest
 ):
-    """Golden: with other rows or draws an earlier run could not be repeated or taken up again."""
-    sampler = data.Sampler(
+    """With other rows an earlier run could not be repeated or resumed."""
+    ours = data.Sampler(
         np.arange(count) ** 2 % 13,
         seed=seed,
         batch_size=batch_size,
@@ -79,41 +70,22 @@ def test_the_rows_of_a_step_never_change(
         repeated_aug=copies,
         class_balanced_sampling=balance,
     )
-    parts = [a for step in range(3 * sampler.steps_per_epoch) for a in sampler.rows(step)]
+    parts = [a for step in range(3 * ours.steps_per_epoch) for a in ours.rows(step)]
+    assert all(a.dtype == np.int64 and not a.flags.writeable for a in parts)
     text = b"".join(a.astype("<i8").tobytes() for a in parts)
     assert hashlib.sha256(text).hexdigest()[:16] == digest
-    purposes = (data.ORDER, data.DRAW, data.STEP, data.ERASE, data.MIX, data.BALANCE)
+    purposes = (sampler.ORDER, data.DRAW, sampler.STEP, data.ERASE, data.MIX, sampler.BALANCE)
     assert purposes == tuple(range(6))
-
-
-def test_two_epochs_are_cached(monkeypatch):
-    made, order = [], data.epoch_permutation
-    noting = lambda *names: (made.append(names[1]), order(*names))[1]
-    monkeypatch.setattr(sampler, "epoch_permutation", noting)
-    ours = data.Sampler(np.arange(20), seed=0, batch_size=5)
-    for step in (0, 4, 1, 5, 2, 6, 3, 7, 8, 7, 9, 4):
-        ours.rows(step)
-    assert made == [0, 1, 2]
-    assert ours.rows(0)[0].tolist() == order(0, 0, 20)[:5].tolist() and made == [0, 1, 2, 0]
-
-
-@pytest.mark.parametrize("balance", [0.0, 0.5])
-@pytest.mark.parametrize("copies", [1, 3])
-def test_rows_are_read_only_integers(balance, copies):
-    how = dict(seed=0, batch_size=5, repeated_aug=copies, class_balanced_sampling=balance)
-    for part in data.Sampler([0, 0, 0, 1, 1, 1, 1], **how).rows(1):
-        assert part.dtype == np.int64 and part.shape == (2,) and not part.flags.writeable
 
 
 @pytest.mark.parametrize("count, batch_size, copies", [(18, 6, 3), (40, 16, 4), (23, 7, 2)])
 def test_neighbours_among_repeated_images_are_different(count, batch_size, copies):
-    rows, number = data.repeat(np.arange(count), batch_size, copies)
+    rows, number = sampler.repeat(np.arange(count), batch_size, copies)
     assert len(rows) == len(number) == count and set(number) <= set(range(copies))
     for start in range(0, count, batch_size):
         step = rows[start : start + batch_size]
         assert all(step[i] != step[i + 1] for i in range(0, len(step) - 1, 2))
-    drawn = list(zip(rows.tolist(), number.tolist(), strict=True))
-    assert len(set(drawn)) == len(drawn)  # no draw comes twice
+    assert len(set(zip(rows.tolist(), number.tolist(), strict=True))) == count
 
 
 # ---- class balance
@@ -128,57 +100,44 @@ def labelled(sizes: dict[int, int]) -> np.ndarray:
     return np.random.default_rng(5).permutation(labels)
 
 
-def drawn(labels, epochs=range(1), **options) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def sampled(labels, epochs=range(1), **options) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows and copies of whole epochs."""
-    sampler = data.Sampler(labels, **{"seed": 3, "batch_size": 7, **options})
-    count = sampler.steps_per_epoch
+    ours = data.Sampler(labels, **{"seed": 3, "batch_size": 7, **options})
+    count = ours.steps_per_epoch
     for epoch in epochs:
-        parts = [sampler.rows(step) for step in range(epoch * count, (epoch + 1) * count)]
+        parts = [ours.rows(step) for step in range(epoch * count, (epoch + 1) * count)]
         rows, copies = map(np.concatenate, zip(*parts, strict=True))
         yield rows, copies
 
 
-def shown(labels, rows: np.ndarray) -> dict[int, int]:
-    """How many images of each label come."""
-    return dict(
-        zip(*(a.tolist() for a in np.unique(labels[rows], return_counts=True)), strict=True)
-    )
-
-
 @pytest.mark.parametrize("balance", [0.0, 1e-9])
-def test_no_balance_shows_every_image_once(balance):
+def test_without_balance_every_image_is_used_once(balance):
     labels = labelled(RARE)
     for epoch, (rows, copies) in enumerate(
-        drawn(labels, range(3), class_balanced_sampling=balance)
+        sampled(labels, range(3), class_balanced_sampling=balance)
     ):
         assert sorted(rows) == list(range(60)) and not copies.any()
         assert balance or rows.tolist() == data.epoch_permutation(3, epoch, 60).tolist()
 
 
-@pytest.mark.parametrize("balance", [0.1, 0.25, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("balance", [0.1, 0.5, 0.77, 1.0])
 @pytest.mark.parametrize(
     "sizes",
-    [
-        RARE,
-        {5: 17},
-        {0: 1, 1: 1, 2: 1},
-        {0: 1, 1: 99},
-        {i: 1 + i * i % 23 for i in range(50)},
-        {i: 3 for i in range(31)},
-    ],
-    ids=["rare", "one class", "single images", "one of a hundred", "many", "equal"],
-)
+    [RARE, {5: 17}, {0: 1, 1: 99}, {i: 1 + i * i % 23 for i in range(50)},
+     {i: 3 for i in range(31)}],
+    ids=["rare", "one class", "one of a hundred", "many", "equal"],
+)  # fmt: skip
 def test_classes_get_their_shares_and_their_images_are_used_equally_often(sizes, balance):
     labels = labelled(sizes)
     weights = {c: n ** (1 - balance) for c, n in sizes.items()}
-    for rows, copies in drawn(labels, range(3), class_balanced_sampling=balance):
+    for rows, copies in sampled(labels, range(3), class_balanced_sampling=balance):
         assert len(rows) == len(copies) == len(labels)
         times = np.bincount(rows, minlength=len(labels))
         for c, weight in weights.items():
             own = times[labels == c]
             assert own.sum() > 0 and own.max() - own.min() <= 1
             assert abs(own.sum() - len(labels) * weight / sum(weights.values())) < 1
-        for row in range(len(labels)):  # each time under a copy of its own
+        for row in range(len(labels)):
             assert sorted(copies[rows == row]) == list(range(times[row]))
 
 
@@ -188,42 +147,34 @@ def test_classes_get_their_shares_and_their_images_are_used_equally_often(sizes,
         ([1.5, 2.3, 0.2], [2, 2, 0]),
         ([0.4, 2.8, 2.8], [0, 3, 3]),
         ([0.7, 0.6, 0.6, 0.1], None),
-        ([4.0, 1.0], [4, 1]),
         ([2.99999999999, 1.00000000001], [3, 1]),
         ([5.00000000001, 0.99999999999], [5, 1]),
-        ([0.99999999999] * 3, [1, 1, 1]),
-        ([7.0], [7]),
         ([], []),
     ],
 )
 def test_the_largest_remainders_are_rounded_up(shares, whole):
-    got = data.apportion(np.array(shares), np.random.default_rng(0)).tolist()
+    got = sampler.apportion(np.array(shares), np.random.default_rng(0)).tolist()
     assert got == whole or whole is None and got in ([1, 1, 0, 0], [1, 0, 1, 0])
 
 
 def test_the_remainder_goes_to_every_class_equally_often():
-
     labels = labelled({0: 7, 1: 2, 2: 2})
-    epochs = [
-        shown(labels, rows) for rows, _ in drawn(labels, range(2000), class_balanced_sampling=1.0)
-    ]
-    assert all(sorted(epoch.values()) == [3, 4, 4] for epoch in epochs)
-    fewer = np.bincount([min(epoch, key=epoch.get) for epoch in epochs], minlength=3)
+    epochs = sampled(labels, range(2000), class_balanced_sampling=1.0)
+    counts = np.array([np.bincount(labels[rows], minlength=3) for rows, _ in epochs])
+    assert (np.sort(counts) == [3, 4, 4]).all()
+    fewer = np.bincount(counts.argmin(1), minlength=3)
     assert stats.chisquare(fewer).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("balance", [0.5, 1.0])
-def test_over_many_epochs_each_image_of_a_class_comes_equally_often(balance):
-
+def test_over_many_epochs_each_image_of_a_class_is_used_equally_often(balance):
     labels = labelled(RARE)
-    epochs = drawn(labels, range(2000), class_balanced_sampling=balance)
+    epochs = sampled(labels, range(2000), class_balanced_sampling=balance)
     times = np.stack([np.bincount(rows, minlength=60) for rows, _ in epochs])
     for label in (0, 3, 4, 9):
         own = times[:, labels == label]
         size = own.shape[1]
-        more = (
-            own.sum(axis=1) % size
-        )  # that many, none twice, so they spread less than a chi-square
+        more = own.sum(axis=1) % size  # sampled without replacement: less spread than chi-square
         spread = (more * (size - more) / (size * (size - 1))).sum()
         if spread:
             square = ((own.sum(axis=0) - own.sum() / size) ** 2).sum() / spread
@@ -233,35 +184,34 @@ def test_over_many_epochs_each_image_of_a_class_comes_equally_often(balance):
 
 
 def test_every_position_of_a_balanced_epoch_is_equally_likely_for_every_class():
-
     labels = labelled(RARE)
-    epochs = [labels[rows] for rows, _ in drawn(labels, range(1000), class_balanced_sampling=1.0)]
+    epochs = [labels[rows] for rows, _ in sampled(labels, range(1000), class_balanced_sampling=1.0)]
     for place in (0, 30, 59):
         counts = np.unique([epoch[place] for epoch in epochs], return_counts=True)[1]
         assert len(counts) == 5 and stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_a_balanced_order_is_a_function_of_seed_and_epoch():
-    labels = labelled(RARE)
-    how = dict(class_balanced_sampling=0.5)
-    orders = [tuple(r) for s in range(4) for r, _ in drawn(labels, range(4), seed=s, **how)]
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_an_order_is_a_function_of_seed_and_epoch_alone(balance):
+    labels, how = labelled(RARE), dict(class_balanced_sampling=balance)
+    orders = [tuple(r) for s in range(4) for r, _ in sampled(labels, range(4), seed=s, **how)]
     assert len(set(orders)) == 16
-    chosen = {tuple(sorted(rows)) for rows in orders}
-    assert len(chosen) == 16  # not only the places are drawn again
+    assert len({tuple(sorted(rows)) for rows in orders}) == (16 if balance else 1)
     for size in (1, 8, 60, 100):
-        rows = [tuple(rows) for rows, _ in drawn(labels, range(4), batch_size=size, **how)]
+        rows = [tuple(rows) for rows, _ in sampled(labels, range(4), batch_size=size, **how)]
         assert rows == orders[12:]
-    sampler = data.Sampler(pd.Series(labels), seed=3, batch_size=7, **how)
-    sampler = pickle.loads(pickle.dumps(sampler))  # as a worker that is not forked gets it
-    for step in (35, 2, 17, 8, 0):
+    ours = data.Sampler(labels, seed=3, batch_size=7, **how)
+    for step in (35, 2, 17, 8, 0):  # in any order
         part = slice(step % 9 * 7, step % 9 * 7 + 7)
-        assert tuple(sampler.rows(step)[0]) == orders[12 + step // 9][part]
+        assert tuple(ours.rows(step)[0]) == orders[12 + step // 9][part]
 
 
 def test_names_and_gaps_of_labels_do_not_matter():
     labels = labelled(RARE)
     dense = np.searchsorted(sorted(RARE), labels)
-    epochs = [drawn(of, range(3), class_balanced_sampling=0.7) for of in (labels, dense, dense - 2)]
+    epochs = [
+        sampled(of, range(3), class_balanced_sampling=0.7) for of in (labels, dense, dense - 2)
+    ]
     for first, *others in zip(*epochs, strict=True):
         assert all(np.array_equal(first, other) for other in others)
 
@@ -270,13 +220,13 @@ def test_names_and_gaps_of_labels_do_not_matter():
 @pytest.mark.parametrize("batch_size", [7, 60, 61])
 def test_drop_last_drops_the_incomplete_batch_and_nothing_else(batch_size, balance):
     how = dict(seed=0, batch_size=batch_size, class_balanced_sampling=balance)
-    all_, dropping = (data.Sampler(labelled(RARE), **how, drop_last=d) for d in (False, True))
+    whole, dropping = (data.Sampler(labelled(RARE), **how, drop_last=d) for d in (False, True))
     assert dropping.steps_per_epoch == 60 // batch_size
-    assert sum(len(all_.rows(step)[0]) for step in range(all_.steps_per_epoch)) == 60
+    assert sum(len(whole.rows(step)[0]) for step in range(whole.steps_per_epoch)) == 60
     for epoch in range(2):
         for slot in range(dropping.steps_per_epoch):
             ours = dropping.rows(epoch * dropping.steps_per_epoch + slot)
-            assert np.array_equal(ours, all_.rows(epoch * all_.steps_per_epoch + slot))
+            assert np.array_equal(ours, whole.rows(epoch * whole.steps_per_epoch + slot))
             assert len(ours[0]) == batch_size
 
 
@@ -286,35 +236,31 @@ def test_drop_last_drops_the_incomplete_batch_and_nothing_else(batch_size, balan
 def test_balance_and_repetition_together_use_no_copy_twice(copies, batch_size, balance):
     labels = labelled(RARE)
     how = dict(repeated_aug=copies, batch_size=batch_size, class_balanced_sampling=balance)
-    for rows, number in drawn(labels, range(10), **how):
+    for rows, number in sampled(labels, range(10), **how):
         assert len(rows) == 60
         assert len(set(zip(rows.tolist(), number.tolist(), strict=True))) == 60
         size = max(1, batch_size // copies)
-        for start in range(0, 60 - size * copies + 1, size * copies):  # each chunk comes in turns
+        for start in range(0, 60 - size * copies + 1, size * copies):
             whole = slice(start, start + size * copies)
-            turns, draws = rows[whole].reshape(copies, -1), number[whole].reshape(copies, -1)
-            assert (turns == turns[0]).all() and (draws - draws[0] == np.c_[:copies]).all()
-            assert (draws[0] % copies == 0).all()
+            turns, numbers = rows[whole].reshape(copies, -1), number[whole].reshape(copies, -1)
+            assert (turns == turns[0]).all() and (numbers - numbers[0] == np.c_[:copies]).all()
+            assert (numbers[0] % copies == 0).all()
 
 
-def test_under_repetition_the_classes_come_equally_often_on_average():
+def test_with_repetition_the_classes_are_used_equally_often_on_average():
     labels = labelled(RARE)
-    epochs = drawn(labels, range(1000), repeated_aug=3, class_balanced_sampling=1.0)
-    total = sum(np.array([shown(labels, rows).get(c, 0) for c in RARE]) for rows, _ in epochs)
+    epochs = sampled(labels, range(1000), repeated_aug=3, class_balanced_sampling=1.0)
+    total = sum(np.bincount(labels[rows], minlength=71) for rows, _ in epochs)[list(RARE)]
     assert total.sum() == 60_000 and np.abs(total / 12_000 - 1).max() < 0.03
 
 
 def test_a_class_too_rare_for_its_share_is_an_error_that_names_it():
-    most = labelled({7: 1, 8: 2**17 - 1})
-    rows, copies = next(drawn(most, class_balanced_sampling=1.0, batch_size=2**17))
+    most, more = labelled({7: 1, 8: 2**17 - 1}), labelled({7: 1, 8: 2**17})
+    rows, copies = next(sampled(most, class_balanced_sampling=1.0, batch_size=2**17))
     assert copies.max() == 2**16 - 1 and (most[rows] == 7).sum() == 2**16
-    more, full = labelled({7: 1, 8: 2**17}), dict(seed=0, batch_size=8, class_balanced_sampling=1.0)
-    for labels, options, says in [
-        (more, {}, "label 7 has 1 of 131,073 .* each 65,537 times an epoch, .* 65,536 in"),
-        (most, {"repeated_aug": 2}, "label 7 .* each 65,536 times an epoch in 2 copies"),
-        (labelled({7: 2, 8: 2**18 - 1}), {}, "7 has 2 of 262,145 .* each 65,537 times"),
-    ]:
-        with pytest.raises(DataError, match=says):
-            data.Sampler(labels, **full, **options)
+    full = dict(seed=0, batch_size=8, class_balanced_sampling=1.0)
+    for labels, copies in ((more, 1), (most, 2), (labelled({7: 2, 8: 2**18 - 1}), 1)):
+        with pytest.raises(DataError, match="label 7 .* over 65,536 times an epoch"):
+            data.Sampler(labels, **full, repeated_aug=copies)
     data.Sampler(labelled({7: 1, 8: 2**16 - 1}), **full, repeated_aug=2)
     data.Sampler(more, **{**full, "class_balanced_sampling": 0.9})

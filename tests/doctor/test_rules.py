@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from workbench import ROOT, doctor, models, training
+from workbench.doctor import rules
 from workbench.recipe import Recipe
 
 IMAGENET = {"images": 1_281_167, "classes": 1000}
@@ -28,9 +29,6 @@ def texts(kind: str, size: dict = IMAGENET, **options) -> str:
     return "\n".join(f.text for f in findings if f.kind == kind)
 
 
-# ---- facts
-
-
 def test_facts_have_the_steps_and_learning_rates():
     facts = texts("fact", **KNOWN)
     rate = training.lr_schedule(Recipe(**KNOWN), 1252)
@@ -41,10 +39,11 @@ def test_facts_have_the_steps_and_learning_rates():
     assert "1,281 images a class on average; guessing gives 0.1 % top-1" in facts
 
 
-def test_counts_give_the_smallest_and_largest_class():
-    findings = doctor.examine(Recipe(), images=60, classes=3, counts=[10, 20, 30])
-    words = "20 images a class on average, 10 in the smallest and 30 in the largest"
-    assert any(words in finding.text for finding in findings)
+def test_counts_give_the_smallest_and_largest_class_and_empty_ones():
+    facts = texts("fact", {"images": 60, "classes": 3, "counts": [10, 20, 30]})
+    assert "20 images a class on average, 10 in the smallest and 30 in the largest" in facts
+    warnings = texts("warning", {"images": 30, "classes": 3, "counts": [10, 20, 0]})
+    assert "1 of 3 classes have no training image" in warnings
 
 
 def test_half_life_of_ema_equals_repeated_multiplication():
@@ -53,7 +52,7 @@ def test_half_life_of_ema_equals_repeated_multiplication():
     while weight > 0.5:
         weight *= 0.9999
         steps += 1
-    assert abs(steps - 6931) <= 1 and "younger than 6,931 steps (5.54 epochs of 200)" in facts
+    assert abs(steps - 6931) <= 1 and "younger than 6,931 steps, 5.54 epochs" in facts
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 1000])
@@ -67,35 +66,8 @@ def test_gradient_scale_equals_autograd(options, classes):
     logits = torch.zeros(1, classes, dtype=torch.float64, requires_grad=True)
     training.loss_function(recipe)(logits, torch.zeros(1, dtype=torch.int64)).sum().backward()
     wanted = logits.grad.norm().item()
-    assert doctor.gradient_scale(recipe, classes) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+    assert rules.gradient_scale(recipe, classes) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
 
-
-@pytest.mark.parametrize("options", [{"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "adamw"}])
-def test_weight_decay_halves_a_weight_in_the_given_epochs(options):
-    shared = {"epochs": 200, "batch_size": 100, "schedule": "constant"}
-    recipe = Recipe(**shared, **options, lr=0.01, weight_decay=0.05)
-    [fact] = [f.text for f in doctor.examine(recipe, images=1000, classes=10) if "decay" in f.text]
-    epochs = float(fact.split(" in ")[1].split()[0])
-    weight = torch.nn.Linear(1, 1)
-    torch.nn.init.ones_(weight.weight)
-    optimizer = training.create_optimizer(recipe, weight)
-    for _ in range(round(10 * epochs)):
-        for p in weight.parameters():
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-    assert weight.weight.item() == pytest.approx(0.5, abs=0.02)
-
-
-def test_mixing_has_the_shares_of_mixup_and_cutmix():
-    assert "Of all steps 70% Mixup (alpha 0.1) and 30% CutMix (alpha 1)" in texts(
-        "fact", **KNOWN, mixup_alpha=0.1, cutmix_alpha=1.0, switch_prob=0.3
-    )
-    one = texts("fact", **KNOWN, cutmix_alpha=1.0, mix_per_sample=True)
-    assert "Of all images 100% CutMix" in one and "Mixup" not in one
-    assert "Of all steps 25% CutMix" in texts("fact", **KNOWN, cutmix_alpha=1.0, mix_prob=0.25)
-
-
-# ---- warnings
 
 STRIKES = dict(loss="bce", bce_threshold=0.2, mixup_alpha=0.1, cutmix_alpha=1.0)
 WARNINGS = [
@@ -108,16 +80,17 @@ WARNINGS = [
     ("linear rule gives 0.4", {**KNOWN, "lr": 4.0}, {"lr": 0.8}),
     ("linear rule gives 3.2", {**KNOWN, "batch_size": 8192}, {"lr": 3.2}),
     ("no warm-up", {**KNOWN, "warmup_epochs": 0.0}, {"warmup_steps": 1000}),
-    ("6,256", {**KNOWN, "warmup_epochs": 0.0, "warmup_steps": 62_560}, {"warmup_steps": 6256}),
-    ("half-life of 6,931 steps of 25,040", {**KNOWN, "epochs": 20, "ema_decay": 0.9999},
+    ("62,560 of 250,400", {**KNOWN, "warmup_epochs": 0.0, "warmup_steps": 62_560},
+     {"warmup_steps": 6256}),
+    ("half-life of 6,931 of 25,040", {**KNOWN, "epochs": 20, "ema_decay": 0.9999},
      {"ema_decay": 0.999}),
     ("use bce_sum, a larger lr", {**KNOWN, "loss": "bce"}, {"bce_sum": True, "bce_shift": True}),
     ("need longer training", {**KNOWN, "epochs": 90, "mixup_alpha": 0.2}, {"epochs": 200}),
     ("to 0.222", {**LAMB, "loss": "bce", "bce_threshold": 0.2, "label_smoothing": 0.1},
      {"label_smoothing": 0.0}),
-    ("covers 3/4 of their pixels", {**KNOWN, "image_size": 64, "randaug_n": 2},
+    ("covers 3/4 or more of", {**KNOWN, "image_size": 64, "randaug_n": 2},
      {"randaug_variant": "timm"}),
-    ("changes or destroys their class", {"dataset": "letters", "hflip": 0.5}, {"hflip": 0.0}),
+    ("changes their class", {"dataset": "letters", "hflip": 0.5}, {"hflip": 0.0}),
     ("the error rises below 16", {**KNOWN, "micro_batch_size": 8}, {"micro_batch_size": 32}),
     ("end after the last epoch", {**KNOWN, "warmup_epochs": 20.0, "cosine_epochs": 200.0},
      {"cosine_epochs": None}),
@@ -127,11 +100,11 @@ WARNINGS = [
      "distill_pairs": ["layer4 -> layer4", "logits"], "kd_loss": ["l2", "ce"]}, {"randaug_n": 0}),
     ("over the 8 images of a forward", {**KNOWN, "teacher": "a", "kd_loss": "dist",
      "micro_batch_size": 8}, {"kd_loss": "kl"}),
-    ("a tenth or a hundredth", {**KNOWN, "lr": 0.5, "weights": "a.pt"}, {"lr": 0.04}),
+    ("use a tenth or less", {**KNOWN, "lr": 0.5, "weights": "a.pt"}, {"lr": 0.04}),
     ("[0.5, 0.5, 0.5] where its weights", {**KNOWN, "model": "vit_tiny_patch16_224",
      "pretrained": True, "lr": 0.01}, {"mean": [0.5] * 3, "std": [0.5] * 3}),
-    ("these are random", {**KNOWN, "freeze": ["conv1"]}, {"pretrained": True}),
-    ("these are random", {**KNOWN, "head_only_epochs": 5}, {"weights": "a.pt", "lr": 0.01}),
+    ("leave random weights", {**KNOWN, "freeze": ["conv1"]}, {"pretrained": True}),
+    ("leave random weights", {**KNOWN, "head_only_epochs": 5}, {"weights": "a.pt", "lr": 0.01}),
 ]  # fmt: skip
 
 
@@ -177,12 +150,6 @@ def test_lr_rules_do_not_apply_below_64_images_a_step():
     assert "lr 0.5" not in texts("warning", **few) + texts("warning", **few, weights="a.pt")
 
 
-def test_ema_longer_than_the_training_is_a_warning():
-    size = {"images": 164 * 32, "classes": 10}
-    text = texts("warning", size, epochs=1, batch_size=32, ema_decay=0.9999)
-    assert "EMA with decay 0.9999 has a half-life of 6,931 steps of 164" in text
-
-
 def test_unknown_model_is_refused_with_close_names():
     with pytest.raises(models.ModelError, match="resnet18"):
         doctor.examine(Recipe(model="resnet18q"), images=1000, classes=10)
@@ -193,37 +160,25 @@ def test_batch_larger_than_the_data_is_refused():
         doctor.examine(Recipe(drop_last=True), images=20, classes=10)
 
 
-# ---- what augmentation leaves of an image
-
-
 @pytest.mark.parametrize("variant, size", [("up", 32), ("up", 224), ("timm", 32)])
 def test_lost_share_equals_the_share_of_translations_beyond_the_side(variant, size):
     """One operation of magnitude 7 moves by 70 pixels, or in timm's form by 45 % of 0.7."""
     options = {"randaug_n": 1, "randaug_m": 7.0, "randaug_std": 0.0, "randaug_variant": variant}
-    options |= {"image_size": size, "val_resize": size}
-    recipe = Recipe(**options)
+    recipe = Recipe(**options, image_size=size, val_resize=size)
     transform = training.train_transform(recipe)
-    drawn = [
-        transform.sample_params(np.random.default_rng(i), size, size)["randaug"] for i in range(200)
-    ]
+    params = [transform.sample_params(np.random.default_rng(i), size, size) for i in range(200)]
     moved = [
         any(op.startswith("translate") and abs(value) >= 0.75 * size for op, value, *_ in ops)
-        for ops in drawn
+        for ops in (param["randaug"] for param in params)
     ]
-    assert doctor.lost_share(recipe) == np.mean(moved)
-    warned = "covers 3/4 of their pixels" in texts("warning", **options)
+    assert rules.lost_share(recipe) == np.mean(moved)
+    warned = "colour covers 3/4" in doctor.nothing_left(recipe)
     assert warned == (np.mean(moved) > 0.03) == (variant == "up" and size == 32)
-
-
-def test_nothing_left_needs_only_a_recipe():
-    up = Recipe(randaug_n=2, randaug_variant="up")
-    assert "one colour covers 3/4" in doctor.nothing_left(up, draws=50)
-    assert doctor.nothing_left(up.replace(randaug_variant="timm"), draws=50) == ""
 
 
 def test_crop_of_one_pixel_leaves_one_colour():
     text = texts("warning", crop_scale=[0.001, 0.002])
-    assert "covers 3/4 of their pixels" in text and "randaug_variant" not in text
+    assert "colour covers 3/4" in text and "randaug_variant" not in text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Measured speeds against known delays, and the sentences that follow from them."""
+"""Measured speeds against known delays, and the sentences about them."""
 
 import time
 from dataclasses import replace
@@ -45,19 +45,13 @@ def test_cpu_shares_its_cores_between_loader_and_model():
 @pytest.mark.parametrize(
     "speed, options, words",
     [
-        (CPU, {}, "2 of 2 cores load 200 img/s from files, the model takes 300: the loader is the "
-         "limit; a cache (cache: true) would give about 2.1x."),
-        (CPU, dict(cache=True), "2 of 2 cores load 1,800 img/s from a cache, the model takes 300: "
-         "the model is the limit; faster loading would give at most 1.2x."),
-        (replace(CPU, cached=110), {}, "the loader is the limit; more cores, or fewer"),
-        (GPU, {}, "4 of 4 cores load 2,400 img/s from files, the model takes 3,000: the loader is "
-         "the limit; a cache (cache: true) would give about 1.2x."),
+        (CPU, {}, "Alone, the loader reads 200 images/s from files on 2 of 2 cores, and the model "
+         "trains on 300: the loader is the limit; a cache (cache: true) would give about 2.1x."),
+        (CPU, dict(cache=True), "reads 1,800 images/s from a cache on 2 of 2 cores, and the model "
+         "trains on 300: the model is the limit; faster loading would give at most 1.2x."),
+        (replace(CPU, cached=110), {}, "the loader is the limit; more cores or fewer operations"),
+        (GPU, {}, "the loader is the limit; a cache (cache: true) would give about 1.2x."),
         (GPU, dict(cache=True), "the model is the limit; faster loading would change little."),
-        (Speed(600, 620, 9e3, "cuda", 8, 4, 8), {}, "4 of 8 cores load 2,400 img/s from files, the "
-         "model takes 9,000: the loader is the limit; more workers would help."),
-        (Speed(600, 620, 9e3, "cuda", 4, 4, 4), {}, "augment_on_device: true would relieve"),
-        (Speed(600, 620, 10, "cpu", 1, 1, 1), {}, "the model is the limit; faster loading would "
-         "change little."),
     ],
 )  # fmt: skip
 def test_verdict_names_the_limit_and_what_would_help(speed, options, words):
@@ -66,9 +60,9 @@ def test_verdict_names_the_limit_and_what_would_help(speed, options, words):
 
 def test_loader_is_measured_with_and_without_files(digits, monkeypatch):
     load = images.open
-    monkeypatch.setattr(images, "open", lambda path: (time.sleep(0.01), load(path))[1])
+    monkeypatch.setattr(images, "open", lambda path: (time.sleep(0.05), load(path))[1])
     speed = throughput.measure(Recipe(hflip=0.5), digits, 1.0)
-    assert 40 < speed.files < 100  # 10 ms for the file, and little besides
+    assert 8 < speed.files < 20  # 50 ms for the file, and little besides
     assert speed.cached > 5 * speed.files
     assert speed.cores == data.available_cpus() and 1 <= speed.loaders <= speed.cores
 
@@ -94,22 +88,20 @@ def test_measuring_keeps_generator_and_threads(digits):
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("options", [
-    dict(batch_size=1), dict(optimizer="lamb"), dict(loss="bce"), dict(micro_batch_size=4),
-])  # fmt: skip
+@pytest.mark.parametrize("options", [dict(batch_size=1), dict(loss="bce", optimizer="lamb")])
 def test_any_recipe_can_be_measured(digits, options):
     speed = throughput.measure(Recipe(**options), digits, 0.1)
     assert min(speed.files, speed.cached, speed.model) > 0
 
 
 def test_training_records_loader_and_model_speed(digits, tmp_path, monkeypatch):
-    """Reading a batch takes 0.1 s and more, learning from it nearly nothing, in one process."""
+    """Reading a batch takes 0.4 s, training on it much less, in one process."""
     load = images.open
-    monkeypatch.setattr(images, "open", lambda path: (time.sleep(0.005), load(path))[1])
+    monkeypatch.setattr(images, "open", lambda path: (time.sleep(0.02), load(path))[1])
     options = {"train_fraction": 0.1, "epochs": 1, "batch_size": 20, "workers": 0, "log_every": 2}
     run = train(Recipe(**options, runs_dir=str(tmp_path)), dataset=digits)
     steps = run.steps()
-    assert (steps.loader_images_per_second < 200).all()
+    assert (steps.loader_images_per_second < 50).all()
     assert (steps.loader_images_per_second >= steps.images_per_second).all()
     together = 1 / steps.images_per_second
     apart = 1 / steps.loader_images_per_second + 1 / steps.model_images_per_second
@@ -133,32 +125,25 @@ def test_seen_names_the_slower_side(device, loader, waiting, ends):
     early = {**row, "images_per_second": 20.0}  # the start, which is left out
     text = throughput.seen(pd.DataFrame([early, early, row, row]), device)
     assert text == (
-        f"611 img/s: the loaders worked {611 / loader:.0%} of the time at {loader:,}, "
-        f"the model {1 - waiting:.0%} at 900: {ends}"
+        f"The training ran at 611 images/s. The loader can read {loader:,} images/s, the model can "
+        f"train on 900 and waited for images {waiting:.0%} of the time: {ends}"
     )
-    assert throughput.seen(pd.DataFrame([row] * 3), device).startswith("Too few rows")
+    for rows in ([row] * 3, [{"images_per_second": 3.0}] * 9):
+        assert throughput.seen(pd.DataFrame(rows), device).startswith("Too few rows")
 
 
-@pytest.mark.parametrize("loader, limit", [(250.0, "loader"), (863.0, "model")])
-def test_verdict_and_seen_name_the_same_side(loader, limit):
-    """The loader gives 863 img/s with all cores, the model takes 264: the model is the limit."""
-    speed = Speed(loader / 2, loader / 2, 264.0, device="cpu", cores=2, loaders=2, threads=2)
+@pytest.mark.parametrize(
+    "loader, model, threads, device, limit",
+    [
+        (250, 264, 2, "cpu", "loader"),
+        (863, 264, 2, "cpu", "model"),
+        (100, 100, 1, "cpu", "loader"),  # it takes as much of the CPU as the model or more
+        (100, 100, 1, "cuda", "model"),
+    ],
+)
+def test_verdict_and_seen_name_the_same_side(loader, model, threads, device, limit):
+    speed = Speed(loader / 2, loader / 2, model, device, cores=2, loaders=2, threads=threads)
     row = {"images_per_second": speed.together(loader / 2), "data_wait": 0.09}
-    row |= {"loader_images_per_second": loader, "model_images_per_second": 264.0}
-    for sentence in (speed.verdict(Recipe()), throughput.seen(pd.DataFrame([row] * 4), "cpu")):
+    row |= {"loader_images_per_second": loader, "model_images_per_second": model}
+    for sentence in (speed.verdict(Recipe()), throughput.seen(pd.DataFrame([row] * 4), device)):
         assert f": the {limit} is the limit" in sentence
-
-
-def test_on_a_cpu_the_side_that_takes_more_of_the_cores_is_the_limit():
-    """As fast as the model, the loader still takes as much of the CPU or more: no "100.0x"."""
-    row = {"images_per_second": 100.0, "data_wait": 0.0, "loader_images_per_second": 100.0}
-    steps = pd.DataFrame([{**row, "model_images_per_second": 100.0}] * 4)
-    assert throughput.seen(steps, "cpu").endswith(": the loader is the limit.")
-    assert throughput.seen(steps, "cuda").endswith("faster loading would change little.")
-    speed = Speed(100.0, 100.0, 150.0, device="cpu", cores=2, loaders=2, threads=1)
-    assert "the loader is the limit; more cores" in speed.verdict(Recipe())
-
-
-def test_seen_needs_rows_with_speeds():
-    for steps in (pd.DataFrame(), pd.DataFrame({"images_per_second": [3.0] * 9})):
-        assert throughput.seen(steps, "cpu").startswith("Too few rows")

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
@@ -48,7 +47,7 @@ def predictions(logits: torch.Tensor, labels: torch.Tensor, **options) -> pd.Dat
     return predict(Table(logits), batches(labels, **options), torch.Tensor.float, CPU)
 
 
-@pytest.fixture(params=[2, 3, 5, 12], ids="{} classes".format)
+@pytest.fixture(params=[2, 5, 12], ids="{} classes".format)
 def logits_labels(request):
     generator = torch.Generator().manual_seed(request.param)
     logits = torch.randn(100, request.param, generator=generator) * 2
@@ -58,7 +57,7 @@ def logits_labels(request):
 # ---- predict
 
 
-def test_ranks_probabilities_and_loss_are_torchs(logits_labels):
+def test_ranks_probabilities_and_loss_are_torchs_in_the_order_of_the_list(logits_labels):
     logits, labels = logits_labels
     frame = predictions(logits, labels)
     k = min(5, logits.shape[1])
@@ -71,20 +70,13 @@ def test_ranks_probabilities_and_loss_are_torchs(logits_labels):
     np.testing.assert_allclose(frame.p_label, p_label, rtol=1e-5)
     loss = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     np.testing.assert_allclose(frame.loss, loss, rtol=1e-5, atol=1e-6)
-
-
-def test_rows_are_in_the_order_of_the_list_whatever_the_batches(logits_labels):
-    logits, labels = logits_labels
-    frame, mixed = predictions(logits, labels), predictions(logits, labels, size=9, shuffle=True)
     assert frame.row.tolist() == list(range(100))
-    pd.testing.assert_frame_equal(frame, mixed)
+    pd.testing.assert_frame_equal(frame, predictions(logits, labels, size=9, shuffle=True))
 
 
 def test_equal_logits_are_ranked_by_class_number_and_extreme_ones_have_a_finite_loss():
     frame = predictions(torch.zeros(4, 9), torch.tensor([0, 1, 5, 8]))
     assert frame.filter(regex="^class").to_numpy().tolist() == [[0, 1, 2, 3, 4]] * 4
-    summary = {"top1": 25.0, "top5": 50.0, "val_loss": pytest.approx(np.log(9)), "val_images": 4}
-    assert evaluation.summary(frame) == summary
     frame = predictions(torch.tensor([[1e4, -1e4], [-1e4, 1e4]]), torch.tensor([0, 0]))
     assert frame.loss.tolist() == [0.0, 20_000.0] and frame.p1.tolist() == [1.0, 1.0]
 
@@ -114,19 +106,6 @@ def test_predict_restores_modes_and_state_and_reports_progress():
     assert first.equals(second)  # without dropout
 
 
-def test_predictions_of_image_files_are_those_of_the_model(image_folder):
-    frame = data.load_dataset(Recipe(dataset="files", data_dir=str(image_folder))).val
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, len(CLASSES)))
-    transform, normalize = EvalTransform(16, 20), lambda images: images.float() / 255
-    table = predict(model, data.eval_loader(frame, transform, batch_size=4), normalize, CPU)
-    [whole] = data.eval_loader(frame, transform, batch_size=100)
-    with torch.no_grad():
-        predicted = model(normalize(whole.images)).argmax(1)
-    assert table.class1.tolist() == predicted.tolist()
-    assert table.label.tolist() == frame.label.tolist()
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to count open files in")
 def test_predict_keeps_no_shared_memory_of_the_loader_open(image_folder):
     recipe = Recipe(dataset="files", data_dir=str(image_folder), image_size=16, val_resize=16)
@@ -144,23 +123,22 @@ def test_predict_keeps_no_shared_memory_of_the_loader_open(image_folder):
 
 def test_the_summary_is_that_of_scikit_learn(logits_labels):
     logits, labels = logits_labels
-    summary = evaluation.summary(predictions(logits, labels))
     scores, classes = torch.softmax(logits.double(), 1).numpy(), list(range(logits.shape[1]))
-    top1 = 100 * (scores.argmax(1) == labels.numpy()).mean()
-    assert summary["top1"] == pytest.approx(top1, abs=1e-9)
     top5 = 100.0
     if len(classes) > 5:
         top5 = 100 * top_k_accuracy_score(labels, scores, k=5, labels=classes)
-    assert summary["top5"] == pytest.approx(top5)
-    assert summary["val_loss"] == pytest.approx(log_loss(labels, scores, labels=classes), rel=1e-5)
-    assert summary["val_images"] == 100
+    assert evaluation.summary(predictions(logits, labels)) == {
+        "top1": pytest.approx(100 * (scores.argmax(1) == labels.numpy()).mean(), abs=1e-9),
+        "top5": pytest.approx(top5),
+        "val_loss": pytest.approx(log_loss(labels, scores, labels=classes), rel=1e-5),
+        "val_images": 100,
+    }
 
 
 def test_mistakes_are_sorted_by_confidence():
     logits = torch.tensor([[3.0, 0], [2, 0], [9, 0], [0, 9], [5, 0]])
     worst = evaluation.mistakes(predictions(logits, torch.tensor([1, 1, 0, 1, 1])), count=2)
-    assert worst.row.tolist() == [4, 0]
-    assert (worst.label != worst.class1).all()
+    assert worst.row.tolist() == [4, 0] and (worst.label != worst.class1).all()
 
 
 def guesses(classes: int, images: int) -> tuple[pd.DataFrame, list[str]]:
@@ -171,8 +149,9 @@ def guesses(classes: int, images: int) -> tuple[pd.DataFrame, list[str]]:
     return frame, [f"class {i}" for i in range(classes)]
 
 
-@pytest.mark.parametrize("classes, images", [(3, 400), (5, 20), (12, 900), (40, 600)])
+@pytest.mark.parametrize("classes, images", [(3, 400), (40, 60)])
 def test_confusion_and_classes_are_those_of_scikit_learn(classes, images):
+    """With 60 images some classes have none: their top-1 is nan."""
     frame, names = guesses(classes, images)
     counts = confusion_matrix(frame.label, frame.class1, labels=range(classes))
     confusion = evaluation.confusion(frame, names)
@@ -191,14 +170,6 @@ def test_confusion_and_classes_are_those_of_scikit_learn(classes, images):
     assert part.attrs == {"classes": classes, "images": counts.sum(1)[most].tolist()}
 
 
-def test_a_class_without_images_has_no_top1():
-    frame = pd.DataFrame({"label": [0, 0, 0, 0, 1, 1, 3], "class1": [0, 2, 2, 1, 1, 1, 0]})
-    table = evaluation.per_class(frame, ["a", "b", "c", "d"])
-    assert table.images.tolist() == [4, 2, 0, 1]
-    np.testing.assert_array_equal(table.top1, [25.0, 100.0, np.nan, 0.0])
-    assert table["mistaken for"].tolist() == ["c", "", "", "a"]
-
-
 def test_ten_thousand_classes_need_no_table_of_all_pairs():
     frame, names = guesses(10_450, 20_000)
     tracemalloc.start()
@@ -212,71 +183,47 @@ def test_ten_thousand_classes_need_no_table_of_all_pairs():
     np.testing.assert_array_equal(part, confusion_matrix(frame.label, frame.class1, labels=kept))
 
 
-def confident(n: int) -> pd.DataFrame:
-    rng = np.random.default_rng(n)
-    p1, label = rng.uniform(0.26, 1, n).astype(np.float32), rng.integers(0, 4, n)
-    class1 = np.where(rng.random(n) < p1**2, label, (label + 1) % 4)
-    return pd.DataFrame({"p1": p1, "label": label, "class1": class1})
-
-
-def test_reliability_is_that_of_scikit_learn():
-    frame = confident(3000)
-    top1, confidence = calibration_curve(frame.class1 == frame.label, frame.p1, n_bins=15)
+def test_reliability_is_that_of_scikit_learn_and_the_calibration_error_a_loop_over_bins():
+    rng, total = np.random.default_rng(0), 0.0
+    p1, label = rng.uniform(0.26, 1, 3000).astype(np.float32), rng.integers(0, 4, 3000)
+    class1 = np.where(rng.random(3000) < p1**2, label, (label + 1) % 4)
+    frame = pd.DataFrame({"p1": p1, "label": label, "class1": class1})
+    top1, confidence = calibration_curve(class1 == label, p1, n_bins=15)
     table = evaluation.reliability(frame)
     assert table.top1.to_numpy() == pytest.approx(top1)
     assert table.confidence.to_numpy() == pytest.approx(confidence)
     assert table.images.sum() == 3000
-
-
-def test_the_calibration_error_is_a_loop_over_bins():
-    frame, total = confident(500), 0.0
     for i in range(15):
-        inside = frame[(frame.p1 > i / 15) & (frame.p1 <= (i + 1) / 15)]
+        inside = frame[(p1 > i / 15) & (p1 <= (i + 1) / 15)]
         if len(inside):
-            correct = (inside.class1 == inside.label).mean()
-            total += len(inside) / 500 * abs(correct - inside.p1.mean())
+            gap = abs((inside.class1 == inside.label).mean() - inside.p1.mean())
+            total += len(inside) / 3000 * gap
     assert evaluation.calibration_error(frame) == pytest.approx(total, abs=1e-6)
-    assert evaluation.calibration_error(frame.assign(p1=1.0, class1=frame.label)) == 0.0
 
 
 # ---- several models
 
 
-@pytest.fixture
-def three() -> dict[str, pd.DataFrame]:
-    """Three models on 200 images of five classes, the last of which has none."""
-    rng = np.random.default_rng(0)
-    label = rng.integers(4, size=200)
-    wrong = lambda share: np.where(rng.random(200) < share, rng.integers(5, size=200), label)
-    frame = pd.DataFrame({"file": [f"{i}.png" for i in range(200)], "list": 0, "label": label})
-    shares = {"alone": 0.6, "distilled": 0.4, "teacher": 0.5}
-    return {name: frame.assign(class1=wrong(share)) for name, share in shares.items()}
+def test_models_side_by_side_are_counted_class_by_class():
+    (one, names), (two, _) = guesses(5, 60), guesses(5, 60)
+    two["class1"] = np.roll(one.class1, 1)
+    models = {
+        name: frame.assign(list=0, file=[f"{i}.png" for i in range(60)])
+        for name, frame in (("one", one), ("two", two))
+    }
+    table = evaluation.side_by_side(models, names)
+    assert table.columns.tolist() == ["class", "images", "one", "two"]
+    for name, frame in models.items():
+        expected = 100 * (frame.class1 == frame.label).groupby(frame.label).mean()
+        np.testing.assert_allclose(table[name], expected.reindex(range(5)))
+    with pytest.raises(ValueError, match="of different images"):
+        evaluation.side_by_side(models | {"two": models["two"][::-1]}, names)
 
 
-def test_models_side_by_side_are_counted_class_by_class(three):
-    table = evaluation.side_by_side(three, list("abcde"))
-    assert table.columns.tolist() == ["class", "images", *three]
-    for number, row in enumerate(table.itertuples()):
-        for name, frame in three.items():
-            predicted = frame.class1[frame.label == number]
-            assert row.images == len(predicted)
-            share = 100 * (predicted == number).sum() / len(predicted) if len(predicted) else np.nan
-            np.testing.assert_allclose(getattr(row, name), share)
-    for other in (three["alone"][::-1], three["alone"].head(9), three["alone"].assign(file="x")):
-        with pytest.raises(ValueError, match="of different images"):
-            evaluation.side_by_side({"one": three["alone"], "two": other}, list("abcde"))
-
-
-def test_shared_teacher_errors_are_counted(three):
-    student, teacher = three["distilled"], three["teacher"]
-    counts = {"same": 0, "other": 0, "correct": 0}
-    for label, ours, theirs in zip(teacher.label, student.class1, teacher.class1, strict=True):
-        if theirs != label:
-            counts["same" if ours == theirs else "correct" if ours == label else "other"] += 1
-    wrong = sum(counts.values())
-    assert min(counts.values()) > 0
-    shares = {name: pytest.approx(100 * count / wrong) for name, count in counts.items()}
-    assert evaluation.shared_teacher_errors(student, teacher) == {"wrong": wrong} | shares
-    assert evaluation.shared_teacher_errors(teacher, teacher)["same"] == 100
+def test_shared_teacher_errors_are_counted():
+    teacher = pd.DataFrame({"label": [0, 0, 0, 0, 0], "class1": [0, 1, 1, 1, 2]})
+    student = teacher.assign(class1=[1, 1, 1, 2, 0])
+    shares = {"same": 50, "other": 25, "correct": 25}
+    assert evaluation.shared_teacher_errors(student, teacher) == {"wrong": 4} | shares
     errors = evaluation.shared_teacher_errors(teacher, teacher.assign(class1=teacher.label))
     assert errors.pop("wrong") == 0 and np.isnan([*errors.values()]).all()

@@ -4,7 +4,6 @@ import importlib.util
 
 import numpy as np
 import pytest
-from conftest import IMAGES
 from scipy import optimize, stats
 from scipy.special import xlogy
 from statsmodels.stats import contingency_tables
@@ -69,31 +68,17 @@ def test_tango_inverts_a_score_test_with_a_numeric_maximum(only_a, only_b, n, le
     assert (score(low / 100), score(high / 100)) == pytest.approx((z, -z), rel=1e-3)
 
 
-@pytest.mark.parametrize("comparisons", [1, 3, 10, 100])
-def test_interval_and_exact_test_of_two_runs_agree_about_0(comparisons):
+@pytest.mark.parametrize("comparisons", [1, 10])
+def test_the_difference_of_two_runs_is_mcnemars_and_tangos_and_they_agree_about_0(comparisons):
     for only_a in range(0, 30, 7):
         for only_b in range(0, 45, 2):
             d = two_runs(only_a, only_b, 300, 100, comparisons)
             assert (d.low <= 0 <= d.high) == (d.adjusted >= 0.05), (only_a, only_b)
-            assert -100 <= d.low < d.high <= 100 and d.low <= d.points <= d.high
-            assert 0 < d.p <= 1 and d.detectable > 0
-
-
-def test_the_interval_of_two_runs_covers_the_truth_in_95_percent():
-    rng, covered = np.random.default_rng(0), 0
-    for only_a, only_b, rest in rng.multinomial(2000, [0.04, 0.06, 0.9], 400):
-        d = two_runs(only_a, only_b, rest, 0)
-        covered += d.low <= 2 <= d.high
-    assert 0.93 <= covered / 400 <= 0.98
-
-
-def test_the_difference_of_two_runs_is_mcnemars_and_tangos():
-    a = np.array([[1, 1, 0, 0, 1, 0, 1, 1]], bool)
-    b = np.array([[1, 0, 1, 1, 1, 1, 1, 0]], bool)
-    d = difference(a, b)
-    assert d.points == pytest.approx(12.5) and d.p == mcnemar(2, 3)
-    assert (d.low, d.high) == tango(2, 3, 8)
-    assert d.seeds == (1, 1) and d.images == 8 and d.seeds_needed(0.5) is None
+            low, high = tango(only_a, only_b, d.images, 1 - 0.05 / comparisons)
+            assert d.low in (low, min(low, 0.0)) and d.high in (high, max(high, 0.0))
+            assert d.p == mcnemar(only_a, only_b) and d.detectable > 0
+            assert d.points == pytest.approx(100 * (only_b - only_a) / d.images)
+    assert d.seeds == (1, 1) and d.seeds_needed(0.5) is None
 
 
 # ---- several runs
@@ -176,18 +161,6 @@ def test_type_1_error_coverage_and_power_are_those_of_the_benchmark(n, sd, runs)
     assert null["found"] <= 0.08 and there["covered"] >= 0.92
     assert null["broken"] == there["broken"] == 0
     assert there["found"] >= 0.7 and there["old found"] < 0.45
-
-
-def test_the_interval_of_five_seeds_holds_for_other_images():
-    """Half the images suit b, a quarter suit a, and every trial has other images."""
-    rng, covered = np.random.default_rng(5), 0
-    kinds = np.array([[0.7, 0.9], [0.9, 0.7], [0.8, 0.8]])
-    truth = 100 * (0.5 * 0.2 - 0.25 * 0.2)
-    for _ in range(600):
-        p = kinds[rng.choice(3, IMAGES, p=[0.5, 0.25, 0.25])]
-        d = difference(sample_runs(rng, 5, p[:, 0]), sample_runs(rng, 5, p[:, 1]))
-        covered += d.low <= truth <= d.high
-    assert covered / 600 >= 0.93
 
 
 def test_the_detectable_difference_is_significant_in_four_of_five_cases():

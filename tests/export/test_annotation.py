@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import save_noise, write_list
 from PIL import Image
-from prediction_helpers import IN_PHOTOS, Colours, make_photos, save_noise, write_list
+from prediction_helpers import IN_PHOTOS, Colours, make_photos
 
-from workbench.export import PredictionError, annotate, predict_to_file
+from workbench.export import PredictionError, predict_to_file
+from workbench.export.annotation import annotate
 
 
 @pytest.fixture
@@ -40,77 +42,55 @@ def test_annotated_images_have_the_names_of_their_originals_and_show_them(
     rotated = Image.new("RGB", (60, 30), "red")
     rotated.paste("blue", (30, 0, 60, 30))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter, clockwise
-    rotated.save(photos / "turned.jpg", exif=exif)
+    exif[0x0112] = 6  # rotated by a quarter, clockwise
+    rotated.save(photos / "rotated.jpg", exif=exif)
     predicted([photos], shown)
     files = {str(p.relative_to(shown)) for p in contents(shown)}
-    assert files == {*IN_PHOTOS, "below/wide.webp.jpg", "turned.jpg"}
+    assert files == {*IN_PHOTOS, "below/wide.webp.jpg", "rotated.jpg"}
     with Image.open(shown / "below" / "wide.webp.jpg") as wide:
         assert wide.size == (512, 341 + 32) and wide.format == "JPEG"
-    with Image.open(shown / "turned.jpg") as turned:
-        pixels = np.asarray(turned.convert("RGB")).astype(int)
+    with Image.open(shown / "rotated.jpg") as sheet:
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)
     width = pixels.shape[1]
-    assert turned.height == 60 + 32
+    assert len(pixels) == 60 + 32
     assert pixels[10, width // 2, 0] > 200 > 50 > pixels[10, width // 2, 2]  # red above
     assert pixels[50, width // 2, 2] > 200 > 50 > pixels[50, width // 2, 0]
     with Image.open(photos / "1.png") as original, Image.open(shown / "1.png") as sheet:
-        assert sheet.format == "PNG"
         left = (sheet.width - original.width) // 2
         found = sheet.crop((left, 0, left + original.width, original.height))
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(original.convert("RGB")))
+        assert sheet.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(original))
 
 
-@pytest.mark.parametrize("name", ["ant", "Kätzchen", "кошка", "x" * 300, "two\nlines", ""])
-@pytest.mark.parametrize("size", [(8, 8), (512, 40), (4000, 30)])
+@pytest.mark.parametrize("name", ["ant", "кошка", "x" * 300, "two\nlines", ""])
+@pytest.mark.parametrize("size", [(8, 8), (4000, 30)])
 def test_the_band_has_dark_letters_that_are_not_cut(name, size):
-    sheet = annotate(Image.new("RGB", size, "black"), name, 0.876)
-    height = min(size[1], round(size[1] * 512 / max(512, size[0])))
-    assert sheet.width <= 512 and sheet.height == height + 32
+    image = Image.new("RGB", size, "black")
+    sheet = annotate(image, name, 0.876)
+    assert sheet.height == min(size[1], round(size[1] * 512 / max(512, size[0]))) + 32
     band = np.asarray(sheet.convert("L"))[-32:]
     assert (band < 60).sum() > 80 and (band > 240).mean() > 0.5
     edges = [band[:3], band[-3:], band[:, :6], band[:, -6:]]
     assert all((edge == 255).all() for edge in edges)
+    others = (annotate(image, name + "y", 0.876), annotate(image, name, 0.877))
+    assert len({found.tobytes() for found in (sheet, *others)}) == 3
 
 
-def test_names_and_values_are_in_the_band():
-    image, long = Image.new("RGB", (200, 20)), "x" * 300
-    texts = [("ant", 0.5), ("bee", 0.5), ("ant", 0.6), (long, 0.5), (long, 0.6)]
-    assert len({annotate(image, name, p).tobytes() for name, p in texts}) == 5
-
-
-def test_annotated_images_stay_in_their_folder_and_have_different_names(
-    photos, tmp_path, monkeypatch, predicted
-):
+def test_annotated_images_stay_in_their_folder(photos, tmp_path, monkeypatch, predicted):
     away = save_noise(tmp_path / "away.png", 99)
-    for name in ("0.png.jpg", "0.tif"):
-        save_noise(photos / name, name.encode()[0])
-    save_noise(photos / "0.tif.jpg", 5)
-    entries = ["../away.png", str(away), "0.tif", "0.tif.jpg", "below/../0.png", "./0.png"]
+    entries = ["../away.png", str(away), "below/../0.png", "./0.png"]
     listed = write_list(photos / "list.txt", *entries)
     monkeypatch.chdir(photos / "below")
-    before = contents(tmp_path)
-    table = predicted([listed, "../1.png", "1.jpg", photos / "2.png"], tmp_path / "deep" / "shown")
+    before, shown = contents(tmp_path), tmp_path / "deep" / "shown"
+    table = predicted([listed, "../1.png", "1.jpg", photos / "2.png"], shown)
     after = contents(tmp_path)
     assert {p: after[p] for p in before} == before
-    new = set(after) - set(before)
-    assert all(p.is_relative_to(tmp_path / "deep" / "shown") for p in new)
-    assert (table.error != "").sum() == 1
-    # ./0.png and below/../0.png are one image with two names
-    assert len(new) == len(table) - 1
+    assert all(p.is_relative_to(shown) for p in set(after) - set(before))
+    assert (table.error != "").tolist() == [True] + [False] * 6
+    assert len(after) - len(before) == 6
 
 
-def test_two_images_of_one_name_get_numbers(tmp_path, monkeypatch, predicted):
-    (tmp_path / "in" / "sub").mkdir(parents=True)
-    save_noise(tmp_path / "in" / "a.png", 1)
-    save_noise(tmp_path / "a.png", 2)
-    monkeypatch.chdir(tmp_path / "in")
-    predicted(["a.png", "../a.png"], tmp_path / "shown")
-    assert sorted(p.name for p in (tmp_path / "shown").iterdir()) == ["a-2.png", "a.png"]
-    sheets = [np.asarray(Image.open(tmp_path / "shown" / n)) for n in ("a.png", "a-2.png")]
-    assert not np.array_equal(*sheets)
-
-
-def test_links_in_the_folder_are_not_followed(photos, tmp_path, predicted):
+def test_existing_files_are_replaced_and_links_are_not_followed(photos, tmp_path, predicted):
     shown, away = tmp_path / "shown", tmp_path / "away"
     shown.mkdir()
     away.mkdir()
@@ -121,9 +101,6 @@ def test_links_in_the_folder_are_not_followed(photos, tmp_path, predicted):
         predicted([photos / name], shown)
         assert not (shown / name).is_symlink()
         Image.open(shown / name).load()
-    (shown / ".2.png.partial").symlink_to(away / "mine.png")
-    with pytest.raises(PredictionError, match="was not written"):
-        predicted([photos / "2.png"], shown)
     (shown / "below").symlink_to(away)
     with pytest.raises(PredictionError, match="is below a link"):
         predicted([photos], shown)
@@ -136,8 +113,8 @@ def test_links_in_the_folder_are_not_followed(photos, tmp_path, predicted):
         (["."], ".", "is in the input"),
         (["."], "shown", "is in the input"),
         (["."], "..", "is in annotate_dir"),
-        (["0.png"], ".", "is in annotate_dir"),
         (["list.txt"], ".", "is in annotate_dir"),
+        (["0.png", "../0.png"], "../shown", "would both be annotated as"),
         (["0.png"], "../taken", "was not written"),
     ],
 )
@@ -145,6 +122,7 @@ def test_inputs_and_files_are_never_replaced(
     photos, monkeypatch, predicted, inputs, shown, message
 ):
     write_list(photos / "list.txt", "1.png")
+    save_noise(photos.parent / "0.png", 1)
     (photos.parent / "taken").touch()
     before = contents(photos.parent)
     monkeypatch.chdir(photos)

@@ -1,9 +1,7 @@
 """A package predicts like its run, reports what was measured, and is refused if it is invalid."""
 
-import ast
 import csv
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -12,31 +10,28 @@ import site
 import subprocess
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pandas as pd
 import pytest
+import scipy.stats
 import timm
 import torch
 import yaml
-from conftest import save_noise
+from conftest import save_noise, write_list
 from helpers import train
 from PIL import Image
-from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
-from workbench import consumer, data, export, runs, training
+from workbench import data, export, image_files, runs, training
 from workbench.__main__ import app
 from workbench.augmentation import EvalTransform
 from workbench.data import images
-from workbench.export import ExportError, PackageError, metadata, packaging
+from workbench.export import ExportError, PackageError, archive, metadata, packaging
 from workbench.export import onnx as networks
-from workbench.export.card import model_card
 from workbench.recipe import Recipe
 
 
@@ -65,65 +60,26 @@ def exported_once(files, monkeypatch):
     monkeypatch.setattr(networks, "to_onnx", lambda network: files["model.onnx"])
 
 
-def member(name: str, size: int = 0, **fields) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    for key, value in fields.items():
-        setattr(info, key, value)
-    return info
-
-
-def write_tar(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for info, content in members:
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def packed(path: Path, files: dict[str, bytes], **changed: bytes) -> Path:
-    """A tar of these files, changed by name with _ for the dot, with valid sums."""
-    files = {name: content for name, content in files.items() if name != "SHA256SUMS"}
-    files |= {name.replace("__", "."): content for name, content in changed.items()}
-    if "SHA256SUMS" not in files:
-        sums = [f"{hashlib.sha256(its).hexdigest()}  {name}\n" for name, its in files.items()]
-        files["SHA256SUMS"] = "".join(sums).encode()
-    return write_tar(path, *((member(name, len(its)), its) for name, its in files.items()))
-
-
-def extracted(path: Path, folder: Path) -> Path:
-    with tarfile.open(path) as tar:
-        tar.extractall(folder, filter="data")
-    return folder
-
-
 # ---- predict.py of the package
 
 
 @pytest.fixture(scope="module")
-def site_packages(tmp_path_factory) -> Path:
-    """A folder with onnxruntime, numpy and Pillow only."""
-    folder = tmp_path_factory.mktemp("site")
+def script(built, tmp_path_factory):
+    """Runs predict.py where only onnxruntime, numpy and Pillow can be imported.
+
+    Returns exit code, rows and stderr.
+    """
+    folder = tmp_path_factory.mktemp("package")
+    with tarfile.open(built) as tar:
+        tar.extractall(folder, filter="data")
     [packages] = {Path(p) for p in site.getsitepackages()}
     for name in ("onnxruntime", "numpy", "numpy.libs", "PIL", "pillow.libs"):
         if (packages / name).exists():
             (folder / name).symlink_to(packages / name)
-    return folder
-
-
-@pytest.fixture
-def script(built, site_packages, tmp_path):
-    """Runs predict.py of the package with those packages; returns exit code, rows and stderr."""
-    extracted(built, tmp_path / "package")
-    code = (
-        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); del sys.argv[0]\n"
-        "try:\n  runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally:\n  assert not {'torch', 'timm', 'workbench', 'pandas'} & set(sys.modules)"
-    )
-    start = [sys.executable, "-I", "-S", "-c", code, str(site_packages)]
 
     def call(*words) -> tuple[int, list[list[str]], str]:
-        command = [*start, str(tmp_path / "package" / "predict.py"), *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-S", folder / "predict.py", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env={})
         return done.returncode, list(csv.reader(io.StringIO(done.stdout), "excel-tab")), done.stderr
 
     return call
@@ -139,28 +95,15 @@ def test_the_script_predicts_the_validation_images_like_the_run_without_torch(tr
     assert np.array([float(row[2]) for row in rows]) == pytest.approx(own.p1, abs=2e-5)
 
 
-def test_the_script_is_short_and_imports_only_onnxruntime_numpy_and_pillow():
-    source = Path(consumer.__file__).read_text(encoding="utf-8")
-    lines = [line for line in source.split("\n") if line.strip() and '"""' not in line]
-    assert len(lines) <= 160
-    tree = ast.parse(source)
-    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
-    assert packages == {"numpy", "onnxruntime", "PIL"}
-
-
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
-@pytest.mark.parametrize(
-    "size", [(40, 32), (32, 40), (33, 61), (200, 37), (24, 24), (25, 24), (101, 100)]
-)
+@pytest.mark.parametrize("size", [(40, 32), (32, 40), (200, 37), (24, 24), (101, 100)])
 def test_the_script_preprocesses_like_training(tmp_path, size, interpolation):
     recipe = Recipe(image_size=24, val_resize=27, interpolation=interpolation, mean=[0.1, 0.5, 0.9])
     path = save_noise(tmp_path / "a.png", seed=list(size), size=size)
     pixels = training.eval_transform(recipe)(images.decode(path))
     expected = torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1)[None]
-    prepared = lambda inside: consumer.prepare(
-        consumer.read(path), export.preprocess(recipe, inside).model_dump()
+    prepared = lambda inside: image_files.prepare(
+        image_files.read(path), export.preprocess(recipe, inside).model_dump()
     )
     np.testing.assert_array_equal(prepared(True), expected.numpy())
     normalised = training.Normalize(recipe, torch.device("cpu"))(expected).numpy()
@@ -168,65 +111,45 @@ def test_the_script_preprocesses_like_training(tmp_path, size, interpolation):
     assert prepared(False).dtype == np.float32
 
 
-UNREADABLE = {
-    "32.tif", "float.tif", "one.png", "half.png", "damaged.png", "empty.png", "half.avif"
-}  # fmt: skip
+UNREADABLE = "float.tif one.png half.png half.jpg empty.png".split()
 
 
 def files_of_every_kind(folder: Path) -> list[Path]:
     """An image in many formats, modes, depths and orientations, and the files of UNREADABLE."""
-    folder.mkdir()
     y, x = np.mgrid[0:48, 0:64]
-    rgb = np.stack([x * 3, y * 5, x + y], -1).astype(np.uint8)
-    image, grey16 = Image.fromarray(rgb), (x * 1000).astype(np.uint16)
-    alpha = Image.fromarray(np.dstack([rgb, np.where(x < 32, 0, 255).astype(np.uint8)]))
-    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "lime", "blue")]
+    image = Image.fromarray(np.stack([x * 3, y * 5, x + y], -1).astype(np.uint8))
+    transparent = image.copy()
+    transparent.putalpha(Image.fromarray((4 * x).astype(np.uint8)))
     save = lambda image, name, **options: image.save(folder / name, **options)
     for number in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = number
-        for suffix, options in {
-            "jpg": {},
-            "png": {},
-            "tif": {},
-            "webp": {"lossless": True},
-        }.items():
-            save(image, f"turned{number}.{suffix}", exif=exif, **options)
-    for suffix in ("png", "bmp", "gif", "ppm", "jp2", "avif", "ico"):
-        save(image, f"plain.{suffix}")
-    for mode in ("L", "P", "1", "CMYK", "LAB", "YCbCr"):
-        save(image.convert(mode), f"{mode}.tif")
-    for mode in ("L", "P", "1"):
-        save(image.convert(mode), f"{mode}.png")
-    for mode, colour in (("RGBA", None), ("LA", None), ("P", 0)):
-        save(alpha.convert(mode), f"transparent{mode}.png", transparency=colour)
-    for suffix in ("png", "tif"):
-        save(Image.fromarray(grey16), f"16.{suffix}")
-    for bits in (10, 16):
-        levels = (grey16 >> (16 - bits)).astype(">u2").tobytes()
-        (folder / f"{bits}.pgm").write_bytes(f"P5\n64 48\n{2**bits - 1}\n".encode() + levels)
-    save(Image.fromarray(x.astype(np.int32)), "32.tif")
-    save(Image.fromarray((x / 64).astype(np.float32)), "float.tif")
-    for suffix in ("gif", "png", "webp", "tif", "mpo"):
-        save(frames[0], f"several.{suffix}", save_all=True, append_images=frames[1:])
-    save(image.convert("CMYK"), "CMYK.jpg")
+        save(image, f"orientation{number}.jpg", exif=exif)
+        save(image, f"orientation{number}.png", exif=exif)
+    for name in ("plain.bmp", "plain.jp2", "plain.avif", "plain.webp", "plain.gif"):
+        save(image, name)
+    for name in ("L.jpg", "CMYK.jpg", "P.png", "1.png", "LAB.tif", "YCbCr.tif"):
+        save(image.convert(name.partition(".")[0]), name)
+    save(transparent, "RGBA.png")
+    save(image.convert("P"), "transparent.png", transparency=0)
     save(image, "progressive.jpg", progressive=True)
-    save(image, "png.jpg", format="PNG")
-    save(image.resize((900, 5)), "wide.png")
-    save(image.resize((5, 900)), "tall.jpg")
+    save(Image.fromarray((x * 1000).astype(np.uint16)), "16.png")
+    for bits in (10, 16):
+        levels = (x * 1000 >> (16 - bits)).astype(">u2").tobytes()
+        (folder / f"{bits}.pgm").write_bytes(f"P5\n64 48\n{2**bits - 1}\n".encode() + levels)
+    save(image, "several.mpo", save_all=True, append_images=[image.rotate(90)])
+    save(Image.new("F", (64, 48)), "float.tif")
     save(image.resize((1, 1)), "one.png")
-    plain = (folder / "plain.png").read_bytes()
-    (folder / "half.png").write_bytes(plain[:-60])
-    (folder / "damaged.png").write_bytes(plain[: plain.index(b"IDAT") + 4] + b"IDAT" * 40)
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "half.avif").write_bytes((folder / "plain.avif").read_bytes()[:400])
+    for name in ("half.png", "half.jpg"):
+        save(image, name)
+        os.truncate(folder / name, (folder / name).stat().st_size // 2)
+    (folder / "empty.png").touch()
     return sorted(folder.iterdir())
 
 
 def test_the_script_and_workbench_predict_agree_for_files_of_every_kind(built, script, tmp_path):
-    paths = files_of_every_kind(tmp_path / "files")
-    (tmp_path / "all.txt").write_text("".join(f"files/{path.name}\n" for path in paths))
-    expected = export.predict(built, [tmp_path / "all.txt"])
+    paths = [*files_of_every_kind(tmp_path), tmp_path / "missing.png", tmp_path]
+    expected = export.predict(built, [write_list(tmp_path / "all.txt", *map(str, paths))])
     code, rows, stderr = script(*paths)
     assert code == 1 and stderr == ""
     assert [row[0] for row in rows] == [str(path) for path in paths]
@@ -235,16 +158,14 @@ def test_the_script_and_workbench_predict_agree_for_files_of_every_kind(built, s
             assert (name, p) == ("", f"error: {row.error}"), path
         else:
             assert name == row.class1 and float(p) == pytest.approx(row.p1, abs=1e-5), path
-    assert {Path(row[0]).name for row in rows if row[2].startswith("error: ")} == UNREADABLE
+    failed = {Path(row[0]).name for row in rows if row[2].startswith("error: ")}
+    assert failed == {*UNREADABLE, "missing.png", tmp_path.name}
 
 
-def test_the_script_continues_after_a_bad_file_and_runs_int8(script, tmp_path):
-    (tmp_path / "text.jpg").write_text("no image")
-    good = save_noise(tmp_path / "good.png", 1)
-    code, rows, _ = script(tmp_path / "missing.png", tmp_path / "text.jpg", tmp_path, good)
-    assert code == 1 and [row[2][:6] == "error:" for row in rows] == [True, True, True, False]
-    _, [int8], _ = script("model_int8.onnx", good)
-    assert int8[1] in "0123456789" and int8[2] != rows[3][2]
+def test_the_script_runs_int8_and_prints_its_usage(script, tmp_path):
+    image = save_noise(tmp_path / "image.png", 1)
+    (_, [float32], _), (_, [int8], _) = script(image), script("model_int8.onnx", image)
+    assert int8[1] in "0123456789" and int8[2] != float32[2]
     for words in ((), ("--help",)):
         code, _, usage = script(*words)
         assert code == 1 and "IMAGE ..." in usage
@@ -253,51 +174,33 @@ def test_the_script_continues_after_a_bad_file_and_runs_int8(script, tmp_path):
 # ---- networks and parity
 
 
-def test_the_weights_are_those_of_the_last_epoch(trained):
-    state = torch.load(trained.file("last.pt"), weights_only=True)
-    for given, key, kind in (("", "ema", "ema"), ("ema", "ema", "ema"), ("raw", "model", "raw")):
-        _, classes, model, weights = export.trained_model(trained, given)
-        assert weights == kind and classes == [str(i) for i in range(10)] and not model.training
-        for name, value in model.state_dict().items():
-            assert torch.equal(value, state[key][name]), name
-
-
 def test_int8_computes_in_int8_with_weights_that_cannot_saturate_16_bits(files):
     """x86-64 without VNNI adds pairs of uint8 * int8 in int16, which saturates at 32767."""
-    report, content = json.loads(files["parity.json"]), files["model_int8.onnx"]
+    report = json.loads(files["parity.json"])
+    graph = onnx.load_from_string(files["model_int8.onnx"]).graph
     modules = timm.create_model("test_resnet", num_classes=10).modules()
     convolutions = sum(isinstance(module, nn.Conv2d) for module in modules)
     assert report["quantised"] == {"QLinearConv": convolutions, "QGemm": 1}
     assert report["bytes"]["model_int8.onnx"] < 0.5 * report["bytes"]["model.onnx"]
     assert report["formats"]["int8"]["max_abs_diff"] > 0
-    graph = onnx.load_from_string(content).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     used = [n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"]
     weights = [values[n] for n in used if n in values and values[n].dtype == np.int8]
     assert len(weights) == convolutions + 1
     largest = max(int(np.abs(weight.astype(int)).max()) for weight in weights)
     assert largest == 64 and 2 * 255 * largest <= np.iinfo(np.int16).max
-    # onnxruntime's option for those processors; elsewhere it changes nothing
-    network, logits = networks.Network(nn.Flatten(), export.preprocess(Recipe())), []
-    inputs = {"data": network.to_input(network.noise(64)).numpy()}
-    for precise in ("0", "1"):
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.x64quantprecision", precise)
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        logits.append(session.run(["logits"], inputs)[0])
-    np.testing.assert_array_equal(*logits)
 
 
 def test_int8_is_calibrated_on_training_images_with_the_validation_transform():
     recipe = Recipe(crop_scale=[0.2, 0.3], hflip=1.0)
     train_list = data.load_dataset(recipe).train
     network = networks.Network(nn.Flatten(), export.preprocess(recipe, True))
-    inputs = np.concatenate(list(packaging.calibration_inputs(network, recipe, train_list, 50)))
-    assert inputs.shape == (50, 3, 32, 32)
-    for place in (0, 49):
-        row = round(place * (len(train_list) - 1) / 49)
-        image = training.eval_transform(recipe)(images.decode(train_list.path[row]))
-        np.testing.assert_array_equal(inputs[place].transpose(1, 2, 0), np.asarray(image))
+    inputs = np.concatenate(list(packaging.calibration_inputs(network, recipe, train_list)))
+    assert inputs.shape == (512, 3, 32, 32)
+    for i in (0, 511):
+        path = train_list.path[round(i * (len(train_list) - 1) / 511)]
+        pixels = training.eval_transform(recipe)(images.decode(path))
+        np.testing.assert_array_equal(inputs[i].transpose(1, 2, 0), np.asarray(pixels))
 
 
 def test_the_report_covers_the_whole_validation_list(files, trained):
@@ -306,7 +209,7 @@ def test_the_report_covers_the_whole_validation_list(files, trained):
     top1 = 100 * (own.class1 == own.label).mean()
     assert report["formats"]["torch"]["top1"] == pytest.approx(top1)
     assert report["data"] == trained.environment()["val_data"]
-    assert set(report["formats"]) == {"torch", *export.FORMATS}
+    assert set(report["formats"]) == {"torch", *archive.FORMATS}
     for name in ("onnx", "torch_export"):
         entry = report["formats"][name]
         assert entry["flips"] == entry["ties"] == 0 and entry["max_abs_diff"] < 1e-4
@@ -323,26 +226,27 @@ def test_an_int8_network_over_the_budget_is_left_out(trained, exported_once, tmp
     assert done.exit_code == 1
     sentence, path = done.stdout.splitlines()[-2:]
     assert sentence.startswith("not in the package: int8 loses ")
-    assert "allowed is -100" in sentence
-    kept = export.check(path)
-    assert "model.onnx" in kept and "model_int8.onnx" not in kept
-    text = kept["README.md"].decode()
-    assert f"N{sentence[1:]}." in text
-    assert "model_int8.onnx IMAGE" not in text and "| int8 |" in text
+    files = export.check(path)
+    assert "model.onnx" in files and "model_int8.onnx" not in files
+    card = files["README.md"].decode()
+    assert f"N{sentence[1:]}." in card and "| int8 |" in card
+    assert "model_int8.onnx IMAGE" not in card
 
 
 def test_a_script_with_other_predictions_is_not_packed(
     trained, exported_once, tmp_path, monkeypatch
 ):
-    source = Path(consumer.__file__).read_text(encoding="utf-8")
+    source = Path(image_files.__file__).read_text(encoding="utf-8")
     other = source.replace("np.asarray(to_rgb(image))", "np.asarray(to_rgb(image)) // 2")
     assert other != source
     (tmp_path / "other.py").write_text(other, encoding="utf-8")
-    monkeypatch.setattr(consumer, "__file__", str(tmp_path / "other.py"))
+    monkeypatch.setattr(image_files, "__file__", str(tmp_path / "other.py"))
     with pytest.raises(ExportError, match="probabilities of predict.py with onnx differ by"):
         export.package(trained.path, tmp_path, seconds=0.001)
     (tmp_path / "other.py").write_text("import nothing_of_this_name", encoding="utf-8")
-    with pytest.raises(ExportError, match="predict.py of the package crashes: .*nothing_of_this"):
+    with pytest.raises(
+        ExportError, match="(?s)predict.py of the package crashes: .*nothing_of_this"
+    ):
         export.package(trained.path, tmp_path, seconds=0.001)
 
 
@@ -354,25 +258,25 @@ def test_other_predictions_leave_a_report_and_no_package(
         patch.setattr(networks, "onnx_runner", lambda content: lambda data: -right(content)(data))
         with pytest.raises(ExportError, match="onnx has other predictions .*the report is"):
             export.package(trained.path, tmp_path, seconds=0.01)
-    names = ["small_1.0.0.flips.csv", "small_1.0.0.parity.json"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    report = export.read_report(tmp_path / names[1])
+    flips, parity = sorted(tmp_path.iterdir())
+    assert (flips.name, parity.name) == ("small_1.0.0.flips.csv", "small_1.0.0.parity.json")
+    report = json.loads(parity.read_text())
     assert report["problems"] and report["formats"]["onnx"]["flips"] > 100
-    assert len(pd.read_csv(tmp_path / names[0])) == report["formats"]["onnx"]["flips"]
+    assert len(pd.read_csv(flips)) == report["formats"]["onnx"]["flips"]
     path = export.package(trained.path, tmp_path, seconds=0.01)
-    assert list(tmp_path.glob("small*")) == [path]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_measure_reports_predictions_that_differ_on_this_machine(built, files, tmp_path):
-    report, packed_report = export.measure(built, seconds=0.001), json.loads(files["parity.json"])
+    report = export.measure(built, seconds=0.001)
     assert report["problems"] == [] and report["images"] == 500
-    for name in ("onnx", "int8"):
-        top1 = packed_report["formats"][name]["top1"]
-        assert report["formats"][name]["top1"] == top1
+    top1 = export.read_report(built)["formats"]["int8"]["top1"]
+    assert report["formats"]["int8"]["top1"] == top1
     other = onnx.load_from_string(files["model.onnx"])
     [bias] = [tensor for tensor in other.graph.initializer if tensor.name.endswith("fc.bias")]
     bias.CopyFrom(onnx.numpy_helper.from_array(np.arange(10, dtype=np.float32), bias.name))
-    path = packed(tmp_path / "x.tar", files | {"model_int8.onnx": other.SerializeToString()})
+    changed = files | {"model_int8.onnx": other.SerializeToString()}
+    path = archive.write_tar(tmp_path / "x.tar", changed)
     done = CliRunner().invoke(app, ["export", "--check", str(path), "--measure"])
     assert done.exit_code == 1
     [sentence] = [line for line in done.stdout.splitlines() if line.startswith("int8: ")]
@@ -410,9 +314,12 @@ def test_a_to_kestrel_block_sets_names_types_and_categories(trained, tmp_path):
         "toks_type": "cls", "plugin": "classifier", "model_name": "numbers", "version": "2.1",
         "type": "DIGITS", "save_all_label": False, "class_label": groups,
     }  # fmt: skip
-    path = export.package(trained.path, tmp_path, kestrel=block, uint8_input=True, seconds=0.01)
-    assert path.name == "numbers_2.1.tar"
-    found = export.check(path)
+    (tmp_path / "up.yaml").write_text(yaml.safe_dump({"to_kestrel": block}, sort_keys=False))
+    words = ["export", str(trained.path), "--out", str(tmp_path), "--uint8-input"]
+    done = CliRunner().invoke(app, [*words, "--kestrel", str(tmp_path / "up.yaml")])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "numbers_2.1.tar")
+    found = export.check(tmp_path / "numbers_2.1.tar")
     parameters = json.loads(found["parameters.json"])
     assert parameters["type"] == "DIGITS" and parameters["save_all_label"] is False
     assert parameters["pixel_means"] == [0, 0, 0] and parameters["pixel_stds"] == [1, 1, 1]
@@ -427,11 +334,8 @@ def test_a_to_kestrel_block_sets_names_types_and_categories(trained, tmp_path):
     ("group", "problem"),
     [
         ({"labels": list("1023456789")}, "class_label has the classes of the run in another order"),
-        ({"labels": list("023456789")}, "class_label has 9 labels, the network has 10 scores"),
-        (
-            {"labels": list("0123456789"), "threshold": 1},
-            "class_label.x: threshold is not",
-        ),
+        ({"labels": list("023456789")}, "class_label has 9 labels for 10 classes"),
+        ({"labels": list("0123456789"), "threshold": 1}, "class_label.x: threshold is not"),
     ],
 )
 def test_a_class_label_that_does_not_fit_is_refused(group, problem):
@@ -439,25 +343,12 @@ def test_a_class_label_that_does_not_fit_is_refused(group, problem):
         metadata.categories({"class_label": {"x": group}}, list("0123456789"))
 
 
-def test_the_command_reads_the_block_of_a_united_perception_file(trained, exported_once, tmp_path):
-    labels = [f"digit {i}" for i in range(10)]
-    (tmp_path / "up.yaml").write_text(
-        "to_kestrel:\n  toks_type: cls\n  plugin: classifier\n  model_name: shipped\n"
-        f"  version: 3.0.0\n  class_label: {{numbers: {{calculator: bypass, labels: {labels}}}}}\n"
-    )
-    words = [str(trained.path), "--out", str(tmp_path), "--kestrel", str(tmp_path / "up.yaml")]
-    done = CliRunner().invoke(app, ["export", *words])
-    assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "shipped_3.0.0.tar")
-    found = export.check(tmp_path / "shipped_3.0.0.tar")
-    assert json.loads(found["category_param.json"])["numbers"]["labels"] == labels
-
-
-def test_sha256sum_accepts_the_sums(built, tmp_path):
-    extracted(built, tmp_path)
+def test_sha256sum_accepts_the_sums(files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stdout
-    assert len(done.stdout.split(b"\n")) == len(list(tmp_path.iterdir()))
+    assert len(done.stdout.splitlines()) == len(files) - 1
 
 
 def test_the_recipe_has_no_paths_of_this_machine(files, trained, tmp_path):
@@ -470,80 +361,61 @@ def test_the_recipe_has_no_paths_of_this_machine(files, trained, tmp_path):
 
 def test_the_card_reports_what_was_measured(files, trained):
     head, body = files["README.md"].decode().removeprefix("---\n").split("---\n", 1)
-    head, report = yaml.safe_load(head), json.loads(files["parity.json"])
+    report, environment = json.loads(files["parity.json"]), trained.environment()
     top1 = report["formats"]["torch"]["top1"]
-    [result] = head["model-index"][0]["results"]
+    [result] = yaml.safe_load(head)["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": round(top1, 2)}]
-    assert head["pipeline_tag"] == "image-classification"
-    low, high = stats.binomtest(round(5 * top1), 500).proportion_ci(method="wilson")
+    low, high = scipy.stats.binomtest(round(5 * top1), 500).proportion_ci(method="wilson")
     assert f"{top1:.2f} %** (95 % interval {100 * low:.2f} to {100 * high:.2f}, n=500" in body
-    assert trained.environment()["val_data"] in body and "| int8 |" in body
+    assert environment["val_data"] in body and "| int8 |" in body
     assert "0 to 255 minus `pixel_means`, divided by `pixel_stds` of parameters.json" in body
     assert "1,297 images" in body and "python predict.py model_int8.onnx" in body
     assert "model_with_preprocessing.onnx" in body and "model.pt2" in body
     meta, recipe = metadata.Meta(**json.loads(files["meta.json"])), Recipe(**trained.recipe())
-    found = {"train_val_duplicates": 2, "empty_classes": ["4", "7"]}
-    text = model_card(meta, report, recipe, trained.environment() | found)
-    assert "2 of the validation images were in training too" in text
-    assert "Without a training image: 4, 7." in text and "in training too" not in body
+    found = environment | {"train_val_duplicates": 2, "empty_classes": ["4", "7"]}
+    card = metadata.model_card(meta, report, recipe, found)
+    assert "2 of the validation images were in training too" in card
+    assert "Without a training image: 4, 7." in card and "in training too" not in body
 
 
 # ---- runs that cannot be exported
 
 
-def test_an_existing_package_is_not_replaced(built, trained):
+def test_bad_arguments_are_refused_before_the_export(built, trained, monkeypatch):
     before = built.read_bytes()
-    with pytest.raises(ExportError, match="exists and is not replaced; choose another version"):
-        export.package(trained.path, built.parent)
-    assert [p.name for p in built.parent.iterdir()] == [built.name]
-    assert built.read_bytes() == before
-
-
-def test_bad_arguments_are_refused_before_the_export(trained, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
     monkeypatch.setattr(networks, "to_onnx", None)  # a call would fail otherwise
-    with pytest.raises(ExportError, match="cannot write .*; choose another out"):
-        export.package(trained.path, tmp_path / "file" / "x")
     for options, problem in (
-        ({"name": "../evil"}, "allowed are letters, digits, dot, dash and _"),
-        ({"version": "1/2"}, "allowed are letters, digits, dot, dash and _"),
+        ({}, "exists and is not replaced; choose another version"),
+        ({"name": "../evil"}, "model_name: string should match pattern"),
+        ({"version": "1/2"}, "version: string should match pattern"),
         ({"lr": "3"}, "lr cannot be changed after training; allowed are data_dir"),
-        ({"weights": "fast"}, "no fast weights, only raw and ema"),
+        ({"kestrel": {"type": 3}}, "type must be text"),
     ):
         with pytest.raises(ExportError, match=problem):
-            export.package(trained.path, tmp_path, **options)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+            export.package(trained.path, built.parent, **options)
+    assert list(built.parent.iterdir()) == [built] and built.read_bytes() == before
 
 
-def other_classes(run: Path) -> None:
-    environment = json.loads((run / "environment.json").read_text())
+def other_classes(run: runs.Run) -> None:
+    environment = run.environment()
     environment["classes"][3] = "three"
-    (run / "environment.json").write_text(json.dumps(environment))
-
-
-def stopped(path: Path) -> None:
-    run = runs.Run(path)
-    with run.writing():
-        run.set_status("stopped")
+    run.file("environment.json").write_text(json.dumps(environment))
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda run: shutil.rmtree(run), "is not a run folder"),
-        (lambda run: (run / "last.pt").unlink(), "has no last.pt"),
-        (lambda run: os.truncate(run / "last.pt", 1000), "cannot be read"),
-        (lambda run: (run / "recipe.yaml").write_text("lr: much"), "lr"),
-        (lambda run: (run / "environment.json").unlink(), "has no classes"),
-        (other_classes, "10 classes, .* for 10, with other names or in another order"),
-        (stopped, "is stopped; finish its training first"),
+        (lambda run: run.file("last.pt").unlink(), "is not finished or has no last.pt"),
+        (lambda run: run.file("status.json").unlink(), "is not finished or has no last.pt"),
+        (lambda run: run.file("environment.json").unlink(), "has no classes"),
+        (other_classes, "the data does not have the classes of"),
     ],
 )
 def test_a_run_that_cannot_be_exported_is_one_error(change, problem, trained, tmp_path):
-    shutil.copytree(trained.path, tmp_path / "run")
-    change(tmp_path / "run")
+    run = runs.Run(shutil.copytree(trained.path, tmp_path / "run"))
+    change(run)
     with pytest.raises(ExportError, match=problem):
-        export.package(tmp_path / "run", tmp_path / "out")
+        export.package(run.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -553,11 +425,7 @@ def test_changed_validation_images_are_refused_and_moved_ones_are_found(image_fo
     [first, *_] = sorted((image_folder / "val" / "a").iterdir())
     saved = first.read_bytes()
     other = image_folder / "val" / "b" / "0.png"
-    for change in (
-        first.unlink,
-        lambda: first.write_bytes(b"garbage"),
-        lambda: shutil.copy(other, first),
-    ):
+    for change in (first.unlink, lambda: shutil.copy(other, first)):
         change()
         with pytest.raises(ExportError, match="validation images have changed since"):
             export.package(run.path, image_folder / "out")
@@ -574,7 +442,7 @@ def test_changed_validation_images_are_refused_and_moved_ones_are_found(image_fo
 
 def test_a_package_of_format_1_is_read(built, files, tmp_path):
     """Its files and keys have the names of FORMER_FILES and FORMER_KEYS."""
-    former = {new: old for old, new in export.archive.FORMER_KEYS.items()}
+    former = {new: old for old, new in archive.FORMER_KEYS.items()}
 
     def rename(value):
         if isinstance(value, dict):
@@ -586,7 +454,7 @@ def test_a_package_of_format_1_is_read(built, files, tmp_path):
     old["meta.json"] = json.dumps({**json.loads(files["meta.json"]), "format": 1}).encode()
     flips = export.read_flips(files).rename(columns=former)
     old["flips.csv"] = flips.assign(form=flips.form.replace(former)).to_csv(index=False).encode()
-    path = packed(tmp_path / "old.tar", old)
+    path = archive.write_tar(tmp_path / "old.tar", old)
     found = export.check(path)
     assert export.read_report(path) == export.read_report(built)
     pd.testing.assert_frame_equal(export.read_flips(found), export.read_flips(files))
@@ -594,52 +462,52 @@ def test_a_package_of_format_1_is_read(built, files, tmp_path):
     assert export.measure(path, seconds=0.001)["problems"] == []
 
 
-def set_at(*path, value):
-    def change(content):
-        for key in path[:-1]:
-            content = content[key]
-        content[path[-1]] = value
-
-    return change
+# A case writes a file for the contents of a valid package.
 
 
-META, PARAMETERS, CATEGORIES = "meta.json", "parameters.json", "category_param.json"
-CONTRADICTIONS = {
-    "labels": (CATEGORIES, set_at("classes", "labels", value=["a"] * 9), "9 labels"),
-    "missing class": (META, lambda meta: meta["classes"].pop(), "10 labels"),
-    "range": (CATEGORIES, set_at("classes", "feature_start", value=1), "ranges"),
-    "huge range": (CATEGORIES, set_at("classes", "feature_end", value=10**12), "ranges"),
-    "mean": (PARAMETERS, set_at("pixel_means", value=[1.0, 2.0, 3.0]), "pixel_means"),
-    "normalised twice": (META, set_at("preprocess", "normalised_inside", value=True), "pixel"),
-    "size": (META, set_at("preprocess", "size", value=24), "input_h"),
-    "size as text": (META, set_at("preprocess", "size", value="32"), "preprocess.size"),
-    "negative size": (META, set_at("preprocess", "size", value=-1), "preprocess.size"),
-    "resize below crop": (META, set_at("preprocess", "resize", value=8), "smaller than"),
-    "interpolation": (META, set_at("preprocess", "interpolation", value="x"), "interpolation"),
-    "later format": (META, set_at("format", value=99), "format"),
-    "path as name": (META, set_at("model_name", value="../x"), "model_name"),
-    "unknown field": (META, set_at("run_me", value="rm"), "run_me"),
-    "unknown parameter": (PARAMETERS, set_at("run_me", value="rm"), "run_me"),
-    "missing field": (META, lambda meta: meta.pop("opset"), "opset"),
-    "missing parameter": (PARAMETERS, lambda its: its.pop("type"), "type"),
-    "type": (PARAMETERS, set_at("type", value=3), "type must be text"),
-    "logits": (META, lambda meta: meta["probe"][0].reverse(), "for noise differ"),
-    "NaN": (META, set_at("probe", value=[[float("nan")] * 10] * 2), "probe"),
-    "no logits": (META, set_at("probe", value=[]), "probe"),
-    "BGR": (PARAMETERS, set_at("is_rgb", value=False), "is_rgb"),
-    "network": (PARAMETERS, set_at("model_files", "net", "net", value="/x"), "model_files"),
-    "list for an object": (CATEGORIES, set_at("classes", value=[1]), CATEGORIES),
-}
+def member(name: str, content: bytes = b"", copies: int = 1, **fields):
+    """A tar with one member."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for key, value in fields.items():
+        setattr(info, key, value)
+
+    def make(files, path):
+        with tarfile.open(path, "w") as tar:
+            for _ in range(copies):
+                tar.addfile(info, io.BytesIO(content))
+
+    return make
 
 
-@pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_a_package_with_a_contradiction_is_refused(case, files, tmp_path):
-    name, change, problem = CONTRADICTIONS[case]
-    content = json.loads(files[name])
-    change(content)
-    path = packed(tmp_path / "x.tar", files | {name: json.dumps(content).encode()})
-    with pytest.raises(PackageError, match=problem):
-        export.check(path)
+def edited(name: str, *keys, value):
+    """A package with another value in a JSON file, under valid checksums."""
+
+    def make(files, path):
+        content = part = json.loads(files[name])
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = value
+        archive.write_tar(path, files | {name: json.dumps(content).encode()})
+
+    return make
+
+
+def with_content(name: str, content):
+    """A package with other content of a file, or a function of it, under valid checksums."""
+    new = lambda files: content(files[name]) if callable(content) else content
+    return lambda files, path: archive.write_tar(path, files | {name: new(files)})
+
+
+def tar_bytes(change):
+    """A valid package whose bytes were changed by a function."""
+    return lambda files, path: path.write_bytes(change(archive.write_tar(path, files).read_bytes()))
+
+
+def without(name: str):
+    return lambda files, path: archive.write_tar(
+        path, {key: content for key, content in files.items() if key != name}
+    )
 
 
 def with_external_data(content: bytes) -> bytes:
@@ -652,95 +520,72 @@ def with_external_data(content: bytes) -> bytes:
     return model.SerializeToString()
 
 
-def of_another_size() -> bytes:
-    model = timm.create_model("test_resnet", num_classes=10).eval()
-    seen = export.preprocess(Recipe(image_size=24, val_resize=24))
-    return export.to_onnx(networks.Network(model, seen).eval())
+def with_constant_score(content: bytes) -> bytes:
+    model = onnx.load_from_string(content)
+    [softmax] = [node for node in model.graph.node if "score" in node.output]
+    softmax.op_type = "Sigmoid"
+    del softmax.attribute[:]
+    return model.SerializeToString()
 
 
-def sparse_tar() -> bytes:
+def sparse_tar(_: bytes) -> bytes:
     """A header of GNU's sparse type that claims a terabyte in one block."""
-    header = bytearray(member("model.onnx", type=tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+    info = tarfile.TarInfo("model.onnx")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     header[483:495] = b"17777777777\0"  # real size
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     return bytes(header) + bytes(1024)
 
 
-def zipped(path: Path) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("meta.json", b"0" * 10**8)
+def one_bit(tar: bytes) -> bytes:
+    return tar[:50_000] + bytes([tar[50_000] ^ 1]) + tar[50_001:]
 
 
-def one_member(name: str, content: bytes = b"", **fields):
-    return lambda files, path: write_tar(path, (member(name, len(content), **fields), content))
-
-
-def with_content(name: str, content):
-    """A package with other content of a file; `content` may be a function of the old one."""
-    new = lambda files: content(files[name]) if callable(content) else content
-    return lambda files, path: packed(path, files | {name: new(files)})
-
-
-def as_tar(content):
-    """A file of these bytes, or of what a function makes of a package."""
-    return lambda files, path: path.write_bytes(
-        content(packed(path, files).read_bytes()) if callable(content) else content
-    )
-
-
-def without(name: str, **sums: bytes):
-    def make(files, path):
-        kept = {k: v for k, v in files.items() if k != name} | sums
-        write_tar(path, *((member(k, len(v)), v) for k, v in kept.items()))
-
-    return make
-
-
-def one_bit(content: bytes) -> bytes:
-    half = len(content) // 2
-    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
-
-
+META, PARAMETERS, CATEGORIES = "meta.json", "parameters.json", "category_param.json"
+ODD = "is not a file of a package"
 INVALID = {
     "no file": (lambda files, path: None, "cannot be read"),
-    "a folder": (lambda files, path: path.mkdir(), "cannot be read"),
-    "an empty file": (as_tar(b""), "missing|cannot be read"),
-    "text": (as_tar(b"hello " * 999), "cannot be read"),
-    "a zip file": (lambda files, path: zipped(path), "cannot be read"),
-    "a gzip bomb": (as_tar(lambda tar: gzip.compress(tar + bytes(10**8))), "cannot be read"),
-    "truncated": (as_tar(lambda tar: tar[: len(tar) // 2]), "truncated|cannot be read|missing"),
-    "truncated at the end": (
-        as_tar(lambda tar: tar[: int(0.95 * len(tar))]), "truncated|cannot be read|missing"),
-    "one bit": (lambda files, path: without("model.onnx", **{
-        "model.onnx": one_bit(files["model.onnx"])})(files, path), "does not match SHA256SUMS"),
-    "a missing file": (without("category_param.json"), "is missing"),
-    "no sums": (without("SHA256SUMS"), "SHA256SUMS is missing"),
-    "other sums": (without("", SHA256SUMS=b"00  model.onnx\n"), "SHA256SUMS"),
-    "path traversal": (one_member("../x.py", b"evil"), "is not a file"),
-    "an absolute path": (one_member("/etc/x", b"evil"), "is not a file"),
-    "an unknown file": (with_content("setup.py", b""), "is not a file of"),
-    "a symlink": (
-        one_member("model.onnx", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "not a regular"),
-    "a hard link": (
-        one_member("model.onnx", type=tarfile.LNKTYPE, linkname="meta.json"), "not a regular"),
-    "a device": (one_member("model.onnx", type=tarfile.CHRTYPE), "not a regular"),
-    "a folder inside": (one_member("model.onnx", type=tarfile.DIRTYPE), "not a regular"),
-    "a sparse bomb": (as_tar(sparse_tar()), "not a regular|cannot be read|truncated"),
-    "a file twice": (
-        lambda files, path: write_tar(path, *[(member("meta.json", 2), b"{}")] * 2), "twice"),
-    "no JSON": (with_content("meta.json", b"{"), "meta.json"),
-    "deep JSON": (
-        with_content("category_param.json", b"[" * 100_000 + b"]" * 100_000), "category_param"),
-    "JSON of bytes": (with_content("meta.json", b"\xff\xfe\x00"), "meta.json"),
+    "text": (tar_bytes(lambda tar: b"hello " * 999), "cannot be read"),
+    "a gzip bomb": (tar_bytes(lambda tar: gzip.compress(tar + bytes(10**8))), "cannot be read"),
+    "a sparse bomb": (tar_bytes(sparse_tar), "not a regular|cannot be read"),
+    "half": (tar_bytes(lambda tar: tar[: len(tar) // 2]), "cannot be read|missing"),
+    "one bit": (tar_bytes(one_bit), r"by SHA256SUMS: \['model.onnx'\]"),
+    "a missing file": (without(CATEGORIES), "category_param.json is missing"),
+    "path traversal": (member("../x.py", b"evil"), ODD),
+    "an absolute path": (member("/etc/x", b"evil"), ODD),
+    "a file twice": (member(META, b"{}", copies=2), "is repeated"),
+    "a symlink": (member(META, type=tarfile.SYMTYPE, linkname="/etc/passwd"), "not a regular"),
+    "a hard link": (member(META, type=tarfile.LNKTYPE, linkname=META), "not a regular"),
+    "a device": (member(META, type=tarfile.CHRTYPE), "not a regular"),
+    "no JSON": (with_content(META, b"{"), META),
+    "deep JSON": (with_content(CATEGORIES, b"[" * 100_000 + b"]" * 100_000), CATEGORIES),
     "a network of text": (with_content("model.onnx", b"hello"), "cannot run"),
-    "an empty network": (with_content("model.onnx", b""), "cannot run"),
     "external weights": (with_content("model.onnx", with_external_data), "cannot run"),
-    "another input size": (
-        with_content("model.onnx", lambda _: of_another_size()), "expected data"),
-    "a broken int8 network": (
-        with_content("model_int8.onnx", lambda its: its[:5000]), "cannot run"),
-}  # fmt: skip
+    "another score": (with_content("model.onnx", with_constant_score), "is not the softmax"),
+    "a broken int8": (with_content("model_int8.onnx", lambda its: its[:5000]), "int8.onnx"),
+    # edited fields
+    "labels": (edited(CATEGORIES, "classes", "labels", value=["a"] * 9), "9 labels"),
+    "fewer classes": (edited(META, "classes", value=list("012345678")), "10 labels"),
+    "range": (edited(CATEGORIES, "classes", "feature_end", value=10**12), "ranges"),
+    "list for an object": (edited(CATEGORIES, "classes", value=[1]), CATEGORIES),
+    "mean": (edited(PARAMETERS, "pixel_means", value=[1.0, 2.0, 3.0]), "pixel_means"),
+    "BGR": (edited(PARAMETERS, "is_rgb", value=False), "is_rgb"),
+    "path of the network": (edited(PARAMETERS, "model_files", "net", "net", value="/x"), "files"),
+    "type": (edited(PARAMETERS, "type", value=3), "type must be text"),
+    "unknown parameter": (edited(PARAMETERS, "run_me", value="rm"), "run_me"),
+    "normalised twice": (edited(META, "preprocess", "normalised_inside", value=True), "pixel"),
+    "size": (edited(META, "preprocess", "size", value=24), "input_h"),
+    "resize below crop": (edited(META, "preprocess", "resize", value=8), "smaller than"),
+    "interpolation": (edited(META, "preprocess", "interpolation", value="x"), "interpolation"),
+    "later format": (edited(META, "format", value=99), "format"),
+    "path as name": (edited(META, "model_name", value="../x"), "model_name"),
+    "unknown field": (edited(META, "run_me", value="rm"), "run_me"),
+    "logits": (edited(META, "probe", 0, value=[0.0] * 10), "for noise differ"),
+    "NaN": (edited(META, "probe", value=[[float("nan")] * 10] * 2), "probe"),
+    "no logits": (edited(META, "probe", value=[]), "probe"),
+}
 
 
 @pytest.mark.parametrize("case", INVALID)
@@ -765,29 +610,15 @@ def test_the_command_verifies_a_package(built, tmp_path, command):
 # ---- prediction
 
 
-def test_a_loaded_package_has_the_logits_of_the_run(built, trained):
-    package = export.load(built)
-    recipe, classes, model, _ = export.trained_model(trained)
-    assert package.classes == classes
-    transform = training.eval_transform(recipe)
-    assert package.transform == transform == EvalTransform(32, 32, "bilinear")
-    val = data.load_dataset(recipe).val.head(20)
-    [batch] = data.eval_loader(val, transform, batch_size=20)
-    with torch.no_grad():
-        expected = model(training.Normalize(recipe, torch.device("cpu"))(batch.images)).numpy()
-    np.testing.assert_allclose(package(batch.images), expected, atol=1e-4)
-    int8 = export.load(built, "int8")
-    assert int8.fingerprint != package.fingerprint
-    assert 0 < np.abs(int8(batch.images).numpy() - expected).max() < 2
-
-
 def test_predictions_of_a_package_are_those_of_its_run(built, trained, tmp_path):
     val = data.load_dataset(Recipe(**trained.recipe())).val
-    (tmp_path / "all.txt").write_text("".join(f"{path}\n" for path in val.path))
-    table = export.predict(built, [tmp_path / "all.txt"])
-    own, classes = trained.predictions("ema"), trained.environment()["classes"]
+    inputs = [write_list(tmp_path / "all.txt", *val.path)]
+    table, own = export.predict(built, inputs), trained.predictions("ema")
+    package, classes = export.load(built), trained.environment()["classes"]
+    assert package.classes == classes
+    assert package.transform == EvalTransform(32, 32, "bilinear")
     assert table.class1.tolist() == [classes[k] for k in own.class1]
     assert table.p1.to_numpy() == pytest.approx(own.p1, abs=1e-4)
-    assert str(export.open_source(built)) == "small 1.0.0, test_resnet, ema weights"
+    assert str(package) == "small 1.0.0, test_resnet, ema weights"
     with pytest.raises(export.PredictionError, match="leave out weights"):
-        export.predict(built, [tmp_path / "all.txt"], weights="raw")
+        export.predict(built, inputs, weights="raw")

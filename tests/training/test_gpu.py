@@ -32,9 +32,7 @@ STRIKES = {
     "ema_decay": 0.98,
 }  # fmt: skip
 ADAMW = {"optimizer": "adamw", "lr": 0.001, "clip_grad_norm": 1.0, "ema_decay": 0.9}
-# 22 batches of the digits in two epochs
-SHORT = {"train_fraction": 0.25, "batch_size": 32}
-# A fresh process, as `workbench train`, with deterministic kernels where asked.
+# A fresh process, as `workbench train`, with deterministic kernels on request.
 TRAIN = """
 import sys, torch
 from workbench import runs, training
@@ -50,15 +48,15 @@ for row in training.fit(recipe, runs.Run(recipe.folder)):
 
 @pytest.fixture
 def record(request):
-    """Keeps a measured value for gpu_check.py, also if a later test is stopped."""
+    """Writes a measured value for gpu_check.py, also if a later test is stopped."""
 
-    def keep(name, value):
+    def write(name, value):
         if file := os.environ.get("WORKBENCH_TEST_RESULTS"):
             row = {"part": "tests", "test": request.node.name, name: value}
             with open(file, "a") as results:
                 results.write(json.dumps(row) + "\n")
 
-    return keep
+    return write
 
 
 def recipe_for(folder, **options) -> Recipe:
@@ -93,10 +91,8 @@ def test_no_step_between_two_rows_waits_for_the_device(tmp_path, monkeypatch, op
         torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(data, "train_loader", watched)
-    rows = training.fit(
-        recipe_for(tmp_path, log_every=10, epochs=2, checkpoint_minutes=60.0, **options),
-        runs.Run(tmp_path / "baseline-seed0"),
-    )
+    recipe = recipe_for(tmp_path, log_every=10, epochs=2, checkpoint_minutes=60.0, **options)
+    rows = training.fit(recipe, runs.Run(recipe.folder))
     try:
         assert [row["step"] for row in itertools.islice(rows, 4)] == [10, 20, 30, 40]
     finally:
@@ -106,43 +102,32 @@ def test_no_step_between_two_rows_waits_for_the_device(tmp_path, monkeypatch, op
 
 def test_strikes_learns(strikes):
     metrics = strikes.metrics()
-    assert strikes.environment()["precision"] == training.pick_precision(
-        "auto", torch.device(DEVICE)
-    )
-    assert metrics.top1.iloc[-1] > 60
-    assert metrics.ema_top1.iloc[-1] > 60
+    precision = training.pick_precision("auto", torch.device(DEVICE))
+    assert strikes.environment()["precision"] == precision
+    assert metrics.top1.iloc[-1] > 60 and metrics.ema_top1.iloc[-1] > 60
 
 
 def test_a_student_learns_from_features_and_from_cached_logits(strikes, tmp_path, monkeypatch):
     monkeypatch.setattr("workbench.distillation.logit_cache.CACHE", tmp_path / "cache")
     teacher = {"teacher": [str(strikes.path)], "mixup_alpha": 0.1}
-    features = train(
-        recipe_for(
-            tmp_path, name="features", distill_pairs=["layer4 -> layer4"],
-            kd_loss=["l2_normalized"],
-            **teacher,
-        )
-    )  # fmt: skip
+    pairs = {"distill_pairs": ["layer4 -> layer4"], "kd_loss": ["l2_normalized"]}
+    features = train(recipe_for(tmp_path, name="features", **pairs, **teacher))
     assert features.metrics().top1.iloc[-1] > 60
-    logits = {
-        "kd_loss": ["kl"],
-        "temperature": 4.0,
-        "cache_teacher_logits": True,
-        "epochs": 1,
-        **teacher,
-    }
-    first = train(recipe_for(tmp_path, name="first", **logits))
-    again = train(recipe_for(tmp_path, name="again", **logits))
+    logits = {"kd_loss": ["kl"], "temperature": 4.0, "cache_teacher_logits": True, "epochs": 1}
+    first, again = (
+        train(recipe_for(tmp_path, name=name, **logits, **teacher)) for name in ("first", "again")
+    )
     found = again.environment()["teacher_logits"]
     assert found["hits"] == found["requests"] > 0
     np.testing.assert_allclose(first.steps().loss[:3], again.steps().loss[:3], rtol=1e-2)
 
 
-# A CPU has one kind of kernels, so that one mode says it all.
+# A CPU has deterministic kernels alone.
 @pytest.mark.parametrize("mode", ["deterministic", "default"][: 2 if DEVICE == "cuda" else 1])
 def test_a_killed_run_resumes(tmp_path, record, mode):
     """The largest difference of a weight is recorded; deterministic kernels leave none."""
-    options = {"checkpoint_minutes": 0.0, "log_every": 1, "epochs": 2, **SHORT, **STRIKES}
+    options = {"checkpoint_minutes": 0.0, "log_every": 1, "epochs": 2, "train_fraction": 0.25}
+    options |= {"batch_size": 32, **STRIKES}  # 22 steps
     whole = recipe_for(tmp_path / "whole", **options)
     killed = recipe_for(tmp_path / "killed", **options)
     with (

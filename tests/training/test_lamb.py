@@ -9,7 +9,6 @@ import pickle
 import pytest
 import timm.optim
 import torch
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.training import lamb
@@ -28,22 +27,23 @@ GROUPS = [
     {"lr": 0.004, "eps": 1e-3, "always_adapt": True},
     {"lr": 0.01},
 ]
+USUAL = {"lr": 0.02, "weight_decay": 0.02, "max_grad_norm": 1.0}
+EMPTY = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 def parameters(dtype=torch.float32, channels_last=False) -> list[torch.nn.Parameter]:
-    """Of every kind a network has: drawn ones, then some of zeros. Always the same."""
+    """Of every kind a network has: random ones, then some of zeros. Always the same."""
     generator = torch.Generator().manual_seed(1)
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     tensors = [t.to(dtype) for t in drawn + [torch.zeros_like(t) for t in drawn[1::2]]]
-    if channels_last:
-        tensors = [
-            t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors
-        ]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    tensors = [t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in tensors]
     return [torch.nn.Parameter(t) for t in tensors]
 
 
 def gradients(params, step: int) -> list[torch.Tensor]:
-    """Of a step, always the same: small and large by turns, so that clipping bites now and then."""
+    """Of a step, always the same: small and large by turns, so that some steps are clipped."""
     generator = torch.Generator().manual_seed(1000 + step)
     size = 10.0 ** -(step % 4)
     return [
@@ -62,46 +62,29 @@ def trained(optimizer, params, steps=range(STEPS)) -> list[torch.Tensor]:
 
 
 def grouped(params, options=GROUPS) -> list[dict]:
-    """A parameter group for each of the options, with drawn tensors and zeros in every one."""
+    """A parameter group for each of the options, with random tensors and zeros in every one."""
     return [{"params": params[i :: len(options)], **one} for i, one in enumerate(options)]
 
 
-def formula(groups, all_gradients, max_grad_norm=None):
-    """Slow and plain: groups of float64 parameters, changed in place by one step per gradients.
-
-    `all_gradients` holds, for each step, a dict from parameter to gradient.
-    """
-    state = {p: [0, torch.zeros_like(p), torch.zeros_like(p)] for g in groups for p in g["params"]}
-    for given in all_gradients:
+@torch.no_grad()
+def by_formula(params, groups, max_grad_norm=None, steps=STEPS, gradients=gradients):
+    """Slow and plain: the float64 parameters after these steps."""
+    state = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in params}
+    for step in range(steps):
+        given = dict(zip(params, gradients(params, step), strict=True))
         total = math.sqrt(sum(float(g.square().sum()) for g in given.values()))
         scale = 1.0 if max_grad_norm is None else max(1.0, total / max_grad_norm)
-        for group in groups:
-            group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0} | group
-            b1, b2 = group["betas"]
+        for group in [EMPTY | group for group in groups]:
+            (b1, b2), decay, s = group["betas"], group["weight_decay"], step + 1
             for p in group["params"]:
-                g = given[p] / scale
-                s, m, v = state[p]
-                s, m, v = s + 1, b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-                state[p] = [s, m, v]
-                u = (m / (1 - b1**s)) / (v.sqrt() / math.sqrt(1 - b2**s) + group["eps"])
-                u = u + group["weight_decay"] * p
-                r = 1.0
-                if group["weight_decay"] != 0 or group.get("always_adapt"):
-                    p_norm, u_norm = (
-                        math.sqrt(float((p * p).sum())),
-                        math.sqrt(float((u * u).sum())),
-                    )
-                    if p_norm > 0 and u_norm > 0:
-                        r = p_norm / u_norm
-                if group.get("trust_clip"):
-                    r = min(r, 1.0)
-                p.data = p.data - group["lr"] * r * u.data
-
-
-def by_formula(params, groups, max_grad_norm=None) -> list[torch.Tensor]:
-    with torch.no_grad():
-        given = (dict(zip(params, gradients(params, s), strict=True)) for s in range(STEPS))
-        formula(groups, given, max_grad_norm)
+                g, (m, v) = given[p] / scale, state[p]
+                m, v = state[p] = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+                u = (m / (1 - b1**s)) / (v.sqrt() / math.sqrt(1 - b2**s) + group["eps"]) + decay * p
+                r, norms = 1.0, [math.sqrt(float((x * x).sum())) for x in (p, u)]
+                if (decay != 0 or group.get("always_adapt")) and min(norms) > 0:
+                    r = norms[0] / norms[1]
+                r = min(r, 1.0) if group.get("trust_clip") else r
+                p.data = p.data - group["lr"] * r * u
     return [p.detach() for p in params]
 
 
@@ -113,28 +96,22 @@ def assert_close(ours, theirs, within: float):
         assert difference <= within * b.double().abs().max(), (tuple(a.shape), float(difference))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_option
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_lamb_equals_timm(options, dtype):
+def test_lamb_is_timms_in_any_memory_format(options, dtype):
     ours, theirs = parameters(dtype, channels_last=True), parameters(dtype)
+    strides, optimizer = [p.stride() for p in ours], LAMB(ours, lr=0.02, **options)
     assert_close(
-        trained(LAMB(ours, lr=0.02, **options), ours),
+        trained(optimizer, ours),
         trained(timm.optim.Lamb(theirs, lr=0.02, **options), theirs),
         within=1e-6,
     )
+    assert [p.stride() for p in ours] == strides != [p.stride() for p in theirs]
+    assert [optimizer.state[p]["exp_avg"].stride() for p in ours] == strides
 
 
-def test_groups_equal_timms():
-    ours, theirs = parameters(), parameters()
-    assert_close(
-        trained(LAMB(grouped(ours), max_grad_norm=1.0), ours),
-        trained(timm.optim.Lamb(grouped(theirs), weight_decay=0.0, max_grad_norm=1.0), theirs),
-        within=1e-6,
-    )
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_lamb_equals_its_formula(options):
+@every_option
+def test_lamb_is_its_formula(options):
     ours, plain = parameters(torch.float64), parameters(torch.float64)
     of_group = {k: v for k, v in options.items() if k != "max_grad_norm"}
     assert_close(
@@ -144,26 +121,21 @@ def test_lamb_equals_its_formula(options):
     )
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_groups_equal_the_formula_and_are_clipped_together(max_grad_norm):
+@pytest.mark.parametrize("groups, norm", [(GROUPS, None), (GROUPS, 0.5), ([{}], None)])
+def test_groups_and_defaults_are_those_of_the_formula_and_clipped_together(groups, norm):
     ours, plain = parameters(torch.float64), parameters(torch.float64)
     assert_close(
-        trained(LAMB(grouped(ours), max_grad_norm=max_grad_norm), ours),
-        by_formula(plain, grouped(plain), max_grad_norm),
+        trained(LAMB(grouped(ours, groups), max_grad_norm=norm), ours),
+        by_formula(plain, grouped(plain, groups), norm),
         within=1e-9,
     )
-
-
-def test_the_defaults_are_those_of_the_formula():
-    ours, plain = parameters(torch.float64), parameters(torch.float64)
-    assert_close(trained(LAMB(ours), ours), by_formula(plain, [{"params": plain}]), within=1e-9)
 
 
 @pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
 def test_bfloat16_ends_near_float32(options):
     """bfloat16 keeps 8 bits: half a unit in the last place lost in each of ten steps."""
-    ours, exact = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    exact = [torch.nn.Parameter(p.detach().float()) for p in exact]
+    ours = parameters(torch.bfloat16)
+    exact = [torch.nn.Parameter(p.detach().float()) for p in ours]
     trained(LAMB(exact, lr=0.02, **options), exact, range(10))
     optimizer = LAMB(ours, lr=0.02, **options)
     assert_close(trained(optimizer, ours, range(10)), exact, within=10 * 2**-9)
@@ -182,16 +154,13 @@ def test_norms_beyond_float16_do_not_overflow():
 def test_one_group_may_mix_dtypes():
     ours, plain = parameters(torch.float64), parameters(torch.float64)
     mixed = [p if i % 3 else torch.nn.Parameter(p.detach().float()) for i, p in enumerate(ours)]
-    options = {"lr": 0.02, "weight_decay": 0.02}
-    assert_close(
-        trained(LAMB(mixed, max_grad_norm=1.0, **options), mixed),
-        by_formula(plain, [{"params": plain, **options}], 1.0),
-        within=1e-6,
-    )
+    plain_group = {"params": plain, "lr": 0.02, "weight_decay": 0.02}
+    theirs = by_formula(plain, [plain_group], 1.0)
+    assert_close(trained(LAMB(mixed, **USUAL), mixed), theirs, within=1e-6)
     assert {p.dtype for p in mixed} == {torch.float32, torch.float64}
 
 
-def test_how_a_cpu_cuts_its_work_does_not_show(monkeypatch):
+def test_the_size_of_a_cpus_batches_changes_no_bit(monkeypatch):
     whole, cut = parameters(), parameters()
     trained(LAMB(whole, weight_decay=0.02), whole)
     monkeypatch.setattr(lamb, "_BATCH", 40)
@@ -199,8 +168,11 @@ def test_how_a_cpu_cuts_its_work_does_not_show(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
 
 
+# ---- state
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_saved_and_loaded_state_goes_on_bit_by_bit(dtype):
+def test_a_saved_and_loaded_state_resumes_bit_by_bit(dtype):
     straight, resumed = parameters(dtype, True), parameters(dtype, True)
     trained(LAMB(grouped(straight), max_grad_norm=1.0), straight)
 
@@ -229,28 +201,12 @@ def test_a_loaded_state_moves_to_its_parameters_device():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copy_of_the_optimizer_clips_too(copied):
-    params = parameters()
-    optimizer = copied(LAMB(params, max_grad_norm=0.25))
+    optimizer = copied(LAMB(parameters(), max_grad_norm=0.25))
     assert optimizer.max_grad_norm == 0.25
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
-def test_two_half_batches_equal_one_batch():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
-    ours = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=generator, dtype=torch.float64))
-    whole = torch.nn.Parameter(ours.detach().clone())
-    for weight, parts in [(ours, 2), (whole, 1)]:
-        optimizer = LAMB([weight], lr=0.1, weight_decay=0.02, max_grad_norm=0.01)
-        for _ in range(5):
-            optimizer.zero_grad()
-            for part in images.chunk(parts):
-                (F.conv2d(part, weight).square().mean() / parts).backward()
-            optimizer.step()
-    assert_close([ours], [whole], within=1e-12)
-
-
-def test_a_parameter_without_gradient_is_left_alone_and_does_not_count():
+def test_a_parameter_without_gradient_does_not_move_and_does_not_count():
     params = parameters()[:3]
     before = params[1].detach().clone()
     optimizer = LAMB(params, weight_decay=0.02, max_grad_norm=1.0)
@@ -265,59 +221,71 @@ def test_a_parameter_without_gradient_is_left_alone_and_does_not_count():
     assert set(optimizer.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
+# ---- gradients
+
+
 @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"always_adapt": True}, {}], ids=str)
 def test_clipping_survives_gradients_of_norm_zero(options):
     ours, plain = parameters(torch.float64), parameters(torch.float64)
     optimizer = LAMB(ours, lr=0.02, max_grad_norm=1.0, **options)
-    for _ in range(3):
-        for p in ours:
-            p.grad = torch.zeros_like(p)
+    zeros = lambda params, step: [torch.zeros_like(p) for p in params]
+    for step in range(3):
+        for p, gradient in zip(ours, zeros(ours, step), strict=True):
+            p.grad = gradient
         optimizer.step()
-    with torch.no_grad():
-        zeros = [{p: torch.zeros_like(p) for p in plain}] * 3
-        formula([{"params": plain, "lr": 0.02, **options}], zeros, 1.0)
+    by_formula(plain, [{"params": plain, "lr": 0.02, **options}], 1.0, 3, zeros)
     assert_close(ours, plain, within=1e-12)
 
 
-def test_gradients_under_the_limit_are_not_touched_and_those_over_it_are_scaled():
+def test_gradients_below_the_limit_are_not_touched_and_those_above_are_scaled():
     weight = torch.nn.Parameter(torch.ones(4))
     weight.grad = torch.full((4,), 0.5)  # norm 1
-    LAMB([weight], max_grad_norm=1.0).step()
-    assert torch.equal(weight.grad, torch.full((4,), 0.5))
-    LAMB([weight], max_grad_norm=0.5).step()
-    assert torch.equal(weight.grad, torch.full((4,), 0.25))
+    for norm, left in ((1.0, 0.5), (0.5, 0.25)):
+        LAMB([weight], max_grad_norm=norm).step()
+        assert torch.equal(weight.grad, torch.full((4,), left))
 
 
-@pytest.mark.parametrize("adapt", [False, True])
-def test_empty_tensors_and_scalars_take_part(adapt):
+@pytest.mark.parametrize("adapt, expected", [(False, 1.9), (True, 1.8)])  # u is 1, the ratio 2
+def test_empty_tensors_and_scalars_take_part(adapt, expected):
     params = [torch.nn.Parameter(torch.full(shape, 2.0)) for shape in [(0,), (), (3, 0), (1, 1)]]
     for p in params:
         p.grad = torch.ones_like(p)
     LAMB(params, lr=0.1, always_adapt=adapt, max_grad_norm=10.0).step()
-    expected = 1.8 if adapt else 1.9  # u is 1, and the ratio 2
-    assert [p.tolist() for p in params] == [
-        [],
-        pytest.approx(expected, rel=1e-5),
-        [[], [], []],
-        [[pytest.approx(expected, rel=1e-5)]],
-    ]
+    values = torch.cat([p.detach().flatten() for p in params])
+    assert values.tolist() == pytest.approx([expected] * 2, rel=1e-5)
 
 
-def test_the_memory_format_is_kept_and_changes_nothing():
-    ours, theirs = parameters(channels_last=True), parameters()
-    formats = [p.stride() for p in ours]
-    options = {"lr": 0.02, "weight_decay": 0.02, "max_grad_norm": 1.0}
-    optimizer = LAMB(ours, **options)
-    assert_close(trained(optimizer, ours), trained(LAMB(theirs, **options), theirs), within=1e-6)
-    assert [p.stride() for p in ours] == formats != [p.stride() for p in theirs]
-    for p in ours:
-        assert optimizer.state[p]["exp_avg"].stride() == p.stride()
+def test_sparse_gradients_are_an_error_and_nothing_moves():
+    first, table = torch.nn.Parameter(torch.ones(3)), torch.nn.Embedding(5, 2, sparse=True)
+    first.grad = torch.ones(3)
+    table(torch.tensor([1, 1])).sum().backward()
+    optimizer = LAMB([{"params": [first]}, {"params": [table.weight]}])
+    with pytest.raises(RuntimeError, match="LAMB needs dense gradients.*torch.sparse_coo"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(3)) and not optimizer.state
 
 
-def test_gradients_and_states_of_another_memory_format_are_put_in_order():
+def test_a_closure_is_called_with_gradients_on_and_its_loss_is_returned():
+    weight = torch.nn.Parameter(torch.full((3,), 2.0))
+    optimizer = LAMB([weight])
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert loss.item() == 12.0
+    assert weight.tolist() == pytest.approx([1.999] * 3)
+
+
+# ---- memory
+
+
+def test_gradients_and_states_of_another_memory_format_are_reordered():
     ours, theirs = parameters(), parameters()
-    optimizer = LAMB(ours, weight_decay=0.02, max_grad_norm=1.0)
-    plain = LAMB(theirs, weight_decay=0.02, max_grad_norm=1.0)
+    optimizer, plain = LAMB(ours, **USUAL), LAMB(theirs, **USUAL)
     trained(optimizer, ours, range(5))
     for p in ours:
         if p.dim() == 4:  # as model.to(memory_format=torch.channels_last) does
@@ -340,9 +308,12 @@ def test_a_slice_of_a_tensor_can_be_trained():
     table = torch.ones(4, 6)
     ours, theirs = table[:, ::2].requires_grad_(), torch.ones(4, 3).requires_grad_()
     for p in (ours, theirs):
-        trained(LAMB([p], weight_decay=0.02, max_grad_norm=1.0), [p], range(5))
+        trained(LAMB([p], **USUAL), [p], range(5))
     assert_close([ours], [theirs], within=1e-6)
     assert (table[:, 1::2] == 1).all()
+
+
+# ---- waiting for the device
 
 
 class Waits(TorchDispatchMode):
@@ -352,32 +323,24 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.found = 0, []
+        self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen += 1
-        name = function.overloadpacket.__name__
-        if name in self.SIGNS:
-            self.found.append(name)
+        self.found += {function.overloadpacket.__name__} & set(self.SIGNS)
         return function(*args, **(kwargs or {}))
 
 
-def test_the_watch_for_waits_sees_them():
-    with Waits() as waits:
-        torch.ones(1).item()
-        bool(torch.ones(1) > 0)
-    assert len(waits.found) == 2
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_step_asks_the_device_for_no_number(options, monkeypatch):
+@every_option
+def test_a_step_reads_no_number_from_the_device(options, monkeypatch):
     params = parameters()
     optimizer = LAMB(params, **options)
     for name in ("tolist", "numpy"):  # these pass no dispatcher
         monkeypatch.setattr(torch.Tensor, name, None)
     with Waits() as waits:
         trained(optimizer, params, range(2))
-    assert waits.seen > 0 and waits.found == []
+        assert waits.found == []
+        torch.ones(1).item()
+    assert waits.found == ["_local_scalar_dense"]
 
 
 @pytest.mark.gpu
@@ -398,63 +361,31 @@ def test_a_gpu_agrees_with_the_cpu_and_is_never_waited_for():
     assert_close([p.detach().cpu() for p in ours], theirs, within=1e-5)
 
 
-def test_a_closure_is_called_with_gradients_on_and_its_loss_comes_back():
-    weight = torch.nn.Parameter(torch.full((3,), 2.0))
-    optimizer = LAMB([weight])
-
-    def closure():
-        optimizer.zero_grad()
-        loss = weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.no_grad():
-        loss = optimizer.step(closure)
-    assert loss.item() == 12.0
-    assert weight.tolist() == pytest.approx([1.999] * 3)
-    assert LAMB([weight]).step() is None
+# ---- values out of range
 
 
-def test_sparse_gradients_are_an_error_and_nothing_moves():
-    first, table = torch.nn.Parameter(torch.ones(3)), torch.nn.Embedding(5, 2, sparse=True)
-    first.grad = torch.ones(3)
-    table(torch.tensor([1, 1])).sum().backward()
-    optimizer = LAMB([{"params": [first]}, {"params": [table.weight]}])
-    with pytest.raises(RuntimeError, match="LAMB needs dense gradients.*torch.sparse_coo"):
-        optimizer.step()
-    assert torch.equal(first, torch.ones(3)) and not optimizer.state
-
-
-BAD = [
-    ({"lr": -0.1}, "lr is -0.1: at least 0"),
-    ({"lr": math.nan}, "lr is nan: at least 0 and finite"),
-    ({"eps": -1e-8}, "eps is -1e-08: at least 0"),
-    ({"weight_decay": -0.02}, "weight_decay is -0.02: at least 0"),
-    ({"weight_decay": math.inf}, "weight_decay is inf: at least 0 and finite"),
-    ({"betas": (1.0, 0.999)}, r"betas is \(1.0, 0.999\): two numbers, at least 0 and below 1"),
-    ({"betas": (0.9, -0.1)}, r"betas is \(0.9, -0.1\)"),
-    ({"betas": (0.9,)}, r"betas is \(0.9,\): two numbers"),
-]
-
-
-@pytest.mark.parametrize("options, message", BAD)
-def test_values_out_of_range_are_named(options, message):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": math.nan}, "lr is nan: at least 0 and finite"),
+        ({"eps": -1e-8}, "eps is -1e-08: at least 0"),
+        ({"weight_decay": math.inf}, "weight_decay is inf: at least 0 and finite"),
+        ({"betas": (1.0, 0.999)}, r"betas is \(1.0, 0.999\): two numbers, at least 0 and below 1"),
+        ({"betas": (0.9,)}, r"betas is \(0.9,\): two numbers"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LAMB(parameters(), **options)
-    with pytest.raises(ValueError, match=message):
-        LAMB([{"params": parameters(), **options}])
     optimizer = LAMB([torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": parameters(), **options})
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("norm", [0.0, -1.0, math.inf, math.nan])
-def test_a_norm_to_clip_to_is_above_zero(norm):
+@pytest.mark.parametrize("norm", [0.0, math.inf, math.nan])
+def test_a_norm_to_clip_to_is_above_zero_and_of_the_whole_optimizer(norm):
     with pytest.raises(ValueError, match=f"max_grad_norm is {norm}: a number above 0, or None"):
         LAMB(parameters(), max_grad_norm=norm)
-
-
-def test_a_group_has_no_clipping_of_its_own():
     with pytest.raises(ValueError, match="max_grad_norm is set for the whole optimizer"):
-        LAMB([{"params": parameters(), "max_grad_norm": 1.0}], max_grad_norm=1.0)
+        LAMB([{"params": parameters(), "max_grad_norm": norm}], max_grad_norm=1.0)

@@ -1,4 +1,4 @@
-"""Notebooks in a real Chromium, by JupyterLab and Voila: run them, touch their controls, look.
+"""Notebooks in a real Chromium, by JupyterLab and Voila: run them and move their controls.
 
 Needs Chromium (Debian: apt-get install chromium) and Playwright's driver, which pip brings.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import run_folder
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 from workbench import ROOT, runs, training
 from workbench.recipe import Recipe
@@ -30,11 +30,11 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-SETTINGS = {  # no news, and every cell drawn whether it is in sight or not
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False,
-                                        "doNotDisturbMode": True},
-    "notebook-extension/tracker": {"windowingMode": "none"},
-}  # fmt: skip
+NOTIFICATIONS = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
+SETTINGS = {
+    "apputils-extension/notification": NOTIFICATIONS,
+    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are rendered
+}
 ICONS = "https://cdn.jsdelivr.net/npm/@fortawesome/"
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
 --disable-background-networking --disable-component-update""".split()
@@ -42,7 +42,7 @@ FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sy
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A root of its own: notebooks, params, and made-up runs of three recipes."""
+    """A root folder with notebooks, params, and made-up runs of three recipes."""
     root = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", root / "notebooks")
     shutil.copytree(ROOT / "params", root / "params")
@@ -54,18 +54,18 @@ def root(tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def is_voila(root: Path, port: int, ready: str, *command: str) -> Iterator[None]:
-    """A Jupyter server with a home of its own, on loopback, ended by its process id."""
+def jupyter_server(root: Path, port: int, ready: str, *command: str) -> Iterator[None]:
+    """A Jupyter server with its own configuration, on loopback, ended by its process id."""
     home = root / "home"
-    places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
-    places |= {f"JUPYTER_{kind.upper()}_DIR": kind for kind in ("config", "data", "runtime")}
-    environment = {key: str(home / name) for key, name in places.items()}
-    environment |= {"IPYTHONDIR": str(home / "ipython"), "WORKBENCH_ROOT": str(root)}
+    folders = {f"JUPYTER_{kind.upper()}_DIR": kind for kind in ("config", "data", "runtime")}
+    folders |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    folders |= {"IPYTHONDIR": "ipython"}
+    environment = {key: str(home / name) for key, name in folders.items()}
+    environment = {**os.environ, **environment, "WORKBENCH_ROOT": str(root)}
     with open(root / f"{command[0]}.log", "wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", *command], env=os.environ | environment, stdout=log, stderr=log,
-            cwd=root,
-        )  # fmt: skip
+        command = [sys.executable, "-m", *command]
+        options = {"env": environment, "stdout": log, "stderr": log, "cwd": root}
+        server = subprocess.Popen(command, **options)
     try:
         _until(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}"), 60, OSError)
         yield
@@ -98,7 +98,7 @@ def lab(root) -> Iterator[str]:
     command += ["--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     command += ["--expose-app-in-browser"]
-    with is_voila(root, port, "/api/status?token=secret", *command):
+    with jupyter_server(root, port, "/api/status?token=secret", *command):
         yield f"http://127.0.0.1:{port}{{}}?token=secret"
 
 
@@ -112,13 +112,13 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def page(browser) -> Iterator[Page]:
-    """A page that fails the test when it throws, or reaches for another host."""
+    """A page that fails the test on an error or a request to another host."""
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     ours = ("data:", "blob:", "http://127.0.0.1:", "ws://127.0.0.1:", ICONS)
-    page.on("request", lambda asked: asked.url.startswith(ours) or problems.append(asked.url))
-    # Voila's template asks for icons there; without them the page is whole.
+    page.on("request", lambda sent: sent.url.startswith(ours) or problems.append(sent.url))
+    # Voila's template requests icons there; the page is complete without them.
     page.route(f"{ICONS}**", lambda route: route.abort())
     yield page
     page.close()
@@ -155,29 +155,27 @@ CELLS = """() => window.jupyterapp.shell.currentWidget.content.widgets
 
 
 def open_and_run(page: Page, lab: str, name: str) -> None:
-    """Opens a notebook and lets it run all its cells."""
+    """Opens a notebook and starts all its cells."""
     page.goto(lab.format(f"/lab/tree/notebooks/{name}") + "&reset", timeout=60_000)
-    connect(page)
+    opened = "() => window.jupyterapp && window.jupyterapp.shell.currentWidget"
+    page.wait_for_function(opened, timeout=60_000)
+    # "Idle" is shown before the kernel is connected, and run-all would do nothing.
+    _until(lambda: page.evaluate(CONNECTED), 60, Exception)
     page.evaluate(RUN_ALL)
 
 
-def connect(page: Page) -> None:
-    page.wait_for_function("() => window.jupyterapp && window.jupyterapp.shell.currentWidget",
-                           timeout=60_000)  # fmt: skip
-    # "Idle" is shown before the kernel is connected, and run-all would do nothing.
-    _until(lambda: page.evaluate(CONNECTED), 60, Exception)
+def wait_for_all_cells(page: Page, seconds: float = 180) -> None:
+    """Raises for a cell with an error."""
+
+    def done() -> bool:
+        cells = page.evaluate(CELLS)
+        assert [c for c in cells if c["errors"]] == []
+        return all(c["count"] for c in cells)
+
+    _until(done, seconds)
 
 
-def all_done(page: Page, seconds: float = 180) -> None:
-    """Waits until every code cell has run, without an error."""
-    cells = _until(
-        lambda: (now := page.evaluate(CELLS)) and all(c["count"] for c in now) and now
-        or [c for c in now if c["errors"]], seconds
-    )  # fmt: skip
-    assert [c for c in cells if c["errors"]] == []
-
-
-def cell(page: Page, name: str):
+def cell(page: Page, name: str) -> Locator:
     """The cell of that id, scrolled to."""
     ids = [c["id"] for c in page.evaluate(CELLS)]
     found = page.locator(".jp-CodeCell").nth(ids.index(name))
@@ -185,38 +183,38 @@ def cell(page: Page, name: str):
     return found
 
 
-def noise_image(page: Page, name: str) -> str:
-    """Where the image of a cell's view comes from: another one for every image."""
+def image_of(page: Page, name: str) -> str:
+    """The source of the image of a cell's view; it differs for every image."""
     image = cell(page, name).locator("img.widget-image:visible").first
     image.wait_for(state="visible")
     return image.get_attribute("src")
 
 
 def redrawn(page: Page, name: str, before: str) -> str:
-    return _until(lambda: (now := noise_image(page, name)) != before and now, 30)
+    return _until(lambda: (now := image_of(page, name)) != before and now, 30)
 
 
-def test_the_comparison_follows_what_is_picked_and_what_is_moved(page, lab, root):
+def test_the_comparison_follows_the_picked_runs_and_moved_controls(page, lab, root):
     open_and_run(page, lab, "05_compare.ipynb")
-    all_done(page)
+    wait_for_all_cells(page)
     assert "better is better than plain by" in cell(page, "verdict").inner_text()
     assert "other" not in cell(page, "table").inner_text(), "neither newest nor its baseline"
-    curves, intervals = noise_image(page, "curves"), noise_image(page, "intervals")
+    curves, intervals = image_of(page, "curves"), image_of(page, "intervals")
 
     handle = cell(page, "curves").locator(".noUi-handle")
     handle.focus()
     for _ in range(5):
         page.keyboard.press("ArrowRight")
     curves = redrawn(page, "curves", curves)
-    assert noise_image(page, "intervals") == intervals, "only what was moved is drawn again"
+    assert image_of(page, "intervals") == intervals, "only what was moved is drawn again"
     measure = cell(page, "curves").get_by_label("measure")
     measure.select_option("speed")
     curves = redrawn(page, "curves", curves)
 
     shown = cell(page, "picker").locator("select[multiple]")
     names = ["better-seed0", "plain-seed0"]
-    labels = [text for text in shown.locator("option").all_inner_texts() if any(
-        name in text for name in names)]  # fmt: skip
+    options = shown.locator("option").all_inner_texts()
+    labels = [text for text in options if any(name in text for name in names)]
     assert len(labels) == 2
     shown.select_option(label=labels)
     redrawn(page, "curves", curves)
@@ -224,7 +222,7 @@ def test_the_comparison_follows_what_is_picked_and_what_is_moved(page, lab, root
     verdict = cell(page, "verdict")
     _until(lambda: "one run each on 400 images" in verdict.inner_text(), 30)
 
-    # A run that goes on training is followed without a touch.
+    # A run in training is followed without an action of the user.
     run = runs.Run(root / "runs" / "plain-seed0")
     with run.writing():
         run.set_status("running", step=4)
@@ -232,11 +230,11 @@ def test_the_comparison_follows_what_is_picked_and_what_is_moved(page, lab, root
         run.set_status("finished")
 
 
-def test_a_knob_of_the_augmentations_draws_another_image_and_its_value_is_copied(page, lab):
+def test_a_control_of_an_augmentation_changes_the_image_and_its_value_is_copied(page, lab):
     open_and_run(page, lab, "01_augmentation.ipynb")
-    all_done(page)
+    wait_for_all_cells(page)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    before = noise_image(page, "try")
+    before = image_of(page, "try")
     options = cell(page, "try")
     slider = lambda name: options.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
     slider("brightness").focus()
@@ -252,106 +250,91 @@ def test_a_knob_of_the_augmentations_draws_another_image_and_its_value_is_copied
     page.keyboard.press("Home")
     assert redrawn(page, "try", brighter)
 
-    # Grey where it would change nothing; its neighbour brings it back.
+    # Disabled where it has no effect; another option enables it.
     magnitude = options.locator(".widget-hslider", has_text="randaug_m").locator(".noUi-target")
     assert magnitude.get_attribute("disabled") is not None
     slider("randaug_n").focus()
     page.keyboard.press("End")
     _until(lambda: magnitude.get_attribute("disabled") is None, 30)
-    # United Perception's form moves an image of 32 pixels out of itself.
+    # United Perception's variant moves an image of 32 pixels out of the frame.
     _until(lambda: "leaves little or nothing of" in options.inner_text(), 30)
-    before = noise_image(page, "try")
-    options.get_by_text("what the model eats", exact=True).click()
+    before = image_of(page, "try")
+    options.get_by_text("model inputs", exact=True).click()
     redrawn(page, "try", before)
 
 
-def live(root: Path, **options: object) -> None:
-    """The notebook 02 as live.ipynb, changed to train for long and write below live/."""
-    notebook = (root / "notebooks" / "02_baseline.ipynb").read_text(encoding="utf-8")
-    for name, value in {
-        "runs_dir": "live",
-        "epochs": 500,
-        "workers": 0,
-        "log_every": 1,
-        **options,
-    }.items():
-        notebook, count = re.subn(
-            rf'(?m)^(    "{name} = ).*?(  #)', lambda found, v=value: (
-                found[1] + json.dumps(json.dumps(v))[1:-1] + found[2]), notebook)  # fmt: skip
+def live(root: Path) -> None:
+    """Writes the notebook 02 as live.ipynb, changed to train for long below live/."""
+    text = (root / "notebooks" / "02_baseline.ipynb").read_text(encoding="utf-8")
+    options = {"runs_dir": "live", "epochs": 500, "workers": 0, "log_every": 1}
+    for option, value in options.items():
+        escaped = json.dumps(json.dumps(value))[1:-1]
+        text, count = re.subn(rf'(?m)^(    "{option} = ).*?(  #)', rf"\g<1>{escaped}\2", text)
         assert count == 1
-    (root / "notebooks" / "live.ipynb").write_text(notebook, encoding="utf-8")
+    (root / "notebooks" / "live.ipynb").write_text(text, encoding="utf-8")
 
 
 def step(page: Page) -> int | None:
-    """The step that the live view of a training names."""
+    """The step that the view of a training shows."""
     text = cell(page, "training").inner_text()
     match = re.search(r"step (\d+) of ([\d,]+): loss .* img/s.* GB of memory", text)
     return int(match[1]) if match else None
 
 
-def stands_still(page: Page) -> int:
-    """The step at which a training waits, once its number did not change for two seconds."""
+def paused_step(page: Page) -> int:
+    """The step at which a training waits, once it has not changed for two seconds."""
     return _until(lambda: (at := step(page)) and time.sleep(2) or step(page) == at and at, 30)
 
 
-def test_a_training_is_paused_three_times_and_stopped_in_one_page(page, lab, root):
-    live(root, name="paused")
-    open_and_run(page, lab, "live.ipynb")
-    _until(lambda: step(page), 120)
-    view = cell(page, "training")
-    for _ in range(3):
-        view.get_by_role("button", name="Pause").click()
-        paused = stands_still(page)
-        view.get_by_role("button", name="Resume").click()
-        assert _until(lambda at=paused: step(page) > at, 30)
-    view.get_by_role("button", name="Stop").click()
-    run = runs.Run(root / "live" / "paused-seed0")
-    _until(lambda: run.status()["state"] == "stopped", 60)
-    assert _until(lambda: f"after step {run.status()['step']} of" in view.inner_text(), 30)
-
-
-def test_a_control_is_followed_at_every_move_while_a_training_runs(page, lab, root):
-    code = """
+def test_a_training_is_paused_three_times_beside_a_control_that_its_view_follows(page, lab, root):
+    code = {"slider": """
 import ipywidgets
 from workbench import runs
 from workbench.ui import widgets
 from workbench.recipe import Recipe
 widgets.InteractiveView(lambda value: [f"it is {value}"], value=ipywidgets.IntSlider(0, 0, 9))
-""", f"""
+""", "training": f"""
 recipe = Recipe(epochs=500, workers=0, log_every=1, runs_dir={str(root / "live")!r}, name="beside")
 await widgets.train(recipe, runs.Run(recipe.folder))
-"""  # fmt: skip
-    notebook = nbformat.v4.new_notebook(cells=[
-        nbformat.v4.new_code_cell(text, id=name)
-        for name, text in zip(("slider", "training"), code, strict=True)
-    ])  # fmt: skip
-    # Without it JupyterLab asks which kernel to start.
+"""}  # fmt: skip
+    new_cell = nbformat.v4.new_code_cell
+    notebook = nbformat.v4.new_notebook(cells=[new_cell(code[name], id=name) for name in code])
+    # Without it JupyterLab shows a dialog to choose the kernel.
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, root / "notebooks" / "beside.ipynb")
     open_and_run(page, lab, "beside.ipynb")
     _until(lambda: step(page), 120)
-    for value in range(1, 5):
+
+    def move(key: str, value: int) -> None:
         cell(page, "slider").locator(".noUi-handle").focus()
-        page.keyboard.press("ArrowRight")
-        assert _until(lambda v=value: f"it is {v}" in cell(page, "slider").inner_text(), 30)
-    cell(page, "training").get_by_role("button", name="Stop").click()
-    _until(lambda: runs.Run(root / "live" / "beside-seed0").status()["state"] == "stopped", 60)
-    cell(page, "slider").locator(".noUi-handle").focus()
-    page.keyboard.press("Home")
-    assert _until(lambda: "it is 0" in cell(page, "slider").inner_text(), 30)
+        page.keyboard.press(key)
+        _until(lambda: f"it is {value}" in cell(page, "slider").inner_text(), 30)
+
+    view = cell(page, "training")
+    for value in range(1, 4):
+        move("ArrowRight", value)
+        view.get_by_role("button", name="Pause").click()
+        paused = paused_step(page)
+        view.get_by_role("button", name="Resume").click()
+        assert _until(lambda at=paused: step(page) > at, 30)
+    view.get_by_role("button", name="Stop").click()
+    run = runs.Run(root / "live" / "beside-seed0")
+    _until(lambda: run.status()["state"] == "stopped", 60)
+    assert _until(lambda: f"after step {run.status()['step']} of" in view.inner_text(), 30)
+    move("Home", 0)
 
 
-def test_a_training_is_seen_again_in_another_tab_stopped_and_goes_on(page, lab, root):
+def test_a_training_is_shown_again_in_another_tab_stopped_and_resumed(page, lab, root):
     live(root)
     open_and_run(page, lab, "live.ipynb")
     view = lambda: cell(page, "training")
     first = _until(lambda: step(page), 120)
     _until(lambda: step(page) > first, 30)
-    curves = noise_image(page, "training")
+    curves = image_of(page, "training")
     redrawn(page, "training", curves)
 
     view().get_by_role("button", name="Pause").click()
-    paused = stands_still(page)
+    paused = paused_step(page)
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     _until(lambda: "widget-view" in (root / "notebooks" / "live.ipynb").read_text("utf-8"), 30)
     page.goto("about:blank")
@@ -375,7 +358,8 @@ def test_a_training_is_seen_again_in_another_tab_stopped_and_goes_on(page, lab, 
 def test_voila_serves_the_comparison_as_a_page(page, root):
     port = free_port()
     command = ["voila", "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
-    with is_voila(root, port, "/voila/static/voila.js", *command, "notebooks/05_compare.ipynb"):
+    command += ["notebooks/05_compare.ipynb"]
+    with jupyter_server(root, port, "/voila/static/voila.js", *command):
         page.goto(f"http://127.0.0.1:{port}", timeout=90_000)
         text = lambda: page.locator("body").inner_text()
         _until(lambda: "better is better than plain by" in text(), 60)
@@ -390,4 +374,4 @@ def test_voila_serves_the_comparison_as_a_page(page, root):
         page.get_by_label("folder").fill(str(root / "written"))
         page.keyboard.press("Enter")
         _until(lambda: "or this is a page" in text(), 30)
-        assert not (root / "written").exists(), "who looks at a page does not write"
+        assert not (root / "written").exists(), "a page of Voila is read-only"

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_folder
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -19,57 +20,38 @@ from workbench.ui.figure import DPI, Figure, missing_glyphs_allowed
 CLASSES = ["ant", "bee", "cat", "dog"]
 IMAGES = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(5)]
 COSINE = schedule.Cosine(0.4, 100, warmup=schedule.Warmup(10, 0.1))
-HALF = schedule.Cosine(0.2, 100, warmup=schedule.Warmup(10, 0.1))
 BY_CLASS = pd.DataFrame({"class": CLASSES, "images": [10, 20, 30, 0],
                          "before": [50.0, 60.0, 70.0, np.nan],
                          "after": [80.0, 60.0, 30.0, np.nan]})  # fmt: skip
 LISTS = pd.DataFrame({"label": [0, 1, 1, 2]})
 PREDICTIONS = pd.DataFrame({"label": np.arange(60) % 4, "class1": np.arange(60) % 7 % 4})
-
-
-def tables(epochs: int = 3) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """steps and metrics of ten steps per epoch."""
-    step = np.arange(1, 10 * epochs + 1)
-    steps = pd.DataFrame({"step": step, "loss": np.linspace(2, 1, 10 * epochs)})
-    metrics = pd.DataFrame({"epoch": range(1, epochs + 1), "step": step[9::10], "train_loss": 1.5})
-    return steps, metrics.assign(val_loss=1.4, train_top1=50.0, top1=60.0)
-
-
-STEPS, METRICS = tables()
+TABLE = pd.DataFrame({"class": CLASSES, "p": [0.999, 0.08, 5e-4, 9e-7]})
+STEPS = pd.DataFrame({"step": np.arange(1, 31), "loss": np.linspace(2, 1, 30)})
+METRICS = pd.DataFrame({"epoch": [1, 2, 3], "step": [10, 20, 30], "train_loss": 1.5,
+                        "val_loss": 1.4, "train_top1": 50.0, "top1": 60.0})  # fmt: skip
 DISTILLED = METRICS.assign(train_task_loss=[1, 0.8, 0.5], train_kd_loss=[0.5, 0.4, 0.2])
-RUNS = {f"run {i}": METRICS for i in range(20)}
 EMPTY = pd.DataFrame()
 FIGURES = {
     "one lr": lambda: plots.lr_curves({"cosine": (COSINE, 100, 10)}),
-    "two lrs": lambda: plots.lr_curves({"a": (COSINE, 100, 10), "b": (COSINE, 100, 5)}),
-    "answer": lambda: plots.answer(
-        Image.fromarray(IMAGES[0]), pd.DataFrame({"class": CLASSES, "p": [0.999, 0.08, 5e-4, 9e-7]})
-    ),
+    "probabilities": lambda: plots.probabilities(Image.fromarray(IMAGES[0]), TABLE),
     "curves": lambda: plots.curves(STEPS, METRICS),
     "curves of nothing": lambda: plots.curves(EMPTY, EMPTY),
     "curves of a first epoch": lambda: plots.curves(STEPS.head(4), EMPTY),
     "curves of a distillation": lambda: plots.curves(STEPS, DISTILLED),
     "counts": lambda: plots.class_counts(LISTS, LISTS, CLASSES),
     "counts of many": lambda: plots.class_counts(LISTS, LISTS, [str(i) for i in range(300)]),
-    "confusion": lambda: plots.confusion(evaluation.confusion(PREDICTIONS, CLASSES)),
-    "confusion of many": lambda: plots.confusion(evaluation.confusion(PREDICTIONS, CLASSES, 2)),
     "per class": lambda: plots.per_class(evaluation.per_class(PREDICTIONS, CLASSES)),
-    "top-1 of two": lambda: plots.top1_curves({"a": METRICS, "b": tables(2)[1]}),
-    "top-1 of many": lambda: plots.top1_curves(RUNS),
+    "top-1 of many": lambda: plots.top1_curves({f"run {i}": METRICS for i in range(20)}),
     "top-1 of none": lambda: plots.top1_curves({}),
-    "top-1 of a run without an epoch": lambda: plots.top1_curves({"a": EMPTY}),
-    "changes": lambda: plots.changes(BY_CLASS, ["before", "after"]),
-    "changes of few": lambda: plots.changes(BY_CLASS, ["before", "after"], most=1),
-    "no changes": lambda: plots.changes(BY_CLASS, ["after", "after"]),
     "changes of nothing": lambda: plots.changes(BY_CLASS.tail(1), ["before", "after"]),
 }
 
 
-def texts(ax) -> list[str]:
+def texts(ax: Axes) -> list[str]:
     return [text.get_text().strip() for text in ax.texts]
 
 
-def lines(ax) -> dict[str, np.ndarray]:
+def lines(ax: Axes) -> dict[str, np.ndarray]:
     return {line.get_label(): line.get_xydata() for line in ax.lines}
 
 
@@ -81,7 +63,7 @@ def test_a_figure_fits_a_page_and_all_axes_are_labelled(name):
     assert all(50 < side <= 1300 for side in struct.unpack(">II", png[16:24]))
     for ax in figure.axes:
         if ax.axison:  # no image
-            assert ax.get_ylabel() and (ax.get_xlabel() or "share" in ax.get_ylabel())
+            assert ax.get_ylabel() and ax.get_xlabel()
 
 
 @pytest.mark.filterwarnings("error")
@@ -92,7 +74,7 @@ def test_figures_are_written_with_names_in_any_script_and_dollars(tmp_path):
         assert (tmp_path / f"figure.{kind}").read_bytes().startswith(start)
 
 
-def test_colours_differ_in_lightness_too():
+def test_the_first_colours_differ_in_lightness_too():
     """As Okabe and Ito's palette does, for print."""
     channels = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in plots.COLOURS]
     lightness = np.array(channels) @ [0.299, 0.587, 0.114]
@@ -107,12 +89,7 @@ def test_curves_show_the_tables():
     np.testing.assert_array_equal(lines(right)["validation"], [[1, 60], [2, 60], [3, 60]])
     np.testing.assert_allclose(left.lines[0].get_xdata(), STEPS.step / 10)
     assert list(lines(right)) == ["training (augmented images)", "validation"]
-    assert not [label for label in lines(left) if "teacher" in label]
-    for ax in (left, right, *FIGURES["top-1 of two"]().axes):
-        assert all(tick == int(tick) for tick in ax.get_xticks()), "whole epochs"
-
-
-def test_curves_of_a_distillation_show_both_losses_and_their_sum():
+    assert all(tick == int(tick) for ax in (left, right) for tick in ax.get_xticks())
     left, _ = FIGURES["curves of a distillation"]().axes
     for label, column in (("training, labels", "train_task_loss"),
                           ("training, teacher (its unit)", "train_kd_loss"),
@@ -121,13 +98,16 @@ def test_curves_of_a_distillation_show_both_losses_and_their_sum():
     assert len({(x.get_color(), x.get_linestyle()) for x in left.lines}) == len(left.lines)
 
 
+def legend(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 def test_top1_curves_show_the_last_value_and_skip_epochs_without_one():
-    metrics = tables(4)[1].assign(top1=[10.0, np.nan, 30.0, np.nan], ema_top1=70.0)
-    ax = plots.top1_curves({"mine": metrics, "other": tables(2)[1]}).axes[0]
+    metrics = pd.DataFrame({"epoch": [1, 2, 3], "top1": [10.0, np.nan, 30.0], "ema_top1": 70.0})
+    [ax] = plots.top1_curves({"mine": metrics, "other": METRICS, "new": EMPTY}).axes
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[1, 10], [3, 30]])
-    assert [line.get_label() for line in ax.lines] == ["mine: 30.00 %", "other: 60.00 %"]
-    ema = plots.top1_curves({"mine": metrics}, "ema").axes[0]
-    assert list(lines(ema)) == ["mine: 70.00 %"]
+    assert legend(ax) == ["mine: 30.00 %", "other: 60.00 %", "new: no epoch yet"]
+    assert legend(plots.top1_curves({"mine": metrics}, "ema").axes[0]) == ["mine: 70.00 %"]
 
 
 def test_twenty_runs_are_distinct_beside_their_legend():
@@ -135,7 +115,8 @@ def test_twenty_runs_are_distinct_beside_their_legend():
     [ax] = figure.axes
     assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 20
     figure.png()  # computes the layout
-    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+    box = ax.get_legend().get_window_extent()
+    assert box.x0 >= ax.get_window_extent().x1 and box.height < figure.bbox.height
 
 
 def test_an_lr_curve_has_the_values_of_its_schedule_and_equal_shapes_share_a_line():
@@ -143,9 +124,10 @@ def test_an_lr_curve_has_the_values_of_its_schedule_and_equal_shapes_share_a_lin
     assert line.get_ydata().max() == pytest.approx(0.4)
     assert line.get_xdata()[-1] == pytest.approx(9.9)
     assert line.get_ydata()[0] == pytest.approx(0.04)
-    steps = (schedule.MultiStep(0.4, (50,)), 100, 10)
-    ax = plots.lr_curves({"a": (COSINE, 100, 10), "b": (HALF, 100, 5), "other": steps}).axes[0]
-    assert list(lines(ax)) == ["a, b", "other"]
+    half = schedule.Cosine(0.2, 100, warmup=schedule.Warmup(10, 0.1))
+    other = (schedule.MultiStep(0.4, (50,)), 100, 10)
+    ax = plots.lr_curves({"a": (COSINE, 100, 10), "b": (half, 100, 5), "other": other}).axes[0]
+    assert list(lines(ax)) == ["a\nb", "other"]
     assert max(line.get_ydata().max() for line in ax.lines) == pytest.approx(1.0)
 
 
@@ -153,14 +135,14 @@ def test_an_lr_curve_has_the_values_of_its_schedule_and_equal_shapes_share_a_lin
 
 
 def test_changes_are_sorted_and_show_both_values():
-    ax = FIGURES["changes"]().axes[0]
+    ax = plots.changes(BY_CLASS, ["before", "after"]).axes[0]
     assert [bar.get_width() for bar in ax.patches] == [30, 0, -40]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["ant", "bee", "cat"]
     expected = ["50.0 to 80.0 % of 10", "60.0 to 60.0 % of 20", "70.0 to 30.0 % of 30"]
     assert texts(ax) == expected
     assert ax.get_xlabel() == "top-1 of after minus that of before (points)"
     assert ax.patches[0].get_facecolor() != ax.patches[2].get_facecolor()
-    few = FIGURES["changes of few"]().axes[0]
+    few = plots.changes(BY_CLASS, ["before", "after"], most=1).axes[0]
     assert [bar.get_width() for bar in few.patches] == [-40]
     assert few.get_title() == "the 1 of 4 classes that changed most"
 
@@ -177,10 +159,10 @@ def test_texts_of_bars_are_inside_the_axes(before, after):
 
 
 def test_probabilities_have_one_unit_however_small_they_are():
-    assert texts(FIGURES["answer"]().axes[1]) == ["99.9 %", "8.0 %", "0.05 %", "9e-05 %"]
+    assert texts(FIGURES["probabilities"]().axes[1]) == ["99.9 %", "8.0 %", "0.05 %", "9e-05 %"]
 
 
-def test_confusions_show_counts_and_say_how_many_classes_there_are():
+def test_confusions_show_counts_and_how_many_classes_there_are():
     table = evaluation.confusion(PREDICTIONS, CLASSES, most=2)
     [ax, _] = plots.confusion(table).axes
     assert ax.get_title() == "the 2 of 4 classes confused most"
@@ -207,8 +189,8 @@ def test_intervals_show_mean_runs_and_interval_in_the_colours_of_the_curves(tmp_
     assert list(ax.lines[2].get_xdata()) == [row.top1]
     assert texts(ax)[0] == f"{row.top1:.2f} %, over 2 seeds"
     curves = plots.overlay(comparison.curves(result.groups), "epoch", "top-1 (%)").axes[0]
-    legend = [line.get_color() for line in curves.lines if line.get_label()[0] != "_"]
-    assert legend == [line.get_color() for line in ax.lines[::3]] == plots.COLOURS[:2]
+    colours = [line.get_color() for line in curves.lines if line.get_label()[0] != "_"]
+    assert colours == [line.get_color() for line in ax.lines[::3]] == plots.COLOURS[:2]
 
 
 def test_seeds_share_a_legend_entry_and_smoothing_is_an_exponential_mean():
@@ -216,7 +198,7 @@ def test_seeds_share_a_legend_entry_and_smoothing_is_an_exponential_mean():
     noisy = np.where(x % 2, 1.0, -1.0)
     runs = [("a", x, noisy), ("a", x, noisy), ("b", x, x)]
     [ax] = plots.overlay(runs, "step", "loss (nats)", smoothing=0.9).axes
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a (2 seeds)", "b"]
+    assert legend(ax) == ["a (2 seeds)", "b"]
     pale, smooth = ax.lines[:2]
     assert pale.get_alpha() == 0.3 and np.array_equal(pale.get_ydata(), noisy)
     expected, mean, weight = [], 0.0, 0.0
@@ -227,13 +209,10 @@ def test_seeds_share_a_legend_entry_and_smoothing_is_an_exponential_mean():
     assert texts(plots.overlay([], "step", "loss (nats)").axes[0]) == ["no run has this measure"]
 
 
-def test_reliability_shows_the_table_in_percent():
+def test_reliability_and_distances_show_their_tables():
     table = pd.DataFrame({"confidence": [0.3, 0.9], "top1": [0.5, 0.8], "images": [3, 4]})
     [ax] = plots.reliability({"a": table}).axes
-    assert ax.lines[1].get_xydata() == pytest.approx(np.array([[30, 50], [90, 80]]))
-
-
-def test_distances_count_all_samples():
+    assert ax.lines[0].get_xydata() == pytest.approx(np.array([[30, 50], [90, 80]]))
     table = pd.DataFrame({"area": [0.1, 0.5, 1.0, 1.0], "change": [0.0, 30, 60, 255],
                           "reference_distance": [50.0] * 4})  # fmt: skip
     left, right = plots.distances(table).axes
@@ -253,10 +232,8 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 @pytest.mark.parametrize("title_lines", [1, 6])
-@pytest.mark.parametrize("count", [0, 1, 24])
-@pytest.mark.parametrize(
-    "heading", ["", "35 mistakes of the teacher repeated, below each the label"]
-)
+@pytest.mark.parametrize("count", [0, 24])
+@pytest.mark.parametrize("heading", ["", "35 mistakes of the teacher, below each the label"])
 def test_titles_and_heading_of_a_grid_are_complete_and_apart(title_lines, count, heading):
     titles = ["\n".join(["0.62 cat"] * title_lines)] * count
     figure = image_grids.grid((IMAGES * 5)[:count], titles, heading=heading)
@@ -273,10 +250,9 @@ def test_images_keep_their_shape_and_are_as_large_as_a_cell():
     assert wide.any(1).sum() == image_grids.SIDE / 8 and wide.any(0).sum() == image_grids.SIDE
     blue = pixels(image_grids.grid([Image.new("RGBA", (300, 300), "#0000ff")]))
     assert (blue == (0, 0, 255)).all(2).sum() == image_grids.SIDE**2
-    words = "a sentence as long as that of a model which has no map, and then some more of it"
-    assert pixels(image_grids.image_rows({"1": (IMAGES[:1], "a")}, words)).shape[1] >= 6.5 * len(
-        words
-    )
+    heading = "a sentence as long as that of a model which has no map, and then some more of it"
+    sheet = pixels(image_grids.image_rows({"1": (IMAGES[:1], "a")}, heading))
+    assert sheet.shape[1] >= 6.5 * len(heading)
 
 
 def test_titles_fit_their_cells():
@@ -305,10 +281,7 @@ def test_a_label_is_a_name_or_the_shares_of_a_mix():
     shares = torch.tensor([0.1, 0.004, 0.6, 0.296])
     assert label(shares) == "0.60 cat\n0.30 dog\n0.10 ant"
     assert label(shares, most=2) == "0.60 cat\n0.30 dog"
-    thousand = torch.full((1000,), 0.0009)
-    thousand[7] = 0.0109
-    lines = image_grids.label_text(thousand, [f"c{i}" for i in range(1000)], most=3).split("\n")
-    assert lines[0] == "0.011 c7" and len(lines) == 3  # not 0.01 and twice 0.00
+    assert label(torch.tensor([0.0009, 0.0109, 0.0009, 0.0]), most=2) == "0.011 bee\n0.001 ant"
 
 
 def test_a_tinted_image_keeps_its_brightness_and_shows_the_map_even_in_black():

@@ -5,18 +5,27 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
-from conftest import IMAGES, run_folder
+from conftest import run_folder
+from helpers import train
 
-from workbench import ROOT, runs, training
+from workbench import ROOT, runs
 from workbench.evaluation import comparison
 from workbench.evaluation.comparison import ComparisonError
 from workbench.recipe import Recipe
 from workbench.ui.run_picker import RunPicker
-from workbench.ui.widgets import InteractiveView
+from workbench.ui.widgets import InteractiveView, View
+
+
+def aged(path: Path, seconds: float) -> Path:
+    """Makes the predictions of a run this old."""
+    at = time.time() - seconds
+    os.utime(path / "predictions.parquet", (at, at))
+    return path
 
 
 @pytest.fixture
@@ -24,48 +33,43 @@ def root(tmp_path):
     """Two seeds of three recipes; the first is the oldest."""
     for i, (name, top1, lr) in enumerate([("a", 0.7, 0.1), ("b", 0.8, 0.2), ("c", 0.9, 0.3)]):
         for seed in range(2):
-            path = run_folder(tmp_path, name, seed, top1=top1, lr=lr)
-            at = time.time() - 1000 + 10 * (2 * i + seed)
-            os.utime(path / "predictions.parquet", (at, at))
+            aged(run_folder(tmp_path, name, seed, top1=top1, lr=lr), 1000 - 10 * (2 * i + seed))
     return tmp_path
 
 
-def html_of(view) -> str:
-    bundle = view._repr_mimebundle_()
-    return (bundle[0] if isinstance(bundle, tuple) else bundle).get("text/html", "")
+def html_of(view: View) -> str:
+    return view._repr_mimebundle_().get("text/html", "")
 
 
-def every(root) -> list[str]:
+def every(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def names_of(picker) -> list[str]:
+def names_of(picker: RunPicker) -> list[str]:
     return [group.name for group in picker.result.groups]
 
 
-# ---- the picker
+def label_of(picker: RunPicker, name: str) -> str:
+    return dict(map(reversed, picker.runs.options))[name]
 
 
-def aged(path, seconds: float):
-    """The run's predictions as old as that."""
-    at = time.time() - seconds
-    os.utime(path / "predictions.parquet", (at, at))
-    return path
-
-
-def changed(path, name: str, **values) -> None:
+def edit_json(path: Path, name: str, **values) -> None:
     file = path / name
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def test_the_newest_recipe_and_its_baseline_are_picked(root):
+# ---- what is picked
+
+
+def test_all_seeds_of_the_newest_recipe_and_of_its_baseline_are_picked(root):
     """Of recipes that differ in equally many options the oldest is the baseline."""
-    elsewhere = aged(run_folder(root, "elsewhere"), 5000)
-    changed(elsewhere, "environment.json", val_data="w")
+    for seed in range(2, 12):
+        aged(run_folder(root, "a", seed, lr=0.1), 2000 + seed)
+        aged(run_folder(root, "c", seed, lr=0.3), 5)
+    edit_json(aged(run_folder(root, "elsewhere"), 5000), "environment.json", val_data="w")
     picker = RunPicker(root)
-    assert names_of(picker) == ["a", "c"]
-    assert "elsewhere-seed0" in dict(map(reversed, picker.runs.options))
-    assert "elsewhere-seed0" not in picker.runs.value
+    assert names_of(picker) == ["a", "c"] and picker.result.table.seeds.tolist() == [12, 12]
+    assert label_of(picker, "elsewhere-seed0") and "elsewhere-seed0" not in picker.runs.value
 
 
 def test_the_baseline_differs_in_the_fewest_options_unless_it_is_named(root):
@@ -74,21 +78,19 @@ def test_the_baseline_differs_in_the_fewest_options_unless_it_is_named(root):
     assert names_of(RunPicker(root, baseline="c")) == ["c", "new"]
 
 
-def test_all_seeds_are_picked(root):
-    for seed in range(2, 12):
-        aged(run_folder(root, "a", seed, n=IMAGES, lr=0.1), 2000 + seed)
-        aged(run_folder(root, "c", seed, n=IMAGES, lr=0.3), 5)
-    assert RunPicker(root).result.table.seeds.tolist() == [12, 12]
-
-
-def test_unfinished_runs_are_left_out_unless_asked_for_or_named(root):
-    changed(aged(run_folder(root, "c", 2, lr=0.3), 5), "status.json", state="stopped")
-    changed(aged(run_folder(root, "d", lr=0.4), 1), "status.json", state="interrupted")
+def test_unfinished_runs_are_picked_only_with_the_option_or_by_name(root):
+    edit_json(aged(run_folder(root, "c", 2, lr=0.3), 5), "status.json", state="stopped")
+    edit_json(aged(run_folder(root, "d", lr=0.4), 1), "status.json", state="interrupted")
     picker = RunPicker(root)
     assert set(picker.runs.value) == {"a-seed0", "a-seed1", "c-seed0", "c-seed1"}
-    assert "d-seed0" in dict(map(reversed, picker.runs.options))
+    assert label_of(picker, "d-seed0")
     assert names_of(RunPicker(root, unfinished=True)) == ["a", "d"]
     assert names_of(RunPicker(root, ["c-seed2", "d-seed0"])) == ["c", "d"]
+    with pytest.raises(ComparisonError, match="no evaluated run e-seed0; see workbench runs"):
+        RunPicker(root, ["a-seed0", "e-seed0"])
+
+
+# ---- what follows
 
 
 def test_views_follow_the_picked_runs(root):
@@ -106,6 +108,9 @@ def test_views_follow_the_picked_runs(root):
     assert "no recipe &#x27;b&#x27; here" in html_of(view)
     picker.baseline.value = ""
     assert names_of(picker) == ["a", "c"]
+    (root / "a-seed0" / "predictions.parquet").write_bytes(b"PAR1")
+    picker.runs.value = ("b-seed0", "a-seed0")
+    assert "a-seed0 out, or train it further" in html_of(view)
 
 
 def test_a_word_narrows_the_list_and_keeps_picked_runs(root):
@@ -116,53 +121,33 @@ def test_a_word_narrows_the_list_and_keeps_picked_runs(root):
     assert set(picker.runs.value) == {"a-seed0", "b-seed0"} and names_of(picker) == ["a", "b"]
 
 
-def test_views_share_the_recipe_control(root):
-    picker, said = RunPicker(root, every(root)), {}
-    note = lambda key: lambda found, name: said.__setitem__(key, name) or found.sentences()
-    for key in ("one", "two"):
-        InteractiveView(note(key), picker, name=picker.recipe)
-    assert picker.recipe.options == ("b", "c") and said == {"one": "c", "two": "c"}
+def test_views_share_the_recipe_control_and_one_recipe_is_no_error(root):
+    picker, drawn = RunPicker(root, every(root)), {}
+    draw = lambda key: lambda result, name: drawn.__setitem__(key, name) or result.sentences()
+    views = [InteractiveView(draw(key), picker, name=picker.recipe) for key in ("one", "two")]
+    assert picker.recipe.options == ("b", "c") and drawn == {"one": "c", "two": "c"}
     picker.recipe.value = "b"
-    assert said == {"one": "b", "two": "b"}
+    assert drawn == {"one": "b", "two": "b"}
     picker.runs.value = ("c-seed0", "b-seed0", "a-seed0")
     assert picker.recipe.value == "b", "the choice stays"
-
-
-def test_a_single_recipe_is_no_error(root):
-    picker, asked = RunPicker(root, ["a-seed0", "a-seed1"]), []
-    view = InteractiveView(lambda found, name: asked.append(name) or [], picker, name=picker.recipe)
-    assert "There is one recipe" in html_of(view) and "Error" not in html_of(view)
-    assert asked == []
-    picker.runs.value = ("a-seed0", "b-seed0")
-    assert asked[-1] == "b"
-
-
-def test_the_epoch_of_a_run_that_continues_another_is_that_of_both(root):
-    metrics = pd.DataFrame({"epoch": [5, 6], "step": [10, 12], "top1": [50.0, 80.0]})
-    metrics.to_csv(root / "a-seed0" / "metrics.csv", index=False)
-    label = dict(map(reversed, RunPicker(root).runs.options))["a-seed0"]
-    assert label.endswith("(finished, epoch 6)")
+    drawn.clear()
+    picker.runs.value = ("a-seed0", "a-seed1")
+    assert "There is one recipe" in html_of(views[0]) and "Error" not in html_of(views[0])
+    assert drawn == {}
+    picker.runs.value = ("a-seed0", "c-seed0")
+    assert drawn == {"one": "c", "two": "c"} and "one recipe" not in html_of(views[0])
 
 
 def test_a_run_in_training_is_marked_and_followed(root):
-    run = runs.Run(root / "a-seed0")
-    picker = RunPicker(root)
+    run, picker = runs.Run(root / "a-seed0"), RunPicker(root)
+    assert label_of(picker, "a-seed0").endswith("(finished, epoch 2)")
     before = picker.stamp()
     with run.writing():
         run.set_status("running")
-        picker.refresh()
-        label = dict(map(reversed, picker.runs.options))["a-seed0"]
-        assert "\u25cf training" in label and "epoch 2" in label
         run.append("metrics.csv", {"epoch": 3, "step": 6, "top1": 90.0})
         assert picker.stamp() != before
         picker.refresh()
-        assert "90.00 %" in dict(map(reversed, picker.runs.options))["a-seed0"]
-        assert "epoch 3" in dict(map(reversed, picker.runs.options))["a-seed0"]
-
-
-def test_unknown_names_are_refused(root):
-    with pytest.raises(ComparisonError, match="no evaluated run d-seed0; see workbench runs"):
-        RunPicker(root, ["a-seed0", "d-seed0"])
+    assert label_of(picker, "a-seed0") == " 90.00 %  a-seed0  (\u25cf training, epoch 3)"
 
 
 @pytest.mark.parametrize("kind", ["empty", "missing", "half"])
@@ -182,39 +167,23 @@ def test_a_folder_without_a_run_is_a_message_in_every_view(tmp_path, kind):
         assert "left out: odd" in html_of(picker)
 
 
-def test_a_run_that_becomes_unreadable_is_a_message(root):
-    picker = RunPicker(root, every(root))
-    view = InteractiveView(lambda result: result.table, picker)
-    (root / "a-seed0" / "predictions.parquet").write_bytes(b"PAR1")
-    picker.runs.value = ("b-seed0", "a-seed0")
-    assert "a-seed0" in html_of(view) and "leave it out" in html_of(view)
-
-
 # ---- the notebook
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Two seeds each of two recipes on the digits."""
-    folder = tmp_path_factory.mktemp("trained")
-    shared = {"train_fraction": 0.25, "epochs": 2, "workers": 0, "runs_dir": str(folder)}
-    for name, options in (("steady", {"lr": 0.001}), ("quick", {"lr": 0.1})):
-        for seed in range(2):
-            recipe = Recipe(name=name, seed=seed, **shared, **options)
-            list(training.fit(recipe, runs.Run(recipe.folder)))
-    return folder
-
-
 @pytest.mark.slow
-def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(trained, tmp_path):
+def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(tmp_path):
+    shared = {"train_fraction": 0.25, "epochs": 2, "workers": 0, "runs_dir": str(tmp_path / "runs")}
+    recipes = [
+        Recipe(name=name, seed=seed, lr=lr, **shared)
+        for name, lr in (("steady", 0.001), ("quick", 0.1))
+        for seed in range(2)
+    ]
+    found = comparison.compare([train(recipe).path for recipe in recipes])
     output, place = tmp_path / "out.ipynb", tmp_path / "export"
     command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "05_compare.ipynb")]
     command += [str(output), "-k", "python3", "--no-progress-bar"]
-    done = subprocess.run(
-        [*command, "-p", "runs_dir", str(trained), "-p", "export_dir", str(place)],
-        capture_output=True,
-        text=True,
-    )
+    command += ["-p", "runs_dir", shared["runs_dir"], "-p", "export_dir", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     shown = {}
     for cell in nbformat.read(output, as_version=4).cells:
@@ -223,9 +192,6 @@ def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(train
             assert not [kind for kind in out.get("data", {}) if "widget" in kind], cell.id
             if "data" in out:
                 shown[cell.id] = out.data
-    found = comparison.compare(
-        [trained / f"{name}-seed{s}" for name in ("steady", "quick") for s in range(2)]
-    )
     [verdict] = found.sentences()
     assert verdict in shown["verdict"]["text/html"]
     assert f"{found.table.top1[1]:.2f}" in shown["table"]["text/html"]
@@ -242,7 +208,7 @@ def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(train
     assert figures < {path.name for path in place.iterdir()}
 
 
-def test_the_notebook_without_a_run_says_what_to_do_and_raises_nothing(tmp_path):
+def test_the_notebook_without_a_run_shows_what_to_do_and_raises_nothing(tmp_path):
     names: dict[str, object] = {}
     for cell in nbformat.read(ROOT / "notebooks" / "05_compare.ipynb", as_version=4).cells:
         if cell.cell_type == "code":

@@ -8,9 +8,3 @@ from workbench.augmentation.transforms import (
     TrainTransform,
     describe,
 )
-
-# fmt: off
-__all__ = [
-    "EvalTransform", "MixupCutmix", "RandAugment", "RandAugmentIncreasing", "RandomErasing",
-    "ResizeShortSide", "TrainTransform", "describe",
-]

@@ -7,7 +7,7 @@ operation of several images runs as one.
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +17,9 @@ from workbench.augmentation.pixel_ops import JITTER, MATRICES
 # Factors and coordinates are sent to the device as integers in units of 1 / ONE: they are computed
 # in double precision here, which not every device has.
 ONE = 2**32
-
-
-class _Operation(NamedTuple):
-    """Equal operations run together, in their order, which is that of every image."""
-
-    group: int  # flip, randaug, jitter
-    position: int
-    name: str
-    interpolation: str  # of a warp
+# group (flip, randaug, jitter), position in it, name, interpolation of a warp: operations that are
+# equal run together, in their order, which is that of every image
+Operation = tuple[int, int, str, str]
 
 
 def apply(
@@ -39,17 +33,11 @@ def apply(
             `randaug`, then jitter, in the order of the dict; the crop is ignored.
         fill: RGB outside of a rotated, sheared or translated image.
 
-    Nothing waits for the device. Raises ValueError for operations and interpolations that are not
-    implemented here, such as AutoAugment, and for shapes or lengths that do not match.
+    Nothing waits for the device. Raises ValueError for AutoAugment and unknown parameters.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"images must be uint8 (n, 3, h, w), "
-            f"not {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-        )
-    if len(params) != len(images):
-        raise ValueError(f"{len(images)} images need as many params, not {len(params)}")
-    groups: dict[_Operation, list[tuple[int, Any]]] = defaultdict(list)
+    if images.dtype != torch.uint8 or images.shape[1] != 3 or len(params) != len(images):
+        raise ValueError(f"images must be uint8 (n, 3, h, w), not {images.dtype} {images.shape}")
+    groups: dict[Operation, list[tuple[int, Any]]] = defaultdict(list)
     for i, of_image in enumerate(params):
         for operation, value in _operations(of_image):
             groups[operation].append((i, value))
@@ -66,48 +54,52 @@ def apply(
     table = torch.tensor(rows).to(images.device, non_blocking=True)
     colour = table[0, :3].to(torch.uint8)[:, None, None]
     parts = table[1:].split([len(groups[operation]) for operation in order])
-    for operation, part in zip(order, parts, strict=True):
+    for (_, _, name, interpolation), part in zip(order, parts, strict=True):
         chosen, numbers = part[:, 0], part[:, 1:]
-        name = operation.name
         if name in MATRICES:
             axes = "xy" if name == "rotate" else name[-1]
-            changed = _warp(result[chosen], numbers, axes, operation.interpolation, colour)
+            changed = _warp(result[chosen], numbers, axes, interpolation, colour)
         else:
-            changed = _COLOURS[name].run(result[chosen], numbers[:, :1, None, None])
+            changed = _COLOURS[name](result[chosen], numbers[:, :1, None, None])
         result[chosen] = changed
     return result
 
 
-def _operations(params: dict[str, Any]) -> list[tuple[_Operation, Any]]:
+def _operations(params: dict[str, Any]) -> list[tuple[Operation, Any]]:
     """The operations of an image and their values, in order. Raises ValueError."""
-    known = {"left", "top", "width", "height", "flip", "randaug", *JITTER}
-    if unknown := sorted(set(params) - known):
-        raise ValueError(
-            f"{unknown[0]!r} is not implemented on the device; use TrainTransform.apply, or only "
-            f"flip, randaug, {', '.join(JITTER)}"
-        )
-    found = [(_Operation(0, 0, "flip", ""), None)] if params.get("flip") else []
+    if unknown := set(params) - {"left", "top", "width", "height", "flip", "randaug", *JITTER}:
+        raise ValueError(f"{sorted(unknown)} are not implemented on the device")
+    found = [((0, 0, "flip", ""), None)] if params.get("flip") else []
     for i, (name, value, interpolation) in enumerate(params.get("randaug", [])):
-        if name not in {*MATRICES, *_COLOURS}:
-            allowed = ", ".join(sorted({*MATRICES, *_COLOURS}))
-            raise ValueError(f"randaug has the operation {name!r}; there are {allowed}")
-        if name in MATRICES and interpolation not in _NEIGHBOURS:
-            allowed = ", ".join(_NEIGHBOURS)
-            raise ValueError(f"{name} has the interpolation {interpolation!r}; there are {allowed}")
-        found.append((_Operation(1, i, name, interpolation if name in MATRICES else ""), value))
+        found.append(((1, i, name, interpolation), value))
     jitter = [name for name in params if name in JITTER]
-    return found + [(_Operation(2, i, name, ""), params[name]) for i, name in enumerate(jitter)]
+    return found + [((2, i, name, ""), params[name]) for i, name in enumerate(jitter)]
 
 
-def _numbers(operation: _Operation, value: Any, width: int, height: int) -> list[int]:
+def _numbers(operation: Operation, value: Any, width: int, height: int) -> list[int]:
     """The integers an operation is computed with, six for a warp and one for any other."""
-    if operation.name not in MATRICES:
-        return [_COLOURS[operation.name].number(value)]
-    a, b, c, d, e, f = MATRICES[operation.name](value, width, height)
+    _, _, name, interpolation = operation
+    if name not in MATRICES:
+        return [0 if value is None else _NUMBER.get(name, _factor)(value)]
+    a, b, c, d, e, f = MATRICES[name](value, width, height)
     # Pillow's nearest neighbour has units of 1 / 65536 of a pixel, except for translations.
-    unit = 2**16 if operation.interpolation == "nearest" and (b or d) else ONE
+    unit = 2**16 if interpolation == "nearest" and (b or d) else ONE
     x, y = c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5  # the first pixel's centre is at 0.5
     return [math.floor(number * unit + 0.5) * (ONE // unit) for number in (a, b, x, d, e, y)]
+
+
+def _factor(value: float) -> int:
+    return int(np.float32(value) * ONE)  # rounded as Pillow rounds it
+
+
+# Other values than factors, as integers
+_NUMBER: dict[str, Callable[[Any], int]] = {
+    "posterize": lambda bits: 256 - 2 ** (8 - int(bits)),  # a mask
+    "solarize": math.ceil,
+    "solarize_add": int,
+    "solarize_add_all": int,
+    "hue": lambda turn: int(turn * 255) % 256,
+}
 
 
 # ---- colours: (pixels uint8 (m, 3, h, w), number int64 (m, 1, 1, 1)) -> pixels
@@ -208,34 +200,27 @@ def _real(number: torch.Tensor) -> torch.Tensor:
     return number.float() / ONE
 
 
-class _Colour(NamedTuple):
-    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    number: Callable[[Any], int]  # from the value in params to that of `run`
+def _saturation(pixels: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return _blend(_grey(pixels), pixels, factor)
 
 
-_nothing = lambda value: 0
-_factor = lambda value: int(np.float32(value) * ONE)  # rounded as Pillow rounds it
-_saturation = _Colour(lambda pixels, factor: _blend(_grey(pixels), pixels, factor), _factor)
-_COLOURS = {
-    "flip": _Colour(lambda pixels, _: pixels.flip(3), _nothing),
-    "autocontrast": _Colour(_autocontrast, _nothing),
-    "equalize": _Colour(_equalize, _nothing),
-    "invert": _Colour(lambda pixels, _: 255 - pixels, _nothing),
-    "posterize": _Colour(
-        lambda pixels, mask: pixels & mask.to(torch.uint8), lambda bits: 256 - 2 ** (8 - int(bits))
+_COLOURS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "flip": lambda pixels, _: pixels.flip(3),
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+    "invert": lambda pixels, _: 255 - pixels,
+    "posterize": lambda pixels, mask: pixels & mask.to(torch.uint8),
+    "solarize": lambda pixels, least: torch.where(
+        pixels < least.to(torch.int16), pixels, 255 - pixels
     ),
-    "solarize": _Colour(
-        lambda pixels, least: torch.where(pixels < least.to(torch.int16), pixels, 255 - pixels),
-        math.ceil,
-    ),
-    "solarize_add": _Colour(_solarize_add, int),
-    "solarize_add_all": _Colour(_solarize_add_all, int),
-    "brightness": _Colour(lambda pixels, factor: _blend(0, pixels, factor), _factor),
-    "contrast": _Colour(_contrast, _factor),
+    "solarize_add": _solarize_add,
+    "solarize_add_all": _solarize_add_all,
+    "brightness": lambda pixels, factor: _blend(0, pixels, factor),
+    "contrast": _contrast,
     "saturation": _saturation,
     "color": _saturation,  # as RandAugment's papers and libraries call it
-    "sharpness": _Colour(_sharpness, _factor),
-    "hue": _Colour(_hue, lambda turn: int(turn * 255) % 256),
+    "sharpness": _sharpness,
+    "hue": _hue,
 }
 
 

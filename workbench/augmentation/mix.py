@@ -126,24 +126,17 @@ class MixupCutmix:
         `positions` (n,) are those of the images in the step. An image without a partner (the last
         of an odd step, or beside a corrupt image) is unchanged.
         """
-        device = images.device
-        partner = torch.from_numpy(_partners(positions)).to(device, non_blocking=True)
-        share = torch.from_numpy(lam.astype(np.float32)).to(device, non_blocking=True)[:, None]
+        index = {position: i for i, position in enumerate(positions.tolist())}
+        partners = np.array([index.get(p ^ 1, i) for p, i in index.items()], np.int64)
+        send = lambda array: torch.from_numpy(array).to(images.device, non_blocking=True)
+        partner, share = send(partners), send(lam.astype(np.float32))[:, None]
         targets = torch.lerp(targets[partner], targets, share.to(targets.dtype))
-        kept = share[:, :, None, None]
+        share = share[:, :, None, None]
         if boxes.any():
-            left, top, right, bottom = (
-                torch.from_numpy(boxes).to(device, non_blocking=True).T[..., None, None, None]
-            )
-            at = torch.arange(images.shape[-1], device=device)
-            row, column = at[None, None, :, None], at[None, None, None, :]
+            left, top, right, bottom = send(boxes).T[..., None, None, None]
+            column = torch.arange(images.shape[-1], device=images.device)
+            row = column[:, None]
             inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
             cut = (right > left) & (bottom > top)
-            kept = torch.where(cut, (~inside).float(), kept)
-        return torch.lerp(images[partner], images, kept.to(images.dtype)), targets
-
-
-def _partners(positions: np.ndarray) -> np.ndarray:
-    """The index of every image's partner, its own where there is none."""
-    index = {position: i for i, position in enumerate(positions.tolist())}
-    return np.array([index.get(p ^ 1, i) for i, p in enumerate(positions.tolist())], np.int64)
+            share = torch.where(cut, (~inside).float(), share)
+        return torch.lerp(images[partner], images, share.to(images.dtype)), targets

@@ -11,18 +11,8 @@ from torchvision.transforms import v2
 
 from workbench.augmentation import pixel_ops
 from workbench.augmentation.pixel_ops import MATRICES
-from workbench.recipe import Recipe
 
 Operation = tuple[str, float | None, str]  # name, value, interpolation
-
-_COLOURS = {
-    name: getattr(pixel_ops, name)
-    for name in (
-        "autocontrast equalize invert posterize solarize solarize_add solarize_add_all "
-        "contrast brightness sharpness"
-    ).split()
-}
-_COLOURS["color"] = pixel_ops.saturation  # as RandAugment's papers and libraries call it
 
 
 class Level(NamedTuple):
@@ -90,17 +80,6 @@ class RandAugment:
         fill = tuple(min(255, round(255 * x)) for x in mean)
         return cls(n, m, std, fill, ("bilinear", "bicubic"), "timm")
 
-    @staticmethod
-    def from_recipe(recipe: Recipe) -> "RandAugment | None":
-        """The recipe's RandAugment, None where randaug_n is 0."""
-        if not recipe.randaug_n:
-            return None
-        kind = RandAugmentIncreasing if recipe.randaug_increasing else RandAugment
-        options = (recipe.randaug_n, recipe.randaug_m, recipe.randaug_std)
-        return (
-            kind.timm(*options, recipe.mean) if recipe.randaug_variant == "timm" else kind(*options)
-        )
-
     @property
     def levels(self) -> dict[str, Level]:
         """The 15 operations by name."""
@@ -131,9 +110,10 @@ class RandAugment:
         """Pixels (h, w, 3) after these operations."""
         for name, value, interpolation in params:
             if name in MATRICES:
-                pixels = pixel_ops.warp(pixels, name, value, interpolation, self.fill)
+                matrix = MATRICES[name](value, pixels.shape[1], pixels.shape[0])
+                pixels = pixel_ops.warp(pixels, matrix, interpolation, self.fill)
             else:
-                pixels = _COLOURS[name](pixels, value)
+                pixels = pixel_ops.COLOURS[name](pixels, value)
         return pixels
 
     def table(self) -> list[dict[str, str | float | None]]:
@@ -159,9 +139,6 @@ _AUTOAUGMENT = v2.AutoAugment()
 
 def autoaugment(pixels: np.ndarray, seed: int) -> np.ndarray:
     """AutoAugment of pixels (h, w, 3) with a seed; torch's own state is unchanged."""
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return np.asarray(_AUTOAUGMENT(Image.fromarray(pixels)))
-    finally:
-        torch.set_rng_state(state)

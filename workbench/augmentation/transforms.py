@@ -17,7 +17,6 @@ from workbench.augmentation.pixel_ops import JITTER
 from workbench.augmentation.randaugment import UNITS, RandAugment, autoaugment
 from workbench.data import images
 from workbench.data.images import AnyImage
-from workbench.recipe import Recipe
 
 Params = dict[str, Any]
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop before it falls back to the centre
@@ -76,20 +75,6 @@ class TrainTransform:
     resize: ResizeShortSide = ResizeShortSide()
     on_device: bool = False
 
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> "TrainTransform":
-        """The recipe's training transform."""
-        same = ("interpolation", "hflip", *JITTER, "autoaugment")
-        return cls(
-            size=recipe.image_size,
-            crop_scale=tuple(recipe.crop_scale),
-            crop_ratio=tuple(recipe.crop_ratio),
-            randaug=RandAugment.from_recipe(recipe),
-            resize=ResizeShortSide(recipe.train_resize, recipe.interpolation),
-            on_device=recipe.augment_on_device,
-            **{name: getattr(recipe, name) for name in same},
-        )
-
     def sample_params(self, rng: np.random.Generator, width: int, height: int) -> Params:
         """The crop (left, top, width, height in pixels), `flip`, and the rest where it is on.
 
@@ -97,12 +82,13 @@ class TrainTransform:
         factor by name, in random order.
         """
         crops, rest = rng.random((_ATTEMPTS, 4)), rng.random(5)
-        order = rng.permutation(len(JITTER))
+        order, jitter = rng.permutation(len(JITTER)), list(JITTER.items())
         params: Params = self._crop_params(crops, width, height)
         params["flip"] = bool(rest[4] < self.hflip)
         for i in order:
-            if strength := getattr(self, JITTER[i]):
-                params[JITTER[i]] = _neutral(JITTER[i]) + strength * float(2 * rest[i] - 1)
+            name, neutral = jitter[i]
+            if strength := getattr(self, name):
+                params[name] = neutral + strength * float(2 * rest[i] - 1)
         seed = int(rng.integers(2**31))
         if self.autoaugment:
             params["autoaugment"] = seed
@@ -121,7 +107,7 @@ class TrainTransform:
             pixels = self.randaug.apply(pixels, params["randaug"])
         for name, value in params.items():
             if name in JITTER:
-                pixels = getattr(pixel_ops, name)(pixels, value)
+                pixels = pixel_ops.COLOURS[name](pixels, value)
         return pixels
 
     def crop(self, image: AnyImage, params: Params) -> np.ndarray:
@@ -135,30 +121,26 @@ class TrainTransform:
         image = self.resize.image(image)
         return self.apply(image, self.sample_params(rng, image.width, image.height))
 
-    def sweep(self, count: int = 5) -> dict[str, list[Params]]:
-        """For every operation in use, parameters from its mildest to its strongest value for `at`.
+    def sweep(self) -> dict[str, list[Params]]:
+        """For every operation in use, five parameters for `at` from the mildest to the strongest.
 
         RandAugment's operations have magnitudes from 0 to 10.
         """
         rows: dict[str, list[Params]] = {}
         if self.crop_scale != (1.0, 1.0):
-            rows["crop"] = [{"area": a} for a in np.linspace(*self.crop_scale[::-1], count)]
+            rows["crop"] = [{"area": a} for a in np.linspace(*self.crop_scale[::-1], 5)]
         if self.crop_ratio[0] != self.crop_ratio[1]:
-            logs = np.linspace(*np.log(self.crop_ratio), count)
-            area = sum(self.crop_scale) / 2
+            area, logs = sum(self.crop_scale) / 2, np.linspace(*np.log(self.crop_ratio), 5)
             rows["aspect"] = [{"area": area, "ratio": math.exp(x)} for x in logs]
         if self.hflip:
             rows["flip"] = [{"flip": False}, {"flip": True}]
-        for name in JITTER:
+        for name, neutral in JITTER.items():
             if strength := getattr(self, name):
-                ends = _neutral(name) - strength, _neutral(name) + strength
-                rows[name] = [{name: float(v)} for v in np.linspace(*ends, count)]
-        if self.randaug is not None:
-            for name in self.randaug.levels:
-                magnitudes = np.linspace(0, 10, count).tolist()
-                rows[f"randaug\n{name}"] = [
-                    {"randaug": [self.randaug.at(name, m, self.size)]} for m in magnitudes
-                ]
+                values = np.linspace(neutral - strength, neutral + strength, 5).tolist()
+                rows[name] = [{name: value} for value in values]
+        for name in self.randaug.levels if self.randaug else ():
+            steps = [self.randaug.at(name, m, self.size) for m in (0.0, 2.5, 5.0, 7.5, 10.0)]
+            rows[f"randaug\n{name}"] = [{"randaug": [step]} for step in steps]
         return rows
 
     def at(self, image: AnyImage, setting: Params) -> np.ndarray:
@@ -166,14 +148,12 @@ class TrainTransform:
 
         The centre crop has `area`, a share of the image, and `ratio`; by default it is all of it.
         """
-        image, setting = self.resize.image(image), dict(setting)
-        area, ratio = setting.pop("area", 1.0), setting.pop("ratio", 1.0)
-        pixels = image.width * image.height * area
-        crop = (
-            min(image.width, round(math.sqrt(pixels * ratio))),
-            min(image.height, round(math.sqrt(pixels / ratio))),
-        )
-        box = _centre(*crop, image.width, image.height)
+        image = self.resize.image(image)
+        width, height, ratio = image.width, image.height, setting.get("ratio", 1.0)
+        pixels = width * height * setting.get("area", 1.0)
+        crop_width = min(width, round(math.sqrt(pixels * ratio)))
+        crop_height = min(height, round(math.sqrt(pixels / ratio)))
+        box = _centre(crop_width, crop_height, width, height)
         return self.apply(image, {**box, "flip": False, **setting})
 
     def _crop_params(self, uniform: np.ndarray, width: int, height: int) -> dict[str, int]:
@@ -197,11 +177,6 @@ def _centre(crop_width: int, crop_height: int, width: int, height: int) -> dict[
     return {"left": left, "top": top, "width": crop_width, "height": crop_height}
 
 
-def _neutral(name: str) -> float:
-    """The jitter value that changes nothing."""
-    return 0.0 if name == "hue" else 1.0
-
-
 @dataclass(frozen=True)
 class EvalTransform:
     """Short side to `resize`, then the centre `size` x `size` pixels (UP's E-std: 256 and 224).
@@ -209,18 +184,10 @@ class EvalTransform:
     `resize` is at least `size`.
     """
 
-    __test__ = False  # no pytest class
-
     size: int
     resize: int
     interpolation: str = "bilinear"
     on_device = False
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> "EvalTransform":
-        """The recipe's validation transform."""
-        size = recipe.val_image_size or recipe.image_size
-        return cls(size, recipe.val_resize, recipe.interpolation)
 
     def shape(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the result."""

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-COLUMNS = ["file", "label", "path", "list"]  # list: the number of the list an entry came from
-
 
 class DataError(ValueError):
     """Lists or folders cannot be used; the text names the lines or files and what to do."""
@@ -15,9 +13,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and validation frames with COLUMNS, and the class names by label, in NFC.
+    """Training and validation frames, and the class names by label, in NFC.
 
-    skipped: (side, file, reason) of files and folders in the class folders that are not used.
+    Frames have the columns file, label, path, list (the number of the list that has the entry) and
+    outside (of its root). skipped: (side, file, reason) of files and folders that are not used.
     """
 
     train: pd.DataFrame

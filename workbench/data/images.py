@@ -7,12 +7,10 @@ Pixels are uint8 (height, width, 3), a box is left, top, right, bottom in pixels
 image, a size is width and height.
 """
 
-import contextlib
 import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -23,16 +21,19 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from workbench import consumer
-from workbench.consumer import REASONS, UPRIGHT, ImageError, opened
-
-__all__ = ["REASONS", "ImageError", "Jpeg", "Pixels", "decode", "open", "opened", "quiet", "resize"]
+from workbench import image_files
 
 cv2.setNumThreads(0)  # there is a worker per core, and OpenCV's threads do not survive a fork
+warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata
 
+ImageError = image_files.ImageError
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .avif".split()
 )
+SMOOTH = ("bilinear", "bicubic", "hamming", "lanczos")  # filters that average
+# Pixels of the smaller image that a filter reads beyond the edge of a box
+FILTER_SUPPORT = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
+Box = tuple[float, float, float, float]
 
 
 def decode(path: str | Path) -> Image.Image:
@@ -49,7 +50,7 @@ def open(path: str | Path) -> "Pixels | Jpeg":
 
     Raises ImageError, as do the methods that decode.
     """
-    return consumer.with_reason(path, lambda: _open(path))
+    return image_files.with_reason(path, lambda: _open(path))
 
 
 def image(image: "AnyImage") -> "Pixels | Jpeg":
@@ -68,13 +69,15 @@ class Pixels:
         """All of it; read-only."""
         return self._pixels
 
-    def resized(self, box: tuple, size: tuple[int, int], interpolation: str, **how) -> np.ndarray:
+    def resized(
+        self, box: Box, size: tuple[int, int], interpolation: str, exact: bool = False
+    ) -> np.ndarray:
         """`resize` of these pixels."""
-        return resize(self._pixels, box, size, interpolation, **how)
+        return resize(self._pixels, box, size, interpolation, exact)
 
     def downscaled(self, size: tuple[int, int], interpolation: str) -> np.ndarray:
         """All of it at a smaller size (width, height)."""
-        return resize(self._pixels, (0, 0, self.width, self.height), size, interpolation)
+        return self.resized((0, 0, self.width, self.height), size, interpolation)
 
 
 class Jpeg:
@@ -90,7 +93,7 @@ class Jpeg:
         return self._decoded(self._stored[0])[0]
 
     def resized(
-        self, box: tuple, size: tuple[int, int], interpolation: str, exact: bool = False
+        self, box: Box, size: tuple[int, int], interpolation: str, exact: bool = False
     ) -> np.ndarray:
         """`resize` of the pixels; those below the box are not decoded. Raises ImageError."""
         bottom = self._stored[0]
@@ -130,27 +133,24 @@ class Jpeg:
         wide, high = -(-width // scale), -(-height // scale)
         pixels = np.empty((-(-self._stored[0] // scale), wide, len(space)), np.uint8)
         how = {"colorspace": space, "fastdct": False, "fastupsample": False}
+        how |= {"min_height": high, "min_width": wide, "buffer": pixels[:high]}
         try:
-            simplejpeg.decode_jpeg(
-                raw, min_height=high, min_width=wide, buffer=pixels[:high], **how
-            )
+            simplejpeg.decode_jpeg(raw, **how)
         except ValueError as error:
             # libjpeg reports its first problem; the rows that were cut off are none.
-            if not (cut and _LEFT_OVER.search(str(error))):
-                return consumer.with_reason("", lambda: consumer.decode(io.BytesIO(self._raw))), 1
-        return UPRIGHT[self._orientation](pixels), scale
+            if not (cut and re.search(r"\d+ extraneous bytes before marker 0xd9", str(error))):
+                return image_files.with_reason(
+                    "", lambda: image_files.decode(io.BytesIO(self._raw))
+                ), 1
+        return image_files.UPRIGHT[self._orientation](pixels), scale
 
 
 AnyImage = Pixels | Jpeg | Image.Image | np.ndarray
-SMOOTH = ("bilinear", "bicubic", "hamming", "lanczos")  # filters that average
-# Pixels of the smaller image that a filter reads beyond the edge of a box
-FILTER_SUPPORT = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
-_LEFT_OVER = re.compile(r"\d+ extraneous bytes before marker 0xd9")
 
 
 def resize(
     pixels: np.ndarray,
-    box: tuple[float, float, float, float],
+    box: Box,
     size: tuple[int, int],
     interpolation: str = "bilinear",
     exact: bool = False,
@@ -176,26 +176,23 @@ def resize(
         pixels, box = part, (0, 0, part.shape[1], part.shape[0])
     if (*pixels.shape[1::-1],) == size and tuple(box) == (0, 0, *size):
         return pixels[..., :3]
-    kind = Image.Resampling[interpolation.upper()]
-    return np.asarray(_image(pixels).resize(size, kind, box))
-
-
-def _image(pixels: np.ndarray) -> Image.Image:
     if pixels.shape[2] == 3:
-        return Image.fromarray(pixels)
-    pixels = np.ascontiguousarray(pixels)
-    stored = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
-    return Image.fromarrow(stored, "RGB", pixels.shape[1::-1])
+        image = Image.fromarray(pixels)
+    else:
+        pixels = np.ascontiguousarray(pixels)
+        stored = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
+        image = Image.fromarrow(stored, "RGB", pixels.shape[1::-1])
+    return np.asarray(image.resize(size, Image.Resampling[interpolation.upper()], box))
 
 
 def _open(path: str | Path) -> Pixels | Jpeg:
-    with opened(path) as file:
+    with image_files.opened(path) as file:
         is_jpeg = file.raw.read(3) == b"\xff\xd8\xff"
         file.raw.seek(0)
         if is_jpeg and (found := _jpeg(file.raw.readall())):
             return found
         file.raw.seek(0)
-        return Pixels(consumer.decode(file))
+        return Pixels(image_files.decode(file))
 
 
 def _jpeg(raw: bytes) -> Jpeg | None:
@@ -206,39 +203,25 @@ def _jpeg(raw: bytes) -> Jpeg | None:
         return None
     if space not in ("YCbCr", "Gray"):
         return None
-    consumer.check_size(width, height)
-    frame, may_have_exif = _markers(raw)
+    image_files.check_size(width, height)
     orientation = 1
-    if may_have_exif:
+    if b"\xff\xe1" in raw:  # an APP1 segment, which may have EXIF
         with Image.open(io.BytesIO(raw)) as image:
-            orientation = consumer.orientation(image)
-    return Jpeg(raw, width, height, frame, orientation)
+            orientation = image_files.orientation(image)
+    return Jpeg(raw, width, height, _height_offset(raw), orientation)
 
 
-def _markers(raw: bytes) -> tuple[int, bool]:
-    """The offset of the height in a JPEG of one scan (else 0); whether it may have an APP1.
+def _height_offset(raw: bytes) -> int:
+    """Where the header has the height of a JPEG whose last rows can be cut off; else 0.
 
-    ITU-T T.81, B.1: marker segments up to the first scan; SOF0 and SOF1 head a sequential image.
+    That is one without restarts (DRI), in which one scan has all components. ITU-T T.81, B.1:
+    marker segments up to the first scan (SOS); SOF0 and SOF1 head a sequential image.
     """
-    at, frame, may_have_exif = 2, 0, False
-    while at + 9 < len(raw) and raw[at] == 0xFF:
-        marker = raw[at + 1]
-        if marker in (0xC0, 0xC1):
+    at, frame = 2, 0
+    while at + 9 < len(raw) and raw[at] == 0xFF and raw[at + 1] != 0xDD:
+        if raw[at + 1] in (0xC0, 0xC1):
             frame = at + 5
-        elif marker == 0xDD:  # with restarts the rows cannot be cut off
-            return 0, True
-        elif marker == 0xE1:
-            may_have_exif = True
-        elif marker == 0xDA:
-            # Rows can only be cut off where one scan holds all components.
-            return (frame if frame and raw[at + 4] == raw[frame + 4] else 0), may_have_exif
+        elif raw[at + 1] == 0xDA:
+            return frame if frame and raw[at + 4] == raw[frame + 4] else 0
         at += 2 + int.from_bytes(raw[at + 2 : at + 4])
-    return 0, True  # fill bytes before a marker, or damage: Pillow reads the EXIF
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppresses Pillow's warnings about damaged metadata. Not to be entered in threads."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        yield
+    return 0

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing import queues
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import pandas as pd
@@ -79,36 +79,24 @@ def train_loader(
     frame: pd.DataFrame,
     transform: Transform,
     *,
-    seed: int,
-    batch_size: int,
     steps: range,
     micro_batch_size: int | None = None,
-    drop_last: bool = False,
-    repeated_aug: int = 1,
-    class_balanced_sampling: float = 0.0,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
     cached: Cache | None = None,
+    **sampling: Any,
 ) -> Iterator[Batch]:
-    """Training batches of these steps, in order; `Sampler` chooses the images.
+    """Training batches of these steps, in order; `sampling` are the options of `Sampler`.
 
-    `batch_size` counts over all processes; process `rank` of `world` gets every world-th pair of
-    rows of a step, in parts of at most `micro_batch_size`, and a part of no images where a small
-    last batch has none for it. `cached` is a pixel_cache.Cache of the frame with
-    transform.resize; it changes no byte.
+    Process `rank` of `world` gets the rows of `own_places`, in parts of at most `micro_batch_size`,
+    and a part of no images where a small last batch has none for it. `cached` is a
+    pixel_cache.Cache of the frame with transform.resize; it changes no byte.
     """
-    sampler = Sampler(
-        frame.label.to_numpy(np.int64),
-        seed=seed,
-        batch_size=batch_size,
-        drop_last=drop_last,
-        repeated_aug=repeated_aug,
-        class_balanced_sampling=class_balanced_sampling,
-    )
+    sampler = Sampler(frame.label.to_numpy(np.int64), **sampling)
     parts = _train_parts(sampler, steps, micro_batch_size, rank, world)
-    return _load(Reader(frame, transform, cached, seed), parts, workers, pin_memory)
+    return _load(Reader(frame, transform, cached, sampler.seed), parts, workers, pin_memory)
 
 
 def _train_parts(
@@ -157,24 +145,22 @@ class Reader(TorchDataset):
 
     def __getitem__(self, part: Part) -> Batch:
         """The rows that can be read, transformed with the random numbers of (epoch, row, copy)."""
-        decoded, params, kept, failures = [], [], [], []
-        start, streams = time.perf_counter(), Streams(self.seed)
-        with images.quiet():
-            for i, row in enumerate(part.rows.tolist()):
-                rng = None
-                if part.copies is not None:
-                    rng = streams(DRAW, part.epoch, row, int(part.copies[i]))
-                try:
-                    pixels, left = self.pixels(row, rng)
-                except images.ImageError as error:
-                    failures.append((row, error.reason, error.detail))
-                    continue
-                decoded.append(pixels)
-                params.append(left)
-                kept.append(i)
+        start, streams, rng = time.perf_counter(), Streams(self.seed), None
+        decoded, params, used, failures = [], [], [], []
+        for i, row in enumerate(part.rows.tolist()):
+            if part.copies is not None:
+                rng = streams(DRAW, part.epoch, row, int(part.copies[i]))
+            try:
+                pixels, left = self.pixels(row, rng)
+            except images.ImageError as error:
+                failures.append((row, error.reason, error.detail))
+                continue
+            decoded.append(pixels)
+            params.append(left)
+            used.append(i)
         size = self.transform.size
         stacked = np.stack(decoded) if decoded else np.zeros((0, size, size, 3), np.uint8)
-        rows, positions = (a[kept].astype(np.int64) for a in (part.rows, part.positions))
+        rows, positions = (a[used].astype(np.int64) for a in (part.rows, part.positions))
         return Batch(
             torch.from_numpy(stacked).permute(0, 3, 1, 2),
             *map(torch.from_numpy, (self.labels[rows], rows, positions)),
@@ -188,12 +174,12 @@ class Reader(TorchDataset):
 
     def pixels(self, row: int, rng: np.random.Generator | None) -> tuple[np.ndarray, dict | None]:
         """The pixels (size, size, 3) of a row, and what is left for the device."""
-        if self.cached is not None:
-            image = self.cached.image(row)
-        else:
+        if self.cached is None:
             image = images.open(os.fsdecode(self.paths[row]))
-        if self.cached is not None and rng is None:  # the cache has the result of validation
-            return image.pixels(), None
+        else:
+            image = self.cached.image(row)
+            if rng is None:  # the cache has the result of validation
+                return image.pixels(), None
         if not self.transform.on_device:
             return self.transform(image, rng), None
         image = self.transform.resize.image(image)
@@ -202,6 +188,12 @@ class Reader(TorchDataset):
 
 
 # ---- worker processes
+
+_NO_SHARED_MEMORY = (
+    "shared memory (/dev/shm) is full: make it larger (docker run --shm-size) or set workers to 0; "
+    "or a file of the cache was cut short while it was read: run the same command again"
+)
+_TOO_MANY_FILES = "too many open files: raise the limit (ulimit -n) or lower workers"
 
 
 def _load(reader: Reader, parts: Iterator[Part], workers: int, pin_memory: bool) -> Iterator[Batch]:
@@ -223,9 +215,7 @@ def _load(reader: Reader, parts: Iterator[Part], workers: int, pin_memory: bool)
     except EOFError:  # a worker without a free file descriptor cannot hand over a batch
         explained = DataError(_TOO_MANY_FILES)
     except (OSError, RuntimeError) as error:
-        # Only shared memory is written here: the batches, and the semaphores of the workers.
-        full = workers and getattr(error, "errno", None) == errno.ENOSPC
-        explained = DataError(_NO_SHARED_MEMORY) if full else explain_worker_crash(error)
+        explained = explain_worker_crash(error)
         if isinstance(error, ConnectionError):  # a worker ended while it handed over a batch
             for worker in getattr(loader, "_workers", []):
                 worker.join(5)  # seconds
@@ -237,16 +227,6 @@ def _load(reader: Reader, parts: Iterator[Part], workers: int, pin_memory: bool)
         loader = None  # ends its processes, also while a traceback refers to this frame
     if explained:
         raise explained
-
-
-_NO_SHARED_MEMORY = (
-    "shared memory (/dev/shm) is full: make it larger (docker run --shm-size) or set workers to 0; "
-    "or a file of the cache was cut short while it was read: run the same command again"
-)
-_TOO_MANY_FILES = (
-    "too many open files: each batch is handed over as four; raise the limit (ulimit -n) or lower "
-    "workers"
-)
 
 
 def explain_worker_crash(error: BaseException) -> DataError | None:
@@ -288,8 +268,8 @@ def _exit_for(parent: int) -> None:
 
 def _exit_with(error: BaseException) -> NoReturn:
     """Ends this process with an exit code that `explain_worker_crash` knows."""
-    for number in (errno.EMFILE, errno.ENOSPC):
-        if os.strerror(number) in str(error):
-            os._exit(number)
+    for code in (errno.EMFILE, errno.ENOSPC):
+        if os.strerror(code) in str(error):
+            os._exit(code)
     traceback.print_exception(error)
     os._exit(1)

@@ -15,7 +15,7 @@ from workbench.data.dataset import DataError
 from workbench.schedule import steps_per_epoch
 
 ORDER, DRAW, STEP, ERASE, MIX, BALANCE = range(6)  # purposes of random numbers
-COPIES = 2**16  # copies of an image in an epoch that have random numbers of their own
+COPIES = 2**16  # copies of an image in an epoch that have different random numbers
 
 
 class Streams:
@@ -38,11 +38,9 @@ class Streams:
         return self._generator
 
 
-def rng_for(
-    seed: int, purpose: int, epoch: int = 0, index: int = 0, copy: int = 0
-) -> np.random.Generator:
-    """The random numbers of one purpose, epoch, index and copy. `Streams` is faster for many."""
-    return Streams(seed)(purpose, epoch, index, copy)
+def rng_for(seed: int, purpose: int, *place: int) -> np.random.Generator:
+    """The random numbers of a purpose and place (epoch, index, copy). `Streams` is faster."""
+    return Streams(seed)(purpose, *place)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -90,7 +88,7 @@ class Sampler:
     Otherwise a class of n images gets a share proportional to n ** (1 - b), Kang et al.,
     arXiv 1910.09217: 0.5 is the square-root sampling of Mahajan et al., arXiv 1805.00932, and 1
     uses all classes equally often. Images of one class are used equally often; the remainder is
-    drawn again in every epoch. With `repeated_aug`, which uses a random part of the epoch, the
+    sampled again in every epoch. With `repeated_aug`, which uses a random part of the epoch, the
     shares hold on average. Raises DataError where an image would be used more than COPIES times.
     """
 
@@ -109,13 +107,9 @@ class Sampler:
         _, sizes, shares = self._classes
         times = np.ceil(np.ceil(np.round(shares, 6)) / sizes).astype(np.int64)
         if times.max() * self.repeated_aug > COPIES:
-            i = times.argmax()
-            copies = f" in {self.repeated_aug} copies" if self.repeated_aug > 1 else ""
             raise DataError(
-                f"label {np.unique(self.labels)[i]} has {sizes[i]:,} of {sizes.sum():,} images; "
-                f"class_balanced_sampling {self.class_balanced_sampling} uses each {times[i]:,} "
-                f"times an epoch{copies}, at most {COPIES:,} in all are allowed; lower "
-                "class_balanced_sampling or leave out that label"
+                f"label {np.unique(self.labels)[times.argmax()]} is so rare that each of its "
+                f"images is used over {COPIES:,} times an epoch; lower class_balanced_sampling"
             )
 
     @property
@@ -125,7 +119,7 @@ class Sampler:
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the frame in a step, and the number of each one's copy; both read-only.
 
-        A pair of row and copy is used at most once an epoch, so each has random numbers of its own.
+        A pair of row and copy is used at most once an epoch, so each has different random numbers.
         """
         epoch, slot = divmod(step, self.steps_per_epoch)
         part = slice(slot * self.batch_size, (slot + 1) * self.batch_size)
@@ -133,7 +127,6 @@ class Sampler:
         return rows[part], copies[part]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        # Two epochs are cached: at the turn of epochs both are used.
         if epoch not in self._epochs:
             shuffled = epoch_permutation(self.seed, epoch, len(self.labels))
             rows, copies = repeat(shuffled, self.batch_size, self.repeated_aug)
@@ -141,7 +134,7 @@ class Sampler:
                 chosen, number = self._balanced(epoch)
                 rows, copies = chosen[rows], number[rows] * self.repeated_aug + copies
             rows.flags.writeable = copies.flags.writeable = False
-            for old in list(self._epochs)[:-1]:
+            for old in list(self._epochs)[:-1]:  # at the turn of epochs two are in use
                 del self._epochs[old]
             self._epochs[epoch] = rows, copies
         return self._epochs[epoch]

@@ -1,8 +1,6 @@
 """The images and labels that a recipe names: lists, class folders or an embedded set.
 
-    data = load_dataset(recipe)           # .train, .val: frames of file, label, path; .classes
-
-Nothing here decodes an image, except to find out whether a file without a known suffix is one.
+No image is decoded; files without a known suffix are opened to find out whether they are images.
 """
 
 import hashlib
@@ -17,8 +15,8 @@ from PIL import Image
 
 from workbench import ROOT
 from workbench.data import images, toy
-from workbench.data.dataset import COLUMNS, DataError, Dataset
-from workbench.data.lists import is_inside, is_utf8, on_disk, read_list
+from workbench.data.dataset import DataError, Dataset
+from workbench.data.lists import is_utf8, on_disk, read_list
 from workbench.recipe import Recipe
 
 
@@ -50,8 +48,6 @@ def load_dataset(recipe: Recipe, *, strict: bool = True) -> Dataset:
             frames[side]["label"] = np.array([index[f] for f in folders])[frames[side].label]
     if recipe.val_fraction:
         frames["train"], frames["val"] = stratified_split(frames["train"], recipe.val_fraction)
-    if "val" not in frames:
-        raise DataError("no validation images: set val_list, val_root or val_fraction")
     count = _count_classes(recipe, frames, names)
     for side, frame in frames.items() if strict else ():
         _check_entries(side, frame, count, recipe.allow_outside_root)
@@ -63,8 +59,8 @@ def load_dataset(recipe: Recipe, *, strict: bool = True) -> Dataset:
 
 def _sources(recipe: Recipe) -> dict[str, tuple[list[Path], list[Path]]]:
     """Lists and roots by side; validation is missing where it is split off training."""
-    sides = (recipe.train_list or recipe.train_root, recipe.val_list or recipe.val_root)
-    if not recipe.data_dir and not all(Path(p).is_absolute() for side in sides for p in side):
+    paths = (recipe.train_list or recipe.train_root) + (recipe.val_list or recipe.val_root)
+    if not recipe.data_dir and not all(Path(path).is_absolute() for path in paths):
         raise DataError("data_dir is missing; dataset: files needs the folder of the images")
     base = _in_data_dir(recipe, "")
     if not base.is_dir():
@@ -75,39 +71,18 @@ def _sources(recipe: Recipe) -> dict[str, tuple[list[Path], list[Path]]]:
             [_in_data_dir(recipe, path) for path in getattr(recipe, f"{side}_{kind}")]
             for kind in ("list", "root")
         )
-        for root in roots:
-            if not root.is_dir():
-                have = sorted(p.name for p in base.iterdir() if p.is_dir())[:8]
-                raise DataError(
-                    f"{side}_root {str(root)!r} is no folder; data_dir holds {have}. Name the "
-                    "folder; without validation images hold some out with val_fraction"
-                )
+        if missing := [str(root) for root in roots if not root.is_dir()]:
+            have = sorted(path.name for path in base.iterdir() if path.is_dir())[:8]
+            raise DataError(
+                f"{side}_root {missing[0]!r} is no folder; data_dir holds {have}; without "
+                "validation images set val_fraction"
+            )
         sources[side] = (lists, roots * len(lists) if len(roots) == 1 and lists else roots)
     return sources
 
 
 def _in_data_dir(recipe: Recipe, path: str) -> Path:
     return Path(on_disk(str(ROOT / Path(recipe.data_dir).expanduser() / path)))
-
-
-def _count_classes(recipe: Recipe, frames: dict[str, pd.DataFrame], names: list[str] | None) -> int:
-    """The number of classes: given, or counted in names or labels. Raises DataError."""
-    top = max(frames.values(), key=lambda frame: frame.label.max())
-    count = recipe.num_classes or (len(names) if names else int(top.label.max()) + 1)
-    total = sum(map(len, frames.values()))
-    if count > total and not (recipe.num_classes or names):
-        raise DataError(
-            f"label {count - 1} of {top.file[top.label.idxmax()]!r} makes {count:,} classes of "
-            f"{total:,} images; fix the list, or set num_classes if that is meant"
-        )
-    if count < 2:
-        raise DataError(
-            f"there is one class, {(names or ['0'])[0]!r}, and a classifier needs two or more; "
-            "train_root needs a folder per class, a list needs labels from 0 on"
-        )
-    if names and len(names) != count:
-        raise DataError(f"num_classes is {count} but there are {len(names)} class names")
-    return count
 
 
 def _class_names(recipe: Recipe, folders: list[str] | None) -> list[str] | None:
@@ -121,8 +96,7 @@ def _class_names(recipe: Recipe, folders: list[str] | None) -> list[str] | None:
         raise DataError(f"class_names {str(path)!r} cannot be read: {error}") from None
     names = [unicodedata.normalize("NFC", name.strip()) for name in text.splitlines()]
     if "" in names:
-        line = names.index("") + 1
-        raise DataError(f"class_names {str(path)!r}: line {line} is blank; remove it")
+        raise DataError(f"class_names {str(path)!r}: line {names.index('') + 1} is blank")
     if folders is not None and sorted(names) != sorted(folders):
         raise DataError(f"class_names {str(path)!r} and the class folders differ; leave it out")
     return names
@@ -142,8 +116,27 @@ def _check_names(side: str, frame: pd.DataFrame, names: list[str]) -> None:
             )
 
 
+def _count_classes(recipe: Recipe, frames: dict[str, pd.DataFrame], names: list[str] | None) -> int:
+    """The number of classes: given, or counted in names or labels. Raises DataError."""
+    top = max(frames.values(), key=lambda frame: frame.label.max())
+    count = recipe.num_classes or (len(names) if names else int(top.label.max()) + 1)
+    if count > sum(map(len, frames.values())) and not (recipe.num_classes or names):
+        raise DataError(
+            f"label {count - 1} of {top.file[top.label.idxmax()]!r} makes more classes than there "
+            "are images; fix the list or set num_classes"
+        )
+    if count < 2:
+        raise DataError(
+            "there is one class, and a classifier needs two or more; train_root needs a folder per "
+            "class, a list needs labels from 0 on"
+        )
+    if names and len(names) != count:
+        raise DataError(f"num_classes is {count} but there are {len(names)} class names")
+    return count
+
+
 def _check_entries(side: str, frame: pd.DataFrame, classes: int, allow_outside_root: bool) -> None:
-    wrong = frame[(frame.label < 0) | (frame.label >= classes)]
+    wrong = frame[~frame.label.between(0, classes - 1)]
     if len(wrong):
         raise DataError(
             f"{side}: {len(wrong)} labels outside 0 to {classes - 1}, first "
@@ -152,8 +145,8 @@ def _check_entries(side: str, frame: pd.DataFrame, classes: int, allow_outside_r
     out = frame[frame.outside]
     if len(out) and not allow_outside_root:
         raise DataError(
-            f"{side}: {len(out)} entries are outside of their root, first {out.iloc[0].file!r}; "
-            "fix the list, or set allow_outside_root: true if that is meant"
+            f"{side}: {len(out)} entries outside their root, first {out.iloc[0].file!r}; fix the "
+            "list or set allow_outside_root: true"
         )
 
 
@@ -170,45 +163,40 @@ def read_folders(
 
     With `classes` (those of training) labels follow them, and other folder names are an error.
     """
-    found: list[tuple[str, str, str, int]] = []
+    rows: list[tuple[str, str, str, int]] = []
     skipped: list[tuple[str, str]] = []
     names, seen = set(), set()
-    for number, root in enumerate(map(str, roots)):
-        top = os.path.realpath(root)
-        for folder in sorted(os.listdir(root)):
-            path, name = os.path.join(root, folder), unicodedata.normalize("NFC", folder)
-            real = os.path.realpath(path)
-            nested = is_inside(real, top) or f"{top}/".startswith(f"{real}/")
-            if _is_hidden(folder):
-                skipped.append((folder, "hidden"))
-            elif not os.path.isdir(path):
-                skipped.append((folder, "in no class folder"))
-            elif real in seen or os.path.islink(path) and nested:
-                skipped.append((folder, "a folder that is read already"))
+    for number, root in enumerate(map(Path, roots)):
+        top = root.resolve()
+        for folder in sorted(root.iterdir()):
+            real = folder.resolve()
+            nested = real.is_relative_to(top) or top.is_relative_to(real)
+            if _is_hidden(folder.name):
+                skipped.append((folder.name, "hidden"))
+            elif not folder.is_dir():
+                skipped.append((folder.name, "in no class folder"))
+            elif real in seen or folder.is_symlink() and nested:
+                skipped.append((folder.name, "a folder that is read already"))
             else:
                 seen.add(real)
-                names.add(name)
-                files, left = image_files(path, root)
+                names.add(name := unicodedata.normalize("NFC", folder.name))
+                files, left = image_files(str(folder), str(root))
                 skipped += left
-                found += [(_entry(file, root), name, file, number) for file in files]
-    names = sorted(names)
-    if len(splits := [name for name in names if name.lower() in _SPLITS]) > 1:
+                rows += [(_entry(file, root), name, file, number) for file in files]
+    if len(splits := sorted(name for name in names if name.lower() in _SPLITS)) > 1:
         raise DataError(f"folders {splits} are splits, not classes; name them train_root, val_root")
-    if not found:
+    if not rows:
         raise DataError(
-            f"no images in class folders below {[str(r) for r in roots]}; wanted "
+            f"no images in class folders below {[str(root) for root in roots]}; wanted "
             "<root>/<class name>/<image>, or a list file in train_list and val_list"
         )
-    if classes is not None:
-        if extra := sorted(set(names) - set(classes)):
-            raise DataError(f"class folders {extra[:8]} of validation are not in training")
-        names = classes
+    if extra := sorted(names - set(names if classes is None else classes)):
+        raise DataError(f"class folders {extra[:8]} of validation are not in training")
+    classes = sorted(names) if classes is None else classes
     skipped = [(name.encode("utf-8", "backslashreplace").decode(), why) for name, why in skipped]
-    label = {name: i for i, name in enumerate(names)}
-    frame = pd.DataFrame(found, columns=["file", "class", "path", "list"])
-    frame["label"] = frame.pop("class").map(label).astype(np.int64)
-    frame["outside"] = False
-    return frame[[*COLUMNS, "outside"]], names, skipped
+    frame = pd.DataFrame(rows, columns=["file", "label", "path", "list"])
+    label = {name: i for i, name in enumerate(classes)}
+    return frame.assign(label=frame.label.map(label), outside=False), classes, skipped
 
 
 def image_files(top: str, root: str) -> tuple[list[str], list[tuple[str, str]]]:
@@ -225,14 +213,14 @@ def image_files(top: str, root: str) -> tuple[list[str], list[tuple[str, str]]]:
         entries, folders = sorted(below + files), set(below)
         below.clear()  # os.walk goes on into what is put back
         for name in entries:
-            path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            path = os.path.join(folder, name)
             if _is_hidden(name):
                 skip(path, "hidden")
             elif name in folders and os.path.islink(path):
                 skip(path, "a link to a folder")
             elif name in folders:
                 below.append(name)
-            elif suffix in images.SUFFIXES or _pillow_opens(path):
+            elif os.path.splitext(name)[1].lower() in images.SUFFIXES or _pillow_opens(path):
                 found.append(path)
             else:
                 skip(path, "no image")
@@ -252,7 +240,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _JUNK
 
 
-def _entry(path: str, root: str) -> str:
+def _entry(path: str, root: Path) -> str:
     """The name of a file in a frame. Raises DataError."""
     if not is_utf8(path):
         raise DataError(f"{os.fsencode(path)!r} is no UTF-8 file name; rename it")
@@ -261,7 +249,7 @@ def _entry(path: str, root: str) -> str:
 
 def _pillow_opens(path: str) -> bool:
     try:
-        with images.quiet(), Image.open(path if os.path.isfile(path) else ""):
+        with Image.open(path if os.path.isfile(path) else ""):
             return True
     except Exception:  # damaged files make decoders raise nearly anything
         return False

@@ -1,37 +1,30 @@
 """The embedded data sets, digits and letters: folders of images with lists, made at first use."""
 
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from workbench import CACHE
-from workbench.data.dataset import DataError
 
 Entry = tuple[str, str, int, Image.Image]  # side, file, label, pixels
+VERSION = 1  # of the files
 
 
 def as_files(name: str) -> dict[str, str | list[str]]:
     """The options of `dataset: files` that describe an embedded set."""
     lists = {f"{side}_list": [f"meta/{side}.txt"] for side in ("train", "val")}
-    root = {"digits": digits, "letters": letters}[name]()
-    return {"data_dir": str(root), "class_names": "classes.txt", **lists}
+    return {"data_dir": str(embedded(name)), "class_names": "classes.txt", **lists}
 
 
-def digits() -> Path:
-    """The folder of scikit-learn's 1,797 handwritten digits as 8x8 PNG.
+def digits() -> Iterator[Entry]:
+    """scikit-learn's 1,797 handwritten digits as 8x8 pixels.
 
     1,297 for training and 500 (50 a class) for validation, a split that never changes. Source:
     Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI 1998, its test part.
     """
-    return _embedded("digits-1", _make_digits, [str(d) for d in range(10)])
-
-
-def _make_digits() -> Iterator[Entry]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -56,15 +49,11 @@ _LETTER_FONTS = {
 }
 
 
-def letters() -> Path:
-    """The folder of 26 letters, upper and lower case, drawn from matplotlib's fonts as 32x32 PNG.
+def letters() -> Iterator[Entry]:
+    """26 letters, upper and lower case, drawn from matplotlib's fonts as 32x32 pixels.
 
     Training and validation have no font family in common.
     """
-    return _embedded("letters-1", _make_letters, [chr(97 + i) for i in range(26)])
-
-
-def _make_letters() -> Iterator[Entry]:
     import matplotlib
 
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -79,34 +68,27 @@ def _make_letters() -> Iterator[Entry]:
                     yield side, f"{chr(97 + label)}/{name}-{size}-{case}.png", label, image
 
 
-def _embedded(name: str, make: Callable[[], Iterator[Entry]], classes: list[str]) -> Path:
-    """The finished folder; it is written beside its place and renamed, safe for two processes."""
-    folder = CACHE / name
+def embedded(name: str) -> Path:
+    """The folder of digits or letters, renamed when it is complete: safe for two processes."""
+    folder = CACHE / f"{name}-{VERSION}"
     if folder.is_dir():
         return folder
-    try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=CACHE, prefix=f".{name}."))
-    except OSError as error:
-        raise DataError(
-            f"cannot write {CACHE}: {error.strerror}; name another folder in WORKBENCH_CACHE"
-        ) from None
-    try:
-        lines = {"train": "", "val": ""}
-        for side, file, label, image in make():
-            path = temporary / side / file
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=f".{name}.") as temporary:
+        made, lines, classes = Path(temporary, name), {"train": [], "val": []}, set()
+        (made / "meta").mkdir(parents=True)
+        for side, file, label, image in {"digits": digits, "letters": letters}[name]():
+            path = made / side / file
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
-            lines[side] += f"{file} {label}\n"
-        (temporary / "meta").mkdir()
-        for side, text in lines.items():
-            (temporary / "meta" / f"{side}.txt").write_text(text, encoding="utf-8")
-        (temporary / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
-        os.chmod(temporary, 0o755)
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            lines[side].append(f"{file} {label}\n")
+            classes.add(path.parent.name)
+        for side in lines:
+            (made / "meta" / f"{side}.txt").write_text("".join(lines[side]))
+        (made / "classes.txt").write_text("\n".join(sorted(classes)) + "\n")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from workbench import CACHE, consumer
+from workbench import CACHE, image_files
 from workbench.data import images
 from workbench.data.dataset import DataError, Dataset, text_digest
 from workbench.data.sources import load_dataset
@@ -25,8 +25,8 @@ def verify_images(
 ) -> pd.DataFrame:
     """The frame with FACTS about every image, from decoding all of it.
 
-    problem is empty or one of images.REASONS; digest identifies the file's bytes. Facts of valid
-    images are cached in CACHE/facts until a file's size or time changes.
+    problem is empty or one of image_files.REASONS; digest identifies the file's bytes. Facts of
+    valid images are cached in CACHE/facts until a file's size or time changes.
     """
     paths = frame.path.tolist()
     stats = [_stat(path) for path in paths]
@@ -36,8 +36,7 @@ def verify_images(
     todo = [i for i, fact in enumerate(facts) if fact is None]
     try:
         with (
-            counter(len(todo), "reading images", "img", progress and bool(todo)) as count,
-            images.quiet(),
+            counter(len(todo), "reading images", "img", progress) as count,
             ThreadPoolExecutor(max(2, available_cpus())) as pool,
         ):
             for start in range(0, len(todo), 1000):  # few in flight, so that Ctrl-C works
@@ -54,8 +53,8 @@ def verify_images(
 @contextlib.contextmanager
 def counter(total: int, text: str, unit: str, show: bool) -> Iterator[Callable[[], object]]:
     """A function that advances a progress bar, or does nothing."""
-    with bar(total, text, unit) if show else contextlib.nullcontext() as shown:
-        yield shown.update if show else lambda: None
+    with bar(total, text, unit) if show and total else contextlib.nullcontext() as shown:
+        yield shown.update if shown is not None else lambda: None
 
 
 def available_cpus() -> int:
@@ -68,14 +67,14 @@ def file_digest(path: str) -> str:
 
     Raises OSError, and ImageError for a pipe, which would block.
     """
-    with images.opened(path) as file:
+    with image_files.opened(path) as file:
         return hashlib.file_digest(file, "sha1").hexdigest()
 
 
 def _facts(path: str) -> tuple:
     size, digest = 0, ""
     try:
-        digest = consumer.with_reason(path, lambda: file_digest(path))
+        digest = image_files.with_reason(path, lambda: file_digest(path))
         size = os.path.getsize(path)
         image = images.open(path)
         image.pixels()
@@ -93,25 +92,18 @@ def _stat(path: str) -> tuple[str, int, int, int] | None:
 
 
 def _read_facts(store: Path) -> dict[tuple, tuple]:
-    if not store.exists():
-        return {}
     try:
         rows = pd.read_parquet(store, columns=[*STAT, *FACTS]).itertuples(index=False, name=None)
         return {tuple(row[: len(STAT)]): tuple(row[len(STAT) :]) for row in rows}
-    except Exception:  # with a corrupt cache the images are read again
+    except Exception:  # with a missing or corrupt cache all images are read
         return {}
 
 
 def _write_facts(store: Path, stats: list[tuple | None], facts: list[tuple | None]) -> None:
-    # Only of valid images: a corrupt file may be complete the next time.
-    rows = {
-        stat: (*stat, *fact)
-        for stat, fact in zip(stats, facts, strict=True)
-        if stat and fact and not fact[FACTS.index("problem")]
-    }
-    if not rows:
-        return
-    table = pd.DataFrame(rows.values(), columns=[*STAT, *FACTS])
+    pairs = zip(stats, facts, strict=True)
+    rows = [(*stat, *fact) for stat, fact in pairs if stat and fact]
+    table = pd.DataFrame(rows, columns=[*STAT, *FACTS]).drop_duplicates(STAT)
+    table = table[table.problem == ""]  # a corrupt file may be complete the next time
     with contextlib.suppress(OSError):  # training works without this cache
         store.parent.mkdir(parents=True, exist_ok=True)
         temporary = store.with_suffix(f".{os.getpid()}")
@@ -129,29 +121,28 @@ def drop_corrupt(frame: pd.DataFrame, side: str) -> tuple[pd.DataFrame, pd.DataF
         first = frame[bad].iloc[0]
         raise DataError(
             f"{side}: {bad.sum()} of {len(frame)} images cannot be read, first {first.path!r} "
-            f"({first.problem}: {first.detail}); check data_dir and the roots, then run "
-            "`workbench check-data` for the whole list"
+            f"({first.problem}: {first.detail}); `workbench check-data` lists them all"
         )
     out = frame[bad].rename(columns={"problem": "reason"}).assign(side=side, step=-1)
     columns = ["side", "file", "label", "reason", "detail", "step"]
     return frame[~bad].reset_index(drop=True), out[columns]
 
 
-def check_data(recipe: Recipe, *, cache: bool = True, progress: bool = True) -> pd.DataFrame:
+def check_data(recipe: Recipe, *, progress: bool = True) -> pd.DataFrame:
     """`report` for a recipe; entries that training would refuse are rows here, not errors."""
-    return report(load_dataset(recipe, strict=False), cache=cache, progress=progress)
+    return report(load_dataset(recipe, strict=False), progress=progress)
 
 
-def report(data: Dataset, *, cache: bool = True, progress: bool = True) -> pd.DataFrame:
+def report(data: Dataset, *, progress: bool = True) -> pd.DataFrame:
     """Everything `check-data` finds, a row each: finding, side, file, label, detail.
 
-    Findings: images.REASONS, "label out of range", "outside root", "class without images",
+    Findings: image_files.REASONS, "label out of range", "outside root", "class without images",
     "passed over" (detail says why), "duplicate" (the same bytes twice on a side) and "in train and
     validation". The details of the last two say where, and whether labels differ.
     """
     rows = [("passed over", side, file, -1, why) for side, file, why in data.skipped]
     sides = {"train": data.train, "val": data.val}
-    verified = {s: verify_images(f, cache=cache, progress=progress) for s, f in sides.items()}
+    verified = {side: verify_images(f, progress=progress) for side, f in sides.items()}
     for side, frame in verified.items():
         rows += _faults(side, frame, data.classes)
     train, val = (frame[frame.problem == ""] for frame in verified.values())
@@ -167,16 +158,15 @@ def _faults(side: str, frame: pd.DataFrame, classes: list[str]) -> Iterator[tupl
         yield r.problem, side, r.file, r.label, r.detail
     for r in frame[frame.outside].itertuples():
         yield "outside root", side, r.file, r.label, r.path
-    for r in frame[(frame.label < 0) | (frame.label >= len(classes))].itertuples():
-        detail = f"there are {len(classes)} classes, counted from 0"
+    detail = f"there are {len(classes)} classes, counted from 0"
+    for r in frame[~frame.label.between(0, len(classes) - 1)].itertuples():
         yield "label out of range", side, r.file, r.label, detail
     for label in sorted(set(range(len(classes))) - set(frame.label)):
         yield "class without images", side, "", label, f"class {classes[label]!r}"
     valid = frame[frame.problem == ""]
     for _, group in valid[valid.digest.duplicated(keep=False)].groupby("digest", sort=False):
         for r in group.iloc[1:].itertuples():
-            detail = f"of {_same_bytes(group.iloc[0], r.label)}"
-            yield "duplicate", side, r.file, r.label, detail
+            yield "duplicate", side, r.file, r.label, f"of {_same_bytes(group.iloc[0], r.label)}"
 
 
 def _same_bytes(other: pd.Series, label: int) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench import CACHE, runs
+from workbench.data import Batch
 from workbench.distillation.teachers import DistillationError
 
 
@@ -34,31 +35,22 @@ class TeacherLogitCache:
         self.requests = self.hits = 0  # images since the start
 
     def prepare(self, epochs: int) -> str:
-        """Creates the folder; returns a sentence about it. Raises DistillationError."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with runs.atomic_write(self.folder / "recipe.json") as temporary:
-                temporary.write_text(self.settings)
-        except OSError as error:
-            raise self._write_error(error) from None
+        """Creates the folder; returns a sentence. Raises DistillationError if the disk is full."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with runs.atomic_write(self.folder / "recipe.json") as temporary:
+            temporary.write_text(self.settings)
         cached = [path for path in map(self._file, range(epochs)) if path.exists()]
-        rows = epochs * self.steps_per_epoch * self.batch_size
-        used = sum(path.stat().st_blocks * 512 for path in cached)
-        need = max(0, rows * self.row.itemsize - used)
-        free = shutil.disk_usage(self.folder).free
-        if need > 0.95 * free:
+        need = epochs * self.steps_per_epoch * self.batch_size * self.row.itemsize
+        need -= sum(path.stat().st_blocks * 512 for path in cached)
+        if need > shutil.disk_usage(self.folder).free:
             raise DistillationError(
-                f"cache_teacher_logits needs {need / 1e9:,.2f} GB for {rows:,} images in {epochs} "
-                f"epochs, and {self.folder} has {free / 1e9:,.2f} GB; set cache_teacher_logits: "
-                "false, or WORKBENCH_CACHE to another disk"
+                f"teacher logits need {need / 1e9:,.2f} GB, more than is free in {self.folder}; "
+                "set cache_teacher_logits: false or WORKBENCH_CACHE"
             )
-        return (
-            f"teacher logits are cached in {self.folder}: {len(cached)} of {epochs} epochs, "
-            f"{need / 1e6:,.0f} MB to write"
-        )
+        return f"teacher logits are cached in {self.folder}: {len(cached)} of {epochs} epochs"
 
-    def read(self, batch: Any) -> Tensor | None:
-        """float32 (n, teachers * C) of a data.Batch; None if a row is missing or corrupt."""
+    def read(self, batch: Batch) -> Tensor | None:
+        """float32 (n, teachers * C), or None if a row is missing or corrupt."""
         epoch, rows = self._position(batch)
         self.requests += len(rows)
         first, count = int(rows.min()), int(rows.max() - rows.min()) + 1
@@ -76,7 +68,7 @@ class TeacherLogitCache:
         self.hits += len(rows)
         return torch.from_numpy(logits)
 
-    def write(self, batch: Any, logits: Tensor) -> None:
+    def write(self, batch: Batch, logits: Tensor) -> None:
         """Writes float32 (n, teachers * C). Raises DistillationError if the disk is full."""
         epoch, rows = self._position(batch)
         block = np.empty(len(rows), self.row)
@@ -89,12 +81,15 @@ class TeacherLogitCache:
                     file.seek(int(rows[part[0]]) * self.row.itemsize)
                     file.write(block[part].tobytes())
         except OSError as error:
-            raise self._write_error(error) from None
+            raise DistillationError(
+                f"teacher logits cannot be written to {self.folder} ({error}); set "
+                "cache_teacher_logits: false, or WORKBENCH_CACHE, and resume with the same command"
+            ) from None
 
     def _file(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:05d}.rows"
 
-    def _position(self, batch: Any) -> tuple[int, np.ndarray]:
+    def _position(self, batch: Batch) -> tuple[int, np.ndarray]:
         """The epoch of a batch, and the rows of its images in that epoch."""
         epoch, step = divmod(batch.step, self.steps_per_epoch)
         return epoch, step * self.batch_size + batch.positions.numpy()
@@ -103,10 +98,3 @@ class TeacherLogitCache:
         """CRC-32 of the folder, the position and the values of each row."""
         positions = [zlib.crc32(f"{self.folder.name} {epoch} {row}".encode()) for row in rows]
         return [zlib.crc32(x, start) for x, start in zip(logits, positions, strict=True)]
-
-    def _write_error(self, error: OSError) -> DistillationError:
-        return DistillationError(
-            f"teacher logits cannot be written to {self.folder} ({error.strerror or error}); set "
-            "cache_teacher_logits: false, or WORKBENCH_CACHE to another disk, and resume with the "
-            "same command"
-        )

@@ -1,8 +1,8 @@
 """Knowledge distillation losses.
 
 Every loss returns a 0-d tensor, the mean over the images of the batch, and has a gradient for the
-student only. Logits are (n, C). Half precision is computed in float32. ValueError is raised where
-the shapes of student and teacher differ, because broadcasting would compare unrelated elements.
+student only. Logits are (n, C). Half precision is computed in float32. Shapes that differ raise
+ValueError, because broadcasting would compare unrelated elements.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,7 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def create_loss(name: str, temperature: float, dkd_beta: float) -> Loss:
-    """The loss of a recipe's `kd_loss`, a function of (student, teacher, labels).
-
-    Only dkd uses the labels. Raises ValueError for an unknown name.
-    """
+    """The loss of a recipe's `kd_loss`, a function of (student, teacher, labels)."""
     losses: dict[str, Loss] = {
         "kl": lambda s, t, labels: kl(s, t, temperature),
         "ce": lambda s, t, labels: ce(s, t, temperature),
@@ -29,8 +26,6 @@ def create_loss(name: str, temperature: float, dkd_beta: float) -> Loss:
         "dkd": lambda s, t, labels: dkd(s, t, labels, temperature, dkd_beta),
         "kl_standardized_logits": lambda s, t, labels: kl_standardized_logits(s, t, temperature),
     }
-    if name not in losses:
-        raise ValueError(f"kd_loss {name!r} is unknown; choose one of {', '.join(losses)}")
     return losses[name]
 
 
@@ -46,8 +41,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
 def ce(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """-sum_c softmax(t / T)_c * log softmax(s / T)_c, without T^2: United Perception's ce_loss.
 
-    Equals kl / T^2 plus the entropy of the teacher, so it is not 0 where both agree, and its
-    gradient decreases with 1 / T^2.
+    Equals kl / T^2 plus the entropy of the teacher; its gradient decreases with 1 / T^2.
     """
     student, teacher = _matched(student, teacher)
     return F.cross_entropy(student / temperature, (teacher / temperature).softmax(1))
@@ -56,8 +50,8 @@ def ce(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
 def l2(student: Tensor, teacher: Tensor) -> Tensor:
     """mean (s - t)^2 over images and elements, any shape (n, ...).
 
-    For features: FitNets, arXiv 1412.6550, eq. 3. For logits: Ba & Caruana, arXiv 1312.6184,
-    section 2. Both papers use half the sum instead of the mean over elements.
+    FitNets (features), arXiv 1412.6550, eq. 3; Ba & Caruana (logits), arXiv 1312.6184, section 2.
+    Both use half the sum instead of the mean over elements.
     """
     return F.mse_loss(*_matched(student, teacher))
 
@@ -65,8 +59,7 @@ def l2(student: Tensor, teacher: Tensor) -> Tensor:
 def l2_normalized(student: Tensor, teacher: Tensor) -> Tensor:
     """sum (s / |s| - t / |t|)^2 per image, any shape (n, ...): United Perception's default.
 
-    Equals its l2_loss with feat_norm and batch_mean, and 2 - 2 cos(s, t). An image of zeros stays
-    zero, where United Perception returns nan.
+    Equals 2 - 2 cos(s, t). An image of zeros stays zero, where United Perception returns nan.
     """
     student, teacher = _matched(student, teacher)
     difference = _normalize_rows(student.flatten(1)) - _normalize_rows(teacher.flatten(1))
@@ -88,13 +81,11 @@ def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         inter = 1 - mean_i r(p_s[i, :], p_t[i, :])    over the classes, for every image
         intra = 1 - mean_j r(p_s[:, j], p_t[:, j])    over the images, for every class
 
-    Huang et al., arXiv 2205.10536, eqs. 9 to 11 with beta = gamma = 1; T^2 is from their code and
-    makes the loss grow at high T, since r does not decrease. intra depends on the whole batch, so
-    the loss of a batch is not the mean over its parts.
-
-    Where the teacher is constant (as every class is in a batch of one) 1 - r counts as 0. Where
-    only the student is constant r is 0. The authors add 1e-8 to the denominator of r instead,
-    which ignores classes that vary by less than 1e-4.
+    Huang et al., arXiv 2205.10536, eqs. 9 to 11 with beta = gamma = 1; T^2 is from their code.
+    intra depends on the whole batch, so the loss of a batch is not the mean over its parts. Where
+    the teacher is constant (as every class is in a batch of one) 1 - r counts as 0; where only the
+    student is constant r is 0. The authors add 1e-8 to the denominator of r instead, which ignores
+    classes that vary by less than 1e-4.
     """
     student, teacher = _matched(student, teacher)
     s, t = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
@@ -119,22 +110,19 @@ def dkd(
 def kl_standardized_logits(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """kl of the rows' z-scores (z - mean) / sd: Sun et al., arXiv 2403.01427, algorithm 1.
 
-    Independent of the scale of the logits. sd divides by C, as in the paper; the authors' code
-    divides by C - 1. A constant row has z-scores of 0.
+    sd divides by C, as in the paper; the authors' code divides by C - 1. A constant row has
+    z-scores of 0.
     """
     student, teacher = _matched(student, teacher)
     scale = student.shape[1] ** 0.5 / temperature  # |z - mean| is sqrt(C) sd
-    return temperature**2 * _kl(
-        *(scale * _normalize_rows(z, center=True) for z in (student, teacher))
-    )
+    s, t = (scale * _normalize_rows(z, center=True) for z in (student, teacher))
+    return temperature**2 * _kl(s, t)
 
 
 def _matched(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype, at least float32, the teacher detached."""
     if student.shape != teacher.shape:
-        raise ValueError(
-            f"shapes of student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ"
-        )
+        raise ValueError(f"shapes of student {student.shape} and teacher {teacher.shape} differ")
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
 

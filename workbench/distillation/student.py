@@ -9,18 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from workbench import models
+from workbench.data import Batch
 from workbench.distillation.logit_cache import TeacherLogitCache
 from workbench.distillation.losses import Loss, create_loss
 from workbench.distillation.teachers import DistillationError, Teacher, open_teachers
 from workbench.recipe import Recipe, input_options
 from workbench.recipe_checks import one_each, parse_pair
 
-
-class TeacherOutput(NamedTuple):
-    """The outputs of one teacher for a batch, without gradients."""
-
-    logits: Tensor  # (n, C)
-    features: dict[str, Tensor]  # layer -> output
+Outputs = dict[str, Tensor]  # layer -> output; "logits" -> (n, C)
 
 
 class DistillPair(NamedTuple):
@@ -45,32 +41,30 @@ class Student(nn.Module):
 
     def __init__(self, model: nn.Module, pairs: list[DistillPair]):
         super().__init__()
-        self.model, self.pairs = model, pairs
-        self.layers = {pair.student_layer for pair in pairs} - {"logits"}
+        self.model = model
+        self.layers = {
+            i: pair.student_layer for i, pair in enumerate(pairs) if pair.student_layer != "logits"
+        }
         self.adapters = nn.ModuleDict()  # by index of the pair
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits (n, C) of the model, and adapted features by index of the pair."""
-        with _layer_outputs(self.model, self.layers) as outputs:
+        with _layer_outputs(self.model, set(self.layers.values())) as outputs:
             logits = self.model(images)
-        features = {
-            i: outputs.get(pair.student_layer)
-            for i, pair in enumerate(self.pairs)
-            if pair.student_layer != "logits"
-        }
+        features = {i: outputs.get(layer) for i, layer in self.layers.items()}
         for i, adapter in self.adapters.items():
             features[int(i)] = adapter(features[int(i)])
         return logits, features
 
 
 @contextlib.contextmanager
-def _layer_outputs(model: nn.Module, layers: set[str]) -> Iterator[dict[str, Any]]:
+def _layer_outputs(model: nn.Module, layers: set[str]) -> Iterator[Outputs]:
     """A dict that forwards inside fill with the outputs of the named layers.
 
     Hooks are removed afterwards, since copies of the model (EMA) would inherit them. Outputs are
     cloned, because the next layer may work in place.
     """
-    outputs: dict[str, Any] = {}
+    outputs: Outputs = {}
 
     def save(name: str, module: nn.Module, args: tuple, output: Any) -> None:
         outputs[name] = output.clone() if isinstance(output, Tensor) else output
@@ -95,10 +89,6 @@ class Distillation:
         for teacher in self.teachers:
             teacher.model.to(device, memory_format=layout)
         self.pairs = _create_pairs(recipe, self.teachers)
-        self.teacher_layers = [
-            {p.teacher_layer for p in self.pairs if p.teacher == k} - {"logits"}
-            for k in range(len(self.teachers))
-        ]
         self.logit_cache: TeacherLogitCache | None = None
         self.student = Student(model, self.pairs)
         if self.student.layers:
@@ -108,61 +98,53 @@ class Distillation:
         """Adapters where the outputs for a blank image differ, drawn from the recipe's seed."""
         size = self.recipe.image_size
         blank = torch.zeros(1, 3, size, size, device=self.device)
-        try:
-            with models.eval_mode(self.student), torch.no_grad():
-                _, features = self.student(blank)
-            outputs = self.teacher_outputs(blank)
-        except models.ModelError as error:
-            raise DistillationError(f"distill_pairs {self.recipe.distill_pairs}: {error}") from None
+        with models.eval_mode(self.student), torch.no_grad():
+            _, features = self.student(blank)
+        outputs = self.teacher_outputs(blank)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.recipe.seed)
             for i, student in features.items():
                 pair = self.pairs[i]
-                teacher = outputs[pair.teacher].features.get(pair.teacher_layer)
+                teacher = outputs[pair.teacher].get(pair.teacher_layer)
                 if not (isinstance(student, Tensor) and isinstance(teacher, Tensor)):
                     raise DistillationError(
-                        f"{pair}: one of the layers is not used or does not return a tensor; name "
-                        "another, such as layer4"
+                        f"{pair}: a layer is not used or does not return one tensor; name another"
                     )
                 if student.shape != teacher.shape:
                     adapter = create_adapter(pair, student.shape[1:], teacher.shape[1:])
                     self.student.adapters[str(i)] = adapter.to(self.device)
 
     @torch.no_grad()
-    def teacher_outputs(self, images: Tensor, batch: Any = None) -> list[TeacherOutput]:
+    def teacher_outputs(self, images: Tensor, batch: Batch | None = None) -> list[Outputs]:
         """Outputs of every teacher for the student's images (n, 3, h, w), normalised and mixed.
 
-        With an open logit cache, the logits of `batch` (a data.Batch) are read from it, or
-        computed and written to it.
+        With an open logit cache, the logits of `batch` are read from it, or computed and written.
         """
         cache = None if batch is None or batch.failures else self.logit_cache
         if cache is not None and (cached := cache.read(batch)) is not None:
-            logits = cached.split(self.num_classes, 1)
-            return [TeacherOutput(part.to(self.device), {}) for part in logits]
+            if self.device.type == "cuda":
+                cached = cached.pin_memory()
+            cached = cached.to(self.device, non_blocking=True)
+            return [{"logits": part} for part in cached.split(self.num_classes, 1)]
         outputs = []
-        for teacher, layers in zip(self.teachers, self.teacher_layers, strict=True):
+        for k, teacher in enumerate(self.teachers):
+            layers = {pair.teacher_layer for pair in self.pairs if pair.teacher == k} - {"logits"}
             with _layer_outputs(teacher.model, layers) as features:
                 inputs = teacher.preprocess(images, self.recipe.mean, self.recipe.std)
-                outputs.append(TeacherOutput(teacher.model(inputs), features))
+                features["logits"] = teacher.model(inputs)
+            outputs.append(features)
         if cache is not None:
-            cache.write(batch, torch.cat([o.logits for o in outputs], 1).to(torch.float32))
+            cache.write(batch, torch.cat([o["logits"] for o in outputs], 1).to(torch.float32))
         return outputs
 
     def loss(
-        self,
-        logits: Tensor,
-        features: dict[int, Tensor],
-        outputs: list[TeacherOutput],
-        labels: Tensor,
+        self, logits: Tensor, features: dict[int, Tensor], outputs: list[Outputs], labels: Tensor
     ) -> Tensor:
         """Sum over pairs of kd_weight * teacher_weight * loss, 0-d; soft labels are (n, C)."""
         total = logits.new_zeros((), dtype=torch.float32)
         for i, pair in enumerate(self.pairs):
-            output = outputs[pair.teacher]
-            if pair.student_layer == "logits":
-                student, teacher = logits, output.logits
-            else:
-                student, teacher = features[i], output.features[pair.teacher_layer]
+            student = features.get(i, logits)
+            teacher = outputs[pair.teacher][pair.teacher_layer]
             total = total + pair.weight * pair.loss(student.float(), teacher.float(), labels)
         return total
 
@@ -184,23 +166,20 @@ class Distillation:
         keys = ("name", "image_size", "mean", "std", "digest")
         teachers = [{key: getattr(teacher, key) for key in keys} for teacher in self.teachers]
         settings |= {"teachers": teachers, **self.recipe.model_dump(include=set(input_options))}
-        columns = len(teachers) * self.num_classes
-        size = self.recipe.batch_size
+        columns, size = len(teachers) * self.num_classes, self.recipe.batch_size
         self.logit_cache = TeacherLogitCache(settings, steps_per_epoch, size, columns)
         return self.logit_cache.prepare(self.recipe.epochs)
 
 
 def _create_pairs(recipe: Recipe, teachers: list[Teacher]) -> list[DistillPair]:
-    pairs = []
-    count = len(recipe.distill_pairs)
+    pairs, count = [], len(recipe.distill_pairs)
     names, weights = one_each(recipe.kd_loss, count), one_each(recipe.kd_weight, count)
     for text, name, weight in zip(recipe.distill_pairs, names, weights, strict=True):
-        student_layer, teacher_layer, number = parse_pair(text)
+        student, layer, number = parse_pair(text)
         loss = create_loss(name, recipe.temperature, recipe.dkd_beta)
         for k, teacher in enumerate(teachers):
             if number in (None, k + 1):
-                weight_of_pair = weight * teacher.weight
-                pairs.append(DistillPair(student_layer, teacher_layer, k, weight_of_pair, loss))
+                pairs.append(DistillPair(student, layer, k, weight * teacher.weight, loss))
     return pairs
 
 
@@ -212,6 +191,5 @@ def create_adapter(pair: DistillPair, student: Sequence[int], teacher: Sequence[
         return nn.Linear(student[-1], teacher[-1])
     raise DistillationError(
         f"{pair}: the student's {tuple(student)} and the teacher's {tuple(teacher)} differ in more "
-        "than channels; choose layers of the same height and width, another teacher_image_size, or "
-        "global_pool"
+        "than channels; use layers of equal size, another teacher_image_size, or global_pool"
     )

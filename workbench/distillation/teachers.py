@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench import ROOT, models, runs
-from workbench.recipe import Recipe
+from workbench.recipe import Recipe, defaults
 from workbench.recipe_checks import one_each
 
 
@@ -35,7 +35,6 @@ class Teacher:
     loss: str | None = None  # ce or bce, None if unknown
     smoothing: float | None = None  # label smoothing of its training, None if unknown
     top1: float | None = None  # percent, from its run folder
-    measured: str = ""  # top-1 of its raw and EMA weights
     state: str = "finished"  # of its run
     digest: str = ""  # 12 hex digits over all tensors
 
@@ -87,43 +86,35 @@ def open_teachers(recipe: Recipe, classes: list[str]) -> list[Teacher]:
     Raises DistillationError, or ModelError for weights that cannot be read or contain nan.
     """
     count = len(recipe.teacher)
-    options = zip(
-        recipe.teacher,
-        recipe.teacher_model or [""] * count,
-        one_each(recipe.teacher_weight, count),
-        one_each(recipe.teacher_image_size or [None], count),
-        _triples(recipe.teacher_mean, count),
-        _triples(recipe.teacher_std, count),
-        strict=True,
-    )
+    names = recipe.teacher_model or [""] * count
+    triples = lambda values: [values[i : i + 3] for i in range(0, len(values), 3)] or [None]
+    options = {
+        "weight": one_each(recipe.teacher_weight, count),
+        "image_size": one_each(recipe.teacher_image_size or [None], count),
+        "mean": one_each(triples(recipe.teacher_mean), count),
+        "std": one_each(triples(recipe.teacher_std), count),
+    }
     teachers = []
-    for source, name, weight, *inputs in options:
-        pairs = zip(("image_size", "mean", "std"), inputs, strict=True)
-        given = {key: value for key, value in pairs if value is not None}
-        teachers.append(_open(recipe, classes, source, name, weight, given))
+    for k, source in enumerate(recipe.teacher):
+        given = {key: values[k] for key, values in options.items() if values[k] is not None}
+        teachers.append(_open(recipe, classes, source, names[k], given))
     return teachers
 
 
-def _triples(values: list[float], count: int) -> list[list[float] | None]:
-    return one_each([values[i : i + 3] for i in range(0, len(values), 3)] or [None], count)
-
-
 def _open(
-    recipe: Recipe, classes: list[str], source: str, name: str, weight: float, given: dict[str, Any]
+    recipe: Recipe, classes: list[str], source: str, name: str, given: dict[str, Any]
 ) -> Teacher:
-    """A teacher; `given` are its image_size, mean and std as far as the recipe sets them."""
+    """A teacher; `given` are fields of it that the recipe sets."""
     path = ROOT / Path(source).expanduser()
-    if name and not path.is_file():
+    if path.is_file() != bool(name):
         raise DistillationError(
-            f"teacher_model {name!r} names the model of a weights file, and {source} is no file; "
-            "use '' for run folders and timm models"
+            f"teacher_model {name!r} of teacher {source}: a weights file needs a timm name, run "
+            "folders and timm models take ''"
         )
     options: dict[str, Any] = {}
     if path.is_dir():
-        name, facts, options = _read_run(path, source, classes)
+        name, facts, options = _read_run(path, classes)
     elif path.exists():
-        if not name:
-            raise DistillationError(f"teacher {source} is a weights file; set its teacher_model")
         facts = {key: getattr(recipe, key) for key in ("image_size", "mean", "std")}
         facts |= models.run_pixels(path)
     else:
@@ -138,37 +129,29 @@ def _open(
         if loaded.reinitialised or loaded.ignored or any(loaded.loaded.values()):
             raise DistillationError(
                 f"teacher {source} does not fit {name} with {len(classes)} classes at {built_size} "
-                f"pixels ({loaded}); correct teacher_model or teacher_image_size, or fine-tune it "
-                "on these classes and name that run"
+                f"pixels ({loaded}); correct teacher_model or teacher_image_size, or fine-tune it"
             )
     model.eval().requires_grad_(False)
     models.check_size(model, facts["image_size"], "teacher_image_size", trained_size)
-    return Teacher(source, name, model, weight=weight, digest=_digest(model), **facts)
+    return Teacher(source, name, model, digest=_digest(model), **facts)
 
 
-def _read_run(path: Path, source: str, classes: list[str]) -> tuple[str, dict, dict]:
+def _read_run(path: Path, classes: list[str]) -> tuple[str, dict, dict]:
     """Name, facts for Teacher, and options of models.create of the teacher in a run folder."""
-    run = runs.Run(path)
-    trained = models.run_classes(path)
+    run, trained = runs.Run(path), models.run_classes(path)
     if not models.same_classes(trained, classes):
         raise DistillationError(
-            f"teacher {source} was trained on {len(trained)} classes {trained[:4]}, the student's "
+            f"teacher {path} was trained on {len(trained)} classes {trained[:4]}, the student's "
             f"data have {len(classes)}: {classes[:4]}; both need the same classes in the same order"
         )
-    recipe = run.recipe()
-    try:
-        facts = {key: recipe[key] for key in ("image_size", "mean", "std", "loss")}
-        facts |= {"smoothing": recipe["label_smoothing"], "state": run.status()["state"]}
-        name, options = recipe["model"], {key: recipe[key] for key in ("deep_stem", "avg_down")}
-    except KeyError as error:
-        raise DistillationError(f"teacher {source}: its recipe.yaml has no {error}") from None
-    metrics = run.metrics()
+    recipe, metrics = run.recipe(), run.metrics()
+    facts = {key: recipe[key] for key in ("image_size", "mean", "std", "loss")}
+    facts |= {"smoothing": recipe["label_smoothing"], "state": run.status()["state"]}
     if len(metrics):
-        kind, facts["measured"] = run.choose_weights()  # the same choice as models.load
-        last = metrics.iloc[-1]
+        last, kind = metrics.iloc[-1], run.choose_weights()[0]  # the same choice as models.load
         top1 = last.get("ema_top1" if kind == "ema" else "top1", last.get("top1"))
-        facts["top1"] = None if top1 is None or np.isnan(top1) else float(top1)
-    return name, facts, options
+        facts["top1"] = None if pd.isna(top1) else float(top1)
+    return recipe["model"], facts, {key: recipe[key] for key in ("deep_stem", "avg_down")}
 
 
 def _published(source: str, classes: list[str]) -> dict[str, Any]:
@@ -203,7 +186,5 @@ def _digest(model: nn.Module) -> str:
 def without_teacher(recipe: Recipe) -> Recipe:
     """The recipe without distillation, named `<name>_alone`: the student's baseline."""
     prefixes = ("teacher", "distill_pairs", "kd_", "temperature", "dkd_beta", "task_weight")
-    prefixes += ("cache_teacher_logits",)
-    fields = type(recipe).model_fields.items()
-    defaults = {key: field.default for key, field in fields if key.startswith(prefixes)}
-    return recipe.replace(name=f"{recipe.name}_alone", **defaults)
+    plain = {k: v for k, v in defaults().items() if k.startswith(prefixes)}
+    return recipe.replace(name=f"{recipe.name}_alone", cache_teacher_logits=False, **plain)

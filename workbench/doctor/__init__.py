@@ -3,24 +3,8 @@
     for finding in doctor.examine(recipe, images=1_281_167, classes=1000):
         print(finding)
 
-`doctor.teachers` judges teachers by running them, `doctor.throughput` measures speed; both import
-torch, and this package does not. Findings are advice: nothing is refused because of them.
+`doctor.teachers` measures teachers, `doctor.throughput` measures speed; both import torch, and
+this package does not. Findings are advice: nothing is refused because of them.
 """
 
-from workbench.doctor.rules import (
-    Finding,
-    examine,
-    gradient_scale,
-    lost_share,
-    nothing_left,
-    worth_measuring,
-)
-
-__all__ = [
-    "Finding",
-    "examine",
-    "gradient_scale",
-    "lost_share",
-    "nothing_left",
-    "worth_measuring",
-]
+from workbench.doctor.rules import examine, nothing_left, worth_measuring

@@ -8,17 +8,18 @@ throughput.seen(run.steps(), device)          # afterwards: both together, from 
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import torch
 
 from workbench import data, models, training
 from workbench.data import images
 from workbench.recipe import Recipe
+
+COLUMNS = "images_per_second data_wait loader_images_per_second model_images_per_second".split()
 
 
 @dataclass(frozen=True)
@@ -49,35 +50,27 @@ class Speed:
 
     def table(self) -> pd.DataFrame:
         """Images per second of the loader, the model, and (calculated) both together."""
-        loader = f"loader, {self.loaders} of {self.cores} cores"
-        rows = {
-            f"{loader}, from files": self.files * self.loaders,
-            f"{loader}, from a cache": self.cached * self.loaders,
-            f"model, on the {self.device.replace('cuda', 'gpu')}": self.model,
-            "both, from files (calculated)": self.together(self.files),
-            "both, from a cache (calculated)": self.together(self.cached),
-        }
+        rows = {f"model, on the {self.device.replace('cuda', 'gpu')}": self.model}
+        for source, speed in (("files", self.files), ("a cache", self.cached)):
+            loader = f"loader, {self.loaders} of {self.cores} cores, from {source}"
+            rows |= {loader: speed * self.loaders}
+            rows |= {f"both, from {source} (calculated)": self.together(speed)}
         return pd.DataFrame({"images_per_second": rows}).round()
 
     def verdict(self, recipe: Recipe) -> str:
-        """One sentence: what limits this recipe here, and what would help."""
+        """What limits this recipe here, and what would help."""
         one_core, source = (self.cached, "a cache") if recipe.cache else (self.files, "files")
         both, loader = self.together(one_core), one_core * self.loaders
-        cpu = self.device == "cpu"
-        limit = _limit(loader, self.model, both / (one_core * self.cores) if cpu else 0.0)
-        gain = self.together(self.cached) / both
-        advice = "; more cores, or fewer operations per image, would help"
-        if "the model" in limit:
-            advice = ""
-        elif not recipe.cache and gain > 1.15:
-            advice = f"; a cache (cache: true) would give about {gain:.1f}x"
-        elif not cpu and self.loaders < self.cores:
-            advice = "; more workers would help"
-        elif not cpu and not recipe.augment_on_device:
-            advice = "; augment_on_device: true would relieve the cores"
+        share = both / (one_core * self.cores) if self.device == "cpu" else 0.0
+        limit, gain = _limit(loader, self.model, share), self.together(self.cached) / both
+        if "the loader" in limit and not recipe.cache and gain > 1.15:
+            limit += f"; a cache (cache: true) would give about {gain:.1f}x"
+        elif "the loader" in limit:
+            more = "cores" if self.device == "cpu" else "workers, augment_on_device"
+            limit += f"; more {more} or fewer operations per image would help"
         return (
-            f"{self.loaders} of {self.cores} cores load {loader:,.0f} img/s from {source}, the "
-            f"model takes {self.model:,.0f}: {limit}{advice}."
+            f"Alone, the loader reads {loader:,.0f} images/s from {source} on {self.loaders} of "
+            f"{self.cores} cores, and the model trains on {self.model:,.0f}: {limit}."
         )
 
 
@@ -91,115 +84,94 @@ def _limit(loader: float, model: float, share: float) -> str:
 
 
 def seen(steps: pd.DataFrame, device: str) -> str:
-    """One sentence from the rows of a training (steps.csv): medians over its second half.
+    """What limited a training, from its steps.csv: medians over the second half of the rows.
 
     `device` is "cpu", "cuda" or "mps".
     """
-    columns = ["images_per_second", "data_wait", "loader_images_per_second"]
-    columns += ["model_images_per_second"]
-    if len(steps) < 4 or not set(columns) <= set(steps):
+    if len(steps) < 4 or not set(COLUMNS) <= set(steps):
         return "Too few rows to tell what limits the speed; lower log_every for more."
-    both, waiting, loader, model = steps[columns].tail((len(steps) + 1) // 2).median()
+    both, waiting, loader, model = steps[COLUMNS].tail((len(steps) + 1) // 2).median()
     share = min(0.99, both / loader) if device == "cpu" else 0.0
     return (
-        f"{both:,.0f} img/s: the loaders worked {min(1, both / loader):.0%} of the time at "
-        f"{loader:,.0f}, the model {1 - waiting:.0%} at {model:,.0f}: "
+        f"The training ran at {both:,.0f} images/s. The loader can read {loader:,.0f} images/s, "
+        f"the model can train on {model:,.0f} and waited for images {waiting:.0%} of the time: "
         f"{_limit(loader, model, share)}."
     )
 
 
 def measure(recipe: Recipe, content: data.Dataset, seconds: float = 4.0) -> Speed:
     """Measures loader and model alone for a share of `seconds` each. Raises ModelError."""
-    device = training.pick_device(recipe.device)
-    files, cached = _loader_speed(recipe, content, seconds / 4)
-    model = _model_speed(recipe, content, device, seconds / 2)
+    device, threads = training.pick_device(recipe.device), torch.get_num_threads()
     cores = data.available_cpus()
     loaders = max(1, min(training.pick_workers(recipe.workers), cores))
-    return Speed(files, cached, model, device.type, cores, loaders, torch.get_num_threads())
+    torch.set_num_threads(1)  # as in a loader process
+    try:
+        files, cached = _loader_speed(recipe, content.train, seconds / 4)
+    finally:
+        torch.set_num_threads(threads)
+    model = _model_speed(recipe, len(content.classes), device, seconds / 2)
+    return Speed(files, cached, model, device.type, cores, loaders, threads)
 
 
-class _MemoryCache:
-    """A pixel cache without a disk."""
-
-    def __init__(self, pixels: list[np.ndarray]):
-        self.image = [images.Pixels(array) for array in pixels].__getitem__
-
-
-def _loader_speed(recipe: Recipe, content: data.Dataset, seconds: float) -> tuple[float, float]:
+def _loader_speed(recipe: Recipe, train: pd.DataFrame, seconds: float) -> tuple[float, float]:
     """Images per second of one core, from files and from a cache in memory."""
     transform = training.train_transform(recipe)
-    chosen = data.epoch_permutation(recipe.seed, 0, len(content.train))[:512]
-    frame = content.train.iloc[chosen].reset_index(drop=True)
+    frame = train.iloc[data.epoch_permutation(recipe.seed, 0, len(train))[:512]]
+    frame = frame.reset_index(drop=True)
 
-    def speed(frame: pd.DataFrame, cache: _MemoryCache | None = None) -> float:
+    def speed(frame: pd.DataFrame, cache: SimpleNamespace | None = None) -> float:
         count = spent = 0.0
-        options: dict[str, Any] = {"batch_size": min(16, len(frame)), "cached": cache}
-        for batch in data.train_loader(
-            frame, transform, seed=recipe.seed, steps=range(1000), **options
-        ):
+        options = {"seed": recipe.seed, "batch_size": min(16, len(frame)), "cached": cache}
+        for batch in data.train_loader(frame, transform, steps=range(1000), **options):
             if batch.step:  # the first one warms up
                 count, spent = count + len(batch.images), spent + batch.seconds
             if spent > seconds:
                 break
         return count / spent if count else float("nan")
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a loader process
-    try:
-        files = speed(frame)
-        pixels = []
-        for path in frame.path.head(64):
-            with contextlib.suppress(images.ImageError):  # training quarantines it
-                pixels.append(transform.resize(images.open(path)))
-            if sum(p.nbytes for p in pixels) > 2e8:
-                break
-        if not pixels:
-            return files, float("nan")
-        return files, speed(frame.head(len(pixels)), _MemoryCache(pixels))
-    finally:
-        torch.set_num_threads(threads)
+    files, pixels = speed(frame), []
+    for path in frame.path.head(16):
+        with contextlib.suppress(images.ImageError):  # training quarantines it
+            pixels.append(images.Pixels(transform.resize(images.open(path))))
+    in_memory = SimpleNamespace(image=pixels.__getitem__)  # a pixel cache without a disk
+    cached = speed(frame.head(len(pixels)), in_memory) if pixels else float("nan")
+    return files, cached
 
 
-def _model_speed(
-    recipe: Recipe, content: data.Dataset, device: torch.device, seconds: float
-) -> float:
+def _model_speed(recipe: Recipe, classes: int, device: torch.device, seconds: float) -> float:
     """Images per second of forward, backward and optimizer step, by the median step."""
     size = min(recipe.micro_batch_size or recipe.batch_size, 256)
-    classes = len(content.classes)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     criterion = training.loss_function(recipe)
     bf16 = training.pick_precision(recipe.precision, device) == "bf16"
-
-    def steps(model: torch.nn.Module) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model = training.create_model(recipe, classes).train().to(device, memory_format=layout)
         optimizer = training.create_optimizer(recipe, model)
         batch = torch.randn(size, 3, recipe.image_size, recipe.image_size, device=device)
         batch = batch.contiguous(memory_format=layout)
         targets = torch.arange(size, device=device) % classes
-        while True:
+
+        def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(batch)
             criterion(logits.float(), targets).mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            yield
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model = training.create_model(recipe, classes).train().to(device, memory_format=layout)
         # Batch norm cannot normalise a single image in training mode.
         with models.eval_mode(model) if size == 1 else contextlib.nullcontext():
-            return size / _median_seconds(steps(model), seconds)
+            return size / median_seconds(step, device, seconds)
 
 
-def _median_seconds(steps: Iterator[None], seconds: float) -> float:
-    """The median duration of steps during `seconds`; two steps warm up."""
-    times, start = [], time.perf_counter()
-    before = start
-    for _ in steps:
-        now = time.perf_counter()
-        times.append(now - before)
-        if len(times) > 2 and now - start > seconds:
-            break
-        before = time.perf_counter()
+def median_seconds(work: Callable[[], None], device: torch.device, seconds: float = 0.0) -> float:
+    """Median duration of at least three calls, for `seconds`; two calls before warm up."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    times = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
     return statistics.median(times[2:])

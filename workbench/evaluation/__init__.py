@@ -10,14 +10,3 @@ from workbench.evaluation.metrics import (
     side_by_side,
     summary,
 )
-
-__all__ = [
-    "calibration_error",
-    "confusion",
-    "mistakes",
-    "per_class",
-    "reliability",
-    "shared_teacher_errors",
-    "side_by_side",
-    "summary",
-]

@@ -4,13 +4,12 @@
     result.table                             # a row per recipe
     print(*result.sentences(), sep="\n")     # each recipe against the baseline, and cautions
 
-Runs whose recipes differ only in the seed form a SeedGroup. The last evaluation of a run counts,
-not its best epoch: that is selected on the validation images.
+The last evaluation of a run counts, not its best epoch: that is selected on the validation images.
 """
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ from workbench.runs import Run, RunError
 LIST_KEY = ["list", "file"]  # columns that identify a validation image
 CAUTIONED = ("image_size", "val_image_size", "val_resize", "interpolation", "epochs")
 LEGEND = (
-    "top1 and top5 in percent; low to high is the 95 % interval of top1 over what `interval` says; "
-    "ece: expected calibration error, 0 to 1; differs: options that differ from the first recipe, "
-    "with its value in brackets"
+    "top1 and top5 in percent; low to high: 95 % interval of top1, for other images or other seeds "
+    "and images; ece: expected calibration error, 0 to 1; differs: options that differ from the "
+    "first recipe, with its value in brackets"
 )
 MEASURES = {  # of curves: (table, column, label of the axis)
     "top-1": ("metrics", "top1", "validation top-1 (%)"),
@@ -58,38 +57,24 @@ class EvaluatedRun:
     """The files of a run that a comparison needs, read once."""
 
     def __init__(self, run: Run, weights: str = "raw"):
-        self.run, self.name = run, run.path.name
-        if not run.file("recipe.yaml").exists():
-            raise ComparisonError(f"{run.path} is no run folder; name some, such as runs/*")
+        self.name = run.path.name
         try:
             self.recipe = with_defaults(run.recipe())
+            self.identity = identity(self.recipe)
             self.environment, self.state = run.environment(), run.status()["state"]
+            self.classes: list[str] = self.environment["classes"]
             frame = run.predictions()
-        except (RunError, OSError, ValueError) as error:
-            text = str(error) if isinstance(error, RunError) else f"{run.path}: {error}"
-            raise ComparisonError(f"{text}; leave it out, or train it further") from None
-        missing = {"file", "label", "class1", "p1", "weights"} - set(frame)
-        if missing or frame.empty:
-            raise ComparisonError(f"{run.path}: predictions.parquet holds no {sorted(missing)}")
-        kinds = frame.weights.unique().tolist()
-        self.weights = weights if weights in kinds else "raw"
-        if kinds != [self.weights]:
-            frame = frame[frame.weights == self.weights].reset_index(drop=True)
-        if "list" not in frame:
-            frame["list"] = 0
-        self.predictions: pd.DataFrame = frame  # a row per image
-        count = int(max(frame.label.max(), frame.class1.max())) + 1
-        self.classes = self.environment.get("classes") or [str(i) for i in range(count)]
-
-    @functools.cached_property
-    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """steps.csv and metrics.csv."""
-        return self.run.steps(), self.run.metrics()
+        except (RunError, OSError, ValueError, KeyError) as error:
+            raise ComparisonError(f"{error}; leave {run.path} out, or train it further") from None
+        self.weights = weights if weights in frame.weights.unique() else "raw"
+        frame = frame[frame.weights == self.weights].reset_index(drop=True)
+        self.predictions = frame if "list" in frame else frame.assign(list=0)  # a row per image
+        self.images = len(frame)  # before images are left out that other runs lack
+        self.steps, self.metrics = run.steps(), run.metrics()
 
     @property
     def epoch(self) -> int:
-        metrics = self.tables[1]
-        return int(metrics.epoch.iloc[-1]) if len(metrics) else 0
+        return int(self.metrics.epoch.iloc[-1]) if len(self.metrics) else 0
 
 
 @dataclass(eq=False)
@@ -102,10 +87,6 @@ class SeedGroup:
     @property
     def recipe(self) -> dict[str, Any]:
         return self.runs[0].recipe
-
-    @property
-    def seeds(self) -> list[int]:
-        return [run.recipe["seed"] for run in self.runs]
 
     @property
     def predictions(self) -> list[pd.DataFrame]:
@@ -161,41 +142,34 @@ class Comparison:
             raise ComparisonError(f"no recipe {name!r} here; there are {', '.join(groups)}")
         return groups[name]
 
-    def flips(self, name: str, baseline: str) -> pd.DataFrame:
+    def flips(self, name: str) -> pd.DataFrame:
         """The images that more or fewer runs of a recipe predict correctly than of the baseline.
 
         list, file, label, before and after (majority class), correct_before and correct_after
         (share of the runs), change; sorted by the size of the change.
         """
-        new, old = self.group(name), self.group(baseline)
-        frame = self.images.assign(
-            before=old.majority,
-            after=new.majority,
-            correct_before=old.correct.mean(0),
-            correct_after=new.correct.mean(0),
-        )
-        frame["change"] = frame.correct_after - frame.correct_before
-        order = frame.change.abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order].query("change != 0")
+        new, old = self.group(name), self.groups[0]
+        before, after = old.correct.mean(0), new.correct.mean(0)
+        frame = self.images.assign(before=old.majority, after=new.majority, correct_before=before)
+        frame = frame.assign(correct_after=after, change=after - before).query("change != 0")
+        return frame.sort_values("change", key=abs, ascending=False, kind="stable")
 
     def by_class(self) -> pd.DataFrame:
         """class, images, and a column of mean top-1 in percent for every recipe."""
-        labels = self.images.label.to_numpy()
-        counts = np.bincount(labels, minlength=len(self.classes))
-        table = pd.DataFrame({"class": self.classes, "images": counts})
+        table = metrics.per_class(self.groups[0].predictions[0], self.classes)[["class", "images"]]
         for group in self.groups:
-            correct = np.bincount(labels, group.correct.mean(0), minlength=len(self.classes))
-            table[group.name] = 100 * correct / np.where(counts, counts, np.nan)
+            pooled = metrics.per_class(pd.concat(group.predictions), self.classes)
+            table[group.name] = pooled.top1
         return table
 
-    def confusion(self, name: str, baseline: str, most: int | None = None) -> pd.DataFrame:
+    def confusion(self, name: str, most: int | None = None) -> pd.DataFrame:
         """Confusions per run minus those of the baseline, rows true, columns predicted classes.
 
         Only the `most` classes that changed most; attrs["classes"] is the number of all classes.
         """
         new, old = (
             metrics.pair_counts(pd.concat(group.predictions)) / len(group.runs)
-            for group in (self.group(name), self.group(baseline))
+            for group in (self.group(name), self.groups[0])
         )
         change = new.sub(old, fill_value=0)
         return metrics.class_table(change, change.abs(), self.classes, most)
@@ -209,7 +183,7 @@ class Comparison:
 
 
 def compare(
-    runs: Iterable[str | Path | Run], *, weights: str = "raw", baseline: str = ""
+    folders: Iterable[str | Path], *, weights: str = "raw", baseline: str = ""
 ) -> Comparison:
     """Compares every recipe with the first, or with the one named `baseline`.
 
@@ -218,19 +192,16 @@ def compare(
     """
     if weights not in ("raw", "ema"):
         raise ComparisonError(f"weights {weights!r}; allowed are raw and ema")
-    folders = [run if isinstance(run, Run) else Run(run) for run in runs]
-    folders = {run.path.resolve(): run for run in folders}
-    opened = [EvaluatedRun(run, weights) for run in folders.values()]
-    if not opened:
+    folders = {Path(path).resolve(): path for path in folders}.values()
+    runs = [EvaluatedRun(Run(path), weights) for path in folders]
+    if not runs:
         raise ComparisonError("no run to compare; name two or more run folders")
-    cautions: list[str] = []
-    images = _align(opened, cautions)
-    groups = _seed_groups(opened, cautions)
-    result = Comparison(groups, [], cautions, images, opened[0].classes)
+    images, groups = _align(runs), _seed_groups(runs)
+    result = Comparison(groups, [], [*_left_out(runs, groups, images)], images, runs[0].classes)
     if baseline:
         groups.insert(0, groups.pop(groups.index(result.group(baseline))))
+    result.cautions.extend(_inequalities(runs, groups, weights))
     first, *others = groups
-    cautions += _inequalities(opened, groups, weights)
     differences = [difference(first.correct, group.correct, len(others)) for group in others]
     for group, d, p in zip(others, differences, holm([d.p for d in differences]), strict=True):
         unfinished = first.unfinished or group.unfinished
@@ -238,105 +209,100 @@ def compare(
     return result
 
 
-def _align(opened: list[EvaluatedRun], cautions: list[str]) -> pd.DataFrame:
-    """Reduces all predictions to the images that every run has, in the same order."""
-    first = opened[0]
+def _align(runs: list[EvaluatedRun]) -> pd.DataFrame:
+    """The images that every run has; all predictions are reduced to them, in the same order."""
+    first, *others = runs
     common = first.predictions[[*LIST_KEY, "label"]]
-    for other in opened[1:]:
+    for other in others:
         common = _common_images(first, common, other)
-    for run in opened:
-        if lost := len(run.predictions) - len(common):
-            cautions.append(f"{run.name}: {lost:,} images are left out that other runs lack")
+    for run in runs:
         if not run.predictions[LIST_KEY].equals(common[LIST_KEY]):
             ordered = common[LIST_KEY].merge(run.predictions, on=LIST_KEY, validate="one_to_one")
             run.predictions = ordered
-    if len(opened) > 1 and not all("val_data" in run.environment for run in opened):
-        cautions.append("validation images are matched by name only, a run has no fingerprint")
     return common.reset_index(drop=True)
 
 
 def _common_images(first: EvaluatedRun, common: pd.DataFrame, other: EvaluatedRun) -> pd.DataFrame:
     """The rows of `common` that another run has too; 1 % may be missing."""
-    if other.classes != first.classes:
-        raise ComparisonError(
-            f"{other.name} and {first.name} have different classes ({len(other.classes)} and "
-            f"{len(first.classes)}) or another order of them; compare runs of one data set"
-        )
-    theirs, ours = other.environment.get("val_data"), first.environment.get("val_data")
     problem = f"{other.name} was validated on other images than {first.name}"
-    if theirs and ours and theirs != ours:
-        raise ComparisonError(
-            f"{problem} (fingerprints {theirs} and {ours}); train or evaluate both on one list"
-        )
+    if other.classes != first.classes:
+        raise ComparisonError(f"{problem}: the classes or their order differ")
+    if len({run.environment.get("val_data") for run in (first, other)} - {None}) > 1:
+        raise ComparisonError(f"{problem}: the fingerprints of their validation lists differ")
     frame = other.predictions[common.columns]
     if frame.equals(common):
         return common
     both = common.merge(frame, on=LIST_KEY, suffixes=("", "_other"))
-    equal = int((both.label == both.label_other).sum())
-    if equal < max(len(both), 0.99 * max(len(common), len(frame))):
-        raise ComparisonError(
-            f"{problem}: of {len(frame):,} and {len(common):,} files {len(both):,} have the same "
-            f"name, {equal:,} the same label too; compare runs of one validation list"
-        )
+    equal, most = int((both.label == both.label_other).sum()), max(len(common), len(frame))
+    if equal < max(len(both), 0.99 * most):
+        raise ComparisonError(f"{problem}: {equal:,} of {most:,} have the same file and label")
     return both[common.columns]
 
 
-def _seed_groups(opened: list[EvaluatedRun], cautions: list[str]) -> list[SeedGroup]:
+def _seed_groups(runs: list[EvaluatedRun]) -> list[SeedGroup]:
     """Runs by recipe, sorted by seed; of several runs of a seed the first finished one."""
-    recipes: dict[str, dict[int, EvaluatedRun]] = {identity(run.recipe): {} for run in opened}
-    for run in sorted(opened, key=lambda run: run.state != "finished"):
-        kept = recipes[identity(run.recipe)].setdefault(run.recipe["seed"], run)
-        if kept is run:
-            continue
-        reason = f"it is {kept.name} again, with the same seed"
-        if run.state != kept.state:
-            reason += f", and has not finished ({run.state})"
-        elif not run.predictions.class1.equals(kept.predictions.class1):
-            reason += ", and other predictions (another machine or number of threads)"
-        cautions.append(f"{run.name} is left out: {reason}")
-    groups: list[SeedGroup] = []
+    recipes: dict[str, dict[int, EvaluatedRun]] = {run.identity: {} for run in runs}
+    for run in sorted(runs, key=lambda run: run.state != "finished"):
+        recipes[run.identity].setdefault(run.recipe["seed"], run)
+    groups: dict[str, SeedGroup] = {}
     for seeds in recipes.values():
-        runs = [seeds[seed] for seed in sorted(seeds, key=str)]
-        name = str(runs[0].recipe["name"])
-        while name in [group.name for group in groups]:  # another recipe with the same name
-            name = runs[0].name if name != runs[0].name else f"{name} again"
-        groups.append(SeedGroup(name, runs))
-    return groups
+        members = [seeds[seed] for seed in sorted(seeds)]
+        name = str(members[0].recipe["name"])
+        while name in groups:  # another recipe with the same name
+            name = members[0].name if name != members[0].name else f"{name} again"
+        groups[name] = SeedGroup(name, members)
+    return [*groups.values()]
 
 
-def _inequalities(opened: list[EvaluatedRun], groups: list[SeedGroup], weights: str) -> list[str]:
+def _left_out(
+    runs: list[EvaluatedRun], groups: list[SeedGroup], images: pd.DataFrame
+) -> Iterator[str]:
+    """Cautions on images and runs that are left out."""
+    for run in runs:
+        if lost := run.images - len(images):
+            yield f"{run.name}: {lost:,} images are left out that other runs lack"
+    if len(runs) > 1 and not all("val_data" in run.environment for run in runs):
+        yield "validation images are matched by name only, a run has no fingerprint"
+    seed = lambda run: (run.identity, run.recipe["seed"])
+    compared = {seed(run): run for group in groups for run in group.runs}
+    for run in runs:
+        used = compared[seed(run)]
+        reason = f"{run.name} is left out: it is {used.name} again, with the same seed"
+        if run.state != used.state:
+            yield f"{reason}, and has not finished ({run.state})"
+        elif not run.predictions.class1.equals(used.predictions.class1):
+            yield f"{reason}, and other predictions (another machine or number of threads)"
+        elif run is not used:
+            yield reason
+
+
+def _inequalities(runs: list[EvaluatedRun], groups: list[SeedGroup], weights: str) -> Iterator[str]:
     """Cautions on weights, unfinished runs, evaluation, training length and data."""
-    cautions = []
-    raw = [run.name for run in opened if run.weights == "raw"]
-    if weights == "ema" and len(raw) == len(opened):
-        cautions.append("raw weights are compared: no run has EMA weights")
-    elif weights == "ema" and raw:
-        names = ", ".join(raw[:4]) + (f" and {len(raw) - 4} more" if len(raw) > 4 else "")
-        cautions.append(f"EMA weights are compared with raw weights: {names} have no EMA")
-    for run in opened:
+    if raw := [run.name for run in runs if run.weights != weights]:
+        yield f"raw weights of {', '.join(raw)} are compared: there are no EMA weights"
+    for run in runs:
         if run.state != "finished":
             epochs = f"{run.epoch} of {run.recipe['epochs']}"
-            cautions.append(f"{run.name} is {run.state}, evaluated at epoch {epochs}")
+            yield f"{run.name} is {run.state}, evaluated at epoch {epochs}"
     first, *others = groups
     for group in others:
         for option in CAUTIONED:
             ours, theirs = group.recipe[option], first.recipe[option]
             if ours != theirs:
-                cautions.append(f"{group.name} has {option} {ours}, {first.name} {theirs}")
-    if len({run.environment.get("data") for run in opened} - {None}) > 1:
-        cautions.append("the training images differ between runs")
-    return cautions
+                yield f"{group.name} has {option} {ours}, {first.name} {theirs}"
+    if len({run.environment.get("data") for run in runs} - {None}) > 1:
+        yield "the training images differ between runs"
 
 
 def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
-    top1, (low, high) = group.top1, top1_interval(group.correct)
-    several = len(top1) > 1
+    """A row of Comparison.table."""
+    runs, top1, several = group.runs, group.top1, len(group.runs) > 1
+    low, high = top1_interval(group.correct)
     epochs = group.recipe["epochs"]
     if group.unfinished:
-        epochs = f"{min(run.epoch for run in group.runs)} of {epochs}"
-    steps = [run.tables[0] for run in group.runs]
-    speeds = [s.images_per_second.median() if "images_per_second" in s else math.nan for s in steps]
-    environments = [run.environment for run in group.runs]
+        epochs = f"{min(run.epoch for run in runs)} of {epochs}"
+    speeds = [run.steps.get("images_per_second", pd.Series(dtype=float)).median() for run in runs]
+    minutes = [run.environment.get("seconds", math.nan) / 60 for run in runs]
     return {
         "recipe": group.name,
         "top1": float(top1.mean()),
@@ -344,14 +310,14 @@ def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
         "low": low,
         "high": high,
         "interval": "seeds and images" if several else "images",
-        "seeds": len(top1),
+        "seeds": len(runs),
         "images": group.correct.shape[1],
         "top5": float(np.mean([metrics.top_k(frame) for frame in group.predictions])),
         "ece": float(np.mean([metrics.calibration_error(frame) for frame in group.predictions])),
         "epochs": epochs,
-        "minutes": float(np.mean([e.get("seconds", math.nan) / 60 for e in environments])),
+        "minutes": float(np.mean(minutes)),
         "img/s": float(np.mean(speeds)),
-        "device": " / ".join(sorted({str(e.get("device", "")) for e in environments})),
+        "device": " / ".join(sorted({run.environment.get("device", "") for run in runs})),
         "differs": ", ".join(recipe_difference(first.recipe, group.recipe).values()),
     }
 
@@ -369,16 +335,16 @@ def curves(
     """(recipe, x, y) of every run that has the measure, one of MEASURES; `by` is one of AXES."""
     table, column, _ = MEASURES[measure]
     lines = []
-    for name, (steps, epochs) in [(g.name, run.tables) for g in groups for run in g.runs]:
-        frame = steps if table == "steps" else epochs
+    for name, run in [(group.name, run) for group in groups for run in group.runs]:
+        frame = getattr(run, table)
         if column not in frame:
             continue
         frame = frame.dropna(subset=[column])
         x = frame.step.to_numpy(float)
-        if by == "epoch":
-            x = x * (epochs.epoch.iloc[-1] / epochs.step.iloc[-1] if len(epochs) else 1.0)
-        elif by == "minutes" and len(steps):
-            x = np.interp(x, steps.step, steps.seconds / 60)
+        if by == "epoch" and len(run.metrics):
+            x = x * (run.metrics.epoch.iloc[-1] / run.metrics.step.iloc[-1])
+        elif by == "minutes" and len(run.steps):
+            x = np.interp(x, run.steps.step, run.steps.seconds / 60)
         lines.append((name, x, frame[column].to_numpy(float)))
     return lines
 
@@ -397,12 +363,13 @@ def usable(root: str | Path) -> tuple[list[Run], dict[str, str]]:
         run = Run(path.parent)
         try:
             run.recipe(), run.environment()
-            if run.unevaluated():
+            if not run.file("predictions.parquet").exists():
                 raise RunError(f"{run.status()['state']}, not evaluated yet")
-            runs.append((run.file("predictions.parquet").stat().st_mtime, run))
-        except (RunError, OSError) as error:
+            runs.append(run)
+        except RunError as error:
             left_out[run.path.name] = str(error)
-    return [run for _, run in sorted(runs, key=lambda pair: -pair[0])], left_out
+    evaluated_at = lambda run: run.file("predictions.parquet").stat().st_mtime
+    return sorted(runs, key=evaluated_at, reverse=True), left_out
 
 
 def newest_pair(runs: Sequence[Run], baseline: str = "") -> list[Run]:

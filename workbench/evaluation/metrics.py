@@ -40,16 +40,13 @@ def class_table(
     """
     true, predicted = (counts.index.get_level_values(i).to_numpy() for i in (0, 1))
     totals = sum(np.bincount(side, weights, len(classes)) for side in (true, predicted))
-    kept = np.sort(np.argsort(-totals, kind="stable")[:most])
-    shown = np.isin(true, kept) & np.isin(predicted, kept)
-    table = np.zeros((len(kept), len(kept)), counts.dtype)
-    rows, columns = (np.searchsorted(kept, side[shown]) for side in (true, predicted))
-    table[rows, columns] = counts[shown]
-    names = [classes[i] for i in kept]
-    frame = pd.DataFrame(table, index=names, columns=names)
-    images = np.bincount(true, counts, len(classes))[kept]
-    frame.attrs = {"classes": len(classes), "images": images.tolist()}
-    return frame
+    chosen = np.sort(np.argsort(-totals, kind="stable")[:most])
+    shown = np.isin(true, chosen) & np.isin(predicted, chosen)
+    table = counts[shown].unstack(fill_value=0).reindex(index=chosen, columns=chosen, fill_value=0)
+    table.index = table.columns = [classes[i] for i in chosen]
+    images = np.bincount(true, counts, len(classes))[chosen]
+    table.attrs = {"classes": len(classes), "images": images.tolist()}
+    return table
 
 
 def confusion(
@@ -66,14 +63,11 @@ def per_class(predictions: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
 
     That is the class predicted most often by mistake, of equally frequent ones the first.
     """
-    counts = pair_counts(predictions).rename("count").reset_index()
-    wrong = counts[counts.label != counts.class1].sort_values(
-        "count", kind="stable", ascending=False
-    )
-    mistakes = wrong.drop_duplicates("label").set_index("label").class1
-    mistakes = mistakes.reindex(range(len(classes)), fill_value=-1)
-    names = np.array([*classes, ""], object)[mistakes]
     label = predictions.label.to_numpy(np.int64)
+    wrong = pair_counts(predictions[label != predictions.class1])
+    # Of several pairs with one label the last counts: the most frequent one.
+    mistakes = dict(wrong.sort_values(ascending=False, kind="stable").index[::-1])
+    names = [classes[mistakes[k]] if k in mistakes else "" for k in range(len(classes))]
     images = np.bincount(label, minlength=len(classes))
     correct = np.bincount(label[label == predictions.class1], minlength=len(classes))
     top1 = 100 * correct / np.where(images, images, np.nan)
@@ -97,19 +91,14 @@ def shared_teacher_errors(student: pd.DataFrame, teacher: pd.DataFrame) -> dict[
     """What a student predicts where its teacher is wrong, for the same images in the same order.
 
     wrong is the number of these images; same, other and correct are percentages of them: the
-    student predicts the teacher's class, another wrong class, or the label.
+    student predicts the teacher's class, another wrong class, or the label. nan without an image.
     """
     wrong = (teacher.class1 != teacher.label).to_numpy()
-    student, teacher = student[wrong], teacher[wrong]
-    same = student.class1.to_numpy() == teacher.class1.to_numpy()
-    correct = student.class1.to_numpy() == teacher.label.to_numpy()
-    percent = lambda mask: 100 * float(mask.mean()) if len(mask) else float("nan")
-    return {
-        "wrong": int(wrong.sum()),
-        "same": percent(same),
-        "other": percent(~same & ~correct),
-        "correct": percent(correct),
-    }
+    predicted = student.class1[wrong].to_numpy()
+    same = predicted == teacher.class1[wrong].to_numpy()
+    correct = predicted == teacher.label[wrong].to_numpy()
+    shares = pd.DataFrame({"same": same, "other": ~same & ~correct, "correct": correct}).mean()
+    return {"wrong": int(wrong.sum()), **(100 * shares).to_dict()}
 
 
 def mistakes(predictions: pd.DataFrame, count: int = 12) -> pd.DataFrame:
@@ -118,23 +107,21 @@ def mistakes(predictions: pd.DataFrame, count: int = 12) -> pd.DataFrame:
     return wrong.sort_values("p1", ascending=False, kind="stable").head(count)
 
 
-def reliability(predictions: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
-    """images, confidence (mean p1) and top1 (both 0 to 1) by bins of p1 of equal width.
+def reliability(predictions: pd.DataFrame) -> pd.DataFrame:
+    """images, confidence (mean p1) and top1 (both 0 to 1) by BINS bins of p1 of equal width.
 
     Guo et al., arXiv 1706.04599, section 2. The index is the upper edge of the bin; empty bins
     have no row.
     """
     p = predictions.p1.to_numpy(float)
     correct = (predictions.class1 == predictions.label).to_numpy(float)
-    edge = np.clip(np.ceil(p * bins).astype(int), 1, bins) / bins
-    groups = pd.DataFrame({"confidence": p, "top1": correct}).groupby(edge)
-    table = groups.mean()
-    table.insert(0, "images", groups.size())
-    return table.rename_axis("up to")
+    edge = np.clip(np.ceil(p * BINS).astype(int), 1, BINS) / BINS
+    bins = pd.DataFrame({"images": 1, "confidence": p, "top1": correct}).groupby(edge)
+    return bins.mean().assign(images=bins.size()).rename_axis("up to")
 
 
-def calibration_error(predictions: pd.DataFrame, bins: int = BINS) -> float:
+def calibration_error(predictions: pd.DataFrame) -> float:
     """Expected calibration error, 0 to 1: the mean over images of |confidence - top1| by bin."""
-    table = reliability(predictions, bins)
+    table = reliability(predictions)
     gaps = (table.confidence - table.top1).abs()
     return float((gaps * table.images).sum() / table.images.sum())

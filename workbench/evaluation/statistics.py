@@ -13,6 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 LEVEL, POWER = 0.95, 0.8  # of intervals; of the detectable difference
+MOST_SEEDS = 1000
 MIN_P = 1e-16  # smaller p values are below the precision of a double
 QUANTILE = NormalDist().inv_cdf
 TYPICAL_SEED_SD = 0.3  # points: prior median of the standard deviation between seeds
@@ -41,9 +42,9 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def wilson(count: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+def wilson(count: int, n: int) -> tuple[float, float]:
     """The score interval of a proportion, 0 to 1 (Wilson 1927)."""
-    z, share = QUANTILE((1 + level) / 2), count / n
+    z, share = QUANTILE((1 + LEVEL) / 2), count / n
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
     low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
     return max(0.0, low), min(1.0, high)  # clipped: rounding may give -1e-19
@@ -80,6 +81,17 @@ class NormalMixture:
     weights: np.ndarray
     sds: np.ndarray
 
+    @classmethod
+    def of_seeds(
+        cls, fixed: float, share: float, per_image: float, between_runs: float, df: int
+    ) -> "NormalMixture":
+        """With the variance `fixed` plus `share` of the variance between seeds."""
+        variance = per_image + SEED_SD**2
+        log = -df / 2 * (np.log(variance) + between_runs / variance)
+        log += np.log(SEED_SD / (1 + (SEED_SD / TYPICAL_SEED_SD) ** 2))  # density over log(SEED_SD)
+        weights = np.exp(log - log.max())
+        return cls(weights / weights.sum(), np.sqrt(fixed + share * SEED_SD**2))
+
     def p(self, points: float) -> float:
         """The two-sided probability of an error of this size or larger."""
         ratios = abs(points) / math.sqrt(2) / self.sds
@@ -98,17 +110,6 @@ class NormalMixture:
         return self.half_width(alpha) + QUANTILE(POWER) * self.median_sd()
 
 
-def _seed_mixture(
-    fixed: float, share: float, per_image: float, between_runs: float, df: int
-) -> NormalMixture:
-    """The error of an estimate with the variance `fixed` plus `share` of the seeds' variance."""
-    variance = per_image + SEED_SD**2
-    log = -df / 2 * (np.log(variance) + between_runs / variance)
-    log += np.log(SEED_SD / (1 + (SEED_SD / TYPICAL_SEED_SD) ** 2))  # density over log(SEED_SD)
-    weights = np.exp(log - log.max())
-    return NormalMixture(weights / weights.sum(), np.sqrt(fixed + share * SEED_SD**2))
-
-
 @dataclass(frozen=True)
 class VarianceComponents:
     """The variances behind a difference of top-1 with several runs of either recipe, in points^2.
@@ -118,14 +119,10 @@ class VarianceComponents:
       2304.01910), and a lower bound even where two runs have the same top-1.
     - `interaction` of recipe and image: the variance over images of the difference, minus the
       per-image variance (Clark 1973). Both count one additional image on which all runs disagree.
-    - The variance between seeds has one or two degrees of freedom with two runs each. Its root has
-      a half-Cauchy prior (Gelman 2006) of median TYPICAL_SEED_SD points, updated with
-      `between_runs`. The error of the difference is a mixture over the posterior.
-
-    Welch's t on the variance between runs finds little with two runs, and false differences where
-    they agree by chance. A moderated t (Smyth 2004) finds less on 500 images. The prior's cost:
-    where seeds move top-1 by a point on 10,000 images, the type I error is 11 % with 2 + 2 runs and
-    6.5 % with 5 + 5 (benchmarks/verdict.py).
+    - The root of the variance between seeds has a half-Cauchy prior (Gelman 2006) of median
+      TYPICAL_SEED_SD points, updated with `between_runs`. The error of the difference is a mixture
+      over the posterior. benchmarks/verdict.py measures its errors: where seeds move top-1 by a
+      point on 10,000 images, the type I error is 11 % with 2 + 2 runs and 6.5 % with 5 + 5.
     """
 
     interaction: float  # of the difference
@@ -137,7 +134,7 @@ class VarianceComponents:
     def estimate(cls, a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> "VarianceComponents":
         """From `correct` of two recipes, one of which has two runs or more."""
         several = [correct for correct in (a, b) if len(correct) > 1]
-        n, df = counts.sum(), sum(len(correct) - 1 for correct in several)
+        n, df = counts.sum(), len(a) + len(b) - 2
         between = sum((100 * (c @ counts) / n).var() * len(c) for c in several) / df
         per_image = sum(_per_image_variance(c, counts) * (len(c) - 1) for c in several) / df
         whole = _variance_of_mean(b.mean(0) - a.mean(0), counts, 1.0)
@@ -148,7 +145,7 @@ class VarianceComponents:
         """The error of the difference with this many runs."""
         share = 1 / runs_a + 1 / runs_b
         fixed = self.interaction + self.per_image * share
-        return _seed_mixture(fixed, share, self.per_image, self.between_runs, self.df)
+        return NormalMixture.of_seeds(fixed, share, self.per_image, self.between_runs, self.df)
 
 
 def _variance_of_mean(values: np.ndarray, counts: np.ndarray, extra: float) -> float:
@@ -193,19 +190,20 @@ class Difference:
             low, high = (edge, high) if self.points > 0 else (low, -edge)
         return replace(self, low=low, high=high, adjusted=p)
 
-    def seeds_needed(self, points: float, most: int = 1000) -> int | None:
-        """The seeds of each recipe that detect a difference; None if more than `most`."""
+    def seeds_needed(self, points: float) -> int | None:
+        """The seeds of each recipe that detect a difference; None if more than MOST_SEEDS."""
         v, alpha = self.variances, (1 - LEVEL) / self.comparisons
         if v is None:
             return None
-        seed_sd = _seed_mixture(0.0, 1.0, v.per_image, v.between_runs, v.df).median_sd()
+        seed_sd = NormalMixture.of_seeds(0.0, 1.0, v.per_image, v.between_runs, v.df).median_sd()
         between = v.per_image + seed_sd**2
 
         def enough(k: int) -> bool:
             expected = replace(v, between_runs=between, df=2 * k - 2)
             return expected.error(k, k).detectable(alpha) <= points
 
-        return bisect.bisect_left(range(2, most), True, key=enough) + 2 if enough(most) else None
+        seeds = bisect.bisect_left(range(2, MOST_SEEDS), True, key=enough) + 2
+        return seeds if enough(seeds) else None
 
 
 def difference(
@@ -253,5 +251,5 @@ def top1_interval(correct: np.ndarray) -> tuple[float, float]:
     top1, counts = 100 * correct.mean(1), np.ones(n, int)
     fixed, mean = _variance_of_mean(correct.mean(0), counts, 0.25), float(top1.mean())
     per_image, between = _per_image_variance(correct, counts), float(top1.var(ddof=1))
-    half = _seed_mixture(fixed, 1 / k, per_image, between, k - 1).half_width(1 - LEVEL)
+    half = NormalMixture.of_seeds(fixed, 1 / k, per_image, between, k - 1).half_width(1 - LEVEL)
     return max(0.0, mean - half), min(100.0, mean + half)

@@ -5,47 +5,11 @@ check(path)                                                  # of a package from
 predict(path, ["photos", "more.txt"])                        # a data frame
 """
 
-from workbench.export.annotation import annotate
-from workbench.export.archive import (
-    FORMATS,
-    ExportError,
-    PackageError,
-    read_flips,
-    read_report,
-)
-from workbench.export.inputs import PredictionError, find_images
+from workbench.export.archive import ExportError, PackageError, read_flips, read_report
+from workbench.export.inputs import PredictionError
 from workbench.export.metadata import preprocess
 from workbench.export.onnx import Network, session, to_int8, to_onnx
 from workbench.export.packaging import newest, package, trained_model
 from workbench.export.parity import table
-from workbench.export.prediction import open_source, predict, predict_image
-from workbench.export.prediction_table import predict_to_file
-from workbench.export.verify import Package, check, load, measure
-
-__all__ = [
-    "FORMATS",
-    "ExportError",
-    "Network",
-    "Package",
-    "PackageError",
-    "PredictionError",
-    "annotate",
-    "check",
-    "find_images",
-    "load",
-    "measure",
-    "newest",
-    "open_source",
-    "package",
-    "predict",
-    "predict_image",
-    "predict_to_file",
-    "preprocess",
-    "read_flips",
-    "read_report",
-    "session",
-    "table",
-    "to_int8",
-    "to_onnx",
-    "trained_model",
-]
+from workbench.export.prediction import open_source, predict, predict_image, predict_to_file
+from workbench.export.verify import check, load, measure

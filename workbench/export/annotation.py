@@ -1,6 +1,5 @@
 """Images annotated with their predicted class."""
 
-import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -19,15 +18,10 @@ LONG_SIDE, FONT_SIZE = 512, 16  # pixels
 
 def annotate(image: Image.Image, name: str, p: float) -> Image.Image:
     """The image, at most LONG_SIDE pixels long, above a band with class name and softmax."""
-    shown = image.copy()
+    shown, font = image.copy(), _font()
     shown.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
-    font, margin = _font(), FONT_SIZE // 2
-    name, value = " ".join(name.split()), f"  {100 * p:.1f} %"
-    text, length = name + value, len(name)
-    while font.getlength(text) > LONG_SIDE - 2 * margin and length:
-        length -= 1
-        text = name[:length] + "…" + value
-    width = max(shown.width, int(font.getlength(text)) + 2 * margin)
+    text = f"{' '.join(name.split())}  {100 * p:.1f} %"
+    width = max(shown.width, int(font.getlength(text)) + FONT_SIZE)
     sheet = Image.new("RGB", (width, shown.height + 2 * FONT_SIZE), "white")
     sheet.paste(shown, ((width - shown.width) // 2, 0))
     middle = (width / 2, shown.height + FONT_SIZE)
@@ -46,31 +40,29 @@ def _font() -> ImageFont.FreeTypeFont:
 def annotation_paths(
     entries: list[Entry], inputs: Sequence[str | Path], folder: str | Path | None
 ) -> list[Path | None]:
-    """The path of each annotated image: its name below the folder, numbered if it is taken.
+    """The path of each annotated image: its name below the folder. None for each without a folder.
 
-    None for each without a folder. Raises PredictionError if an input would be overwritten, or if
-    the images would be inputs of the next call.
+    Raises PredictionError if an input or another annotated image would be overwritten, or if the
+    images would be inputs of the next call.
     """
     if folder is None:
         return [None] * len(entries)
     folder = Path(os.path.realpath(Path(folder).expanduser()))
+    sources: dict[Path, str] = {}
+    targets = []
     for path in inputs:
         if os.path.isdir(path) and folder.is_relative_to(os.path.realpath(path)):
             raise PredictionError(f"annotate_dir {folder} is in the input {path}; choose another")
-    taken: dict[Path, str] = {}
-    targets: list[Path | None] = []
     for entry in entries:
         path = os.path.realpath(entry.path)
         if Path(path).is_relative_to(folder):
             raise PredictionError(f"{entry.path} is in annotate_dir {folder}; choose another")
         parts = [part for part in entry.file.split("/") if part not in ("", ".", "..")]
-        target = plain = folder.joinpath(*parts or ["image"])
-        if plain.suffix.lower() not in (".jpg", ".jpeg", ".png"):
-            target = plain = plain.with_name(plain.name + ".jpg")
-        number = 1
-        while taken.setdefault(target, path) != path:
-            number += 1
-            target = plain.with_name(f"{plain.stem}-{number}{plain.suffix}")
+        target = folder.joinpath(*parts)
+        if target.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+            target = target.with_name(target.name + ".jpg")
+        if (other := sources.setdefault(target, path)) != path:
+            raise PredictionError(f"{path} and {other} would both be annotated as {target}")
         targets.append(target)
     for parent in {target.parent for target in targets}:
         if os.path.realpath(parent) != str(parent):
@@ -81,9 +73,9 @@ def annotation_paths(
 def annotate_batch(
     entries: list[Entry], targets: list[Path | None], rows: list[dict[str, Any]]
 ) -> None:
-    """Writes the annotated images of a batch. Existing files are replaced."""
+    """Writes the annotated images of a batch. Existing files are replaced. Raises OSError."""
     todo = [t for t in zip(entries, targets, rows, strict=True) if t[1] and not t[2]["error"]]
-    with images.quiet(), ThreadPoolExecutor(data.available_cpus()) as pool:
+    with ThreadPoolExecutor(data.available_cpus()) as pool:
         list(pool.map(lambda arguments: _write(*arguments), todo))
 
 
@@ -92,16 +84,6 @@ def _write(entry: Entry, target: Path, row: dict[str, Any]) -> None:
         sheet = annotate(images.decode(entry.path), row["class1"], row["p1"])
     except images.ImageError:
         return  # removed after its prediction
-    kind = "PNG" if target.suffix.lower() == ".png" else "JPEG"
-    # Links are not followed. The next call replaces the temporary file of a killed process.
-    temporary = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        with open(os.open(temporary, flags, 0o666), "wb") as file:
-            sheet.save(file, kind, quality=90)
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise PredictionError(f"{target} was not written: {error.strerror or error}") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # a link is not followed
+    sheet.save(target, "PNG" if target.suffix.lower() == ".png" else "JPEG", quality=90)

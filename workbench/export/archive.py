@@ -19,13 +19,12 @@ FORMATS = {
     "with_preprocessing": "model_with_preprocessing.onnx",
     "torch_export": "model.pt2",
 }
-REQUIRED = (  # all but model.onnx are descriptions; the other FORMATS are optional
+REQUIRED = (  # the other formats are optional
     "model.onnx meta.json parameters.json category_param.json parity.json SHA256SUMS predict.py "
     "recipe.yaml README.md flips.csv"
 ).split()
-MAX_BYTES = 4 * 2**30
 
-# Packages of format 1 use these names.
+# Names in packages of format 1 -> present names
 FORMER_FILES = {"model_whole.onnx": FORMATS["with_preprocessing"]}
 FORMER_KEYS = {
     "forms": "formats",
@@ -43,78 +42,57 @@ class ExportError(RuntimeError):
 
 
 class PackageError(ValueError):
-    """A package is invalid; `problems` has one line for each reason."""
+    """A package is invalid, for one or more reasons."""
 
-    def __init__(self, path: str | Path, problems: list[str]):
-        self.problems = problems
-        super().__init__(
-            f"{path} is not a valid package\n" + "\n".join(f"  - {p}" for p in problems)
-        )
+    def __init__(self, path: str | Path, *problems: str):
+        super().__init__("\n  - ".join([f"{path} is not a valid package", *problems]))
 
 
-def read_tar(path: Path) -> dict[str, bytes]:
-    """The contents of a package by file name. Raises PackageError.
+def read_tar(path: str | Path) -> dict[str, bytes]:
+    """The files of a package, complete and as in SHA256SUMS. Raises PackageError.
 
     Reads an uncompressed tar of regular files with known names into memory and unpacks nothing.
     """
     files: dict[str, bytes] = {}
     known = {*REQUIRED, *FORMATS.values(), *FORMER_FILES}
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise PackageError(path, [f"over {MAX_BYTES:,} bytes"])
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                name = member.name
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    raise PackageError(path, [f"{name[:100]!r} is not a regular file"])
-                if name in files:
-                    raise PackageError(path, [f"{name!r} occurs twice"])
-                if name not in known:
-                    raise PackageError(path, [f"{name[:100]!r} is not a file of a package"])
-                files[name] = tar.extractfile(member).read()
-                if len(files[name]) != member.size:
-                    raise PackageError(path, [f"{name} is truncated"])
-    except PackageError:
-        raise
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):  # nor sparse
+                    raise ValueError(f"{member.name!r} is not a regular file")
+                if member.name in files or member.name not in known:
+                    raise ValueError(f"{member.name!r} is not a file of a package, or is repeated")
+                files[member.name] = tar.extractfile(member).read()
     except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise PackageError(path, [f"it cannot be read as a tar file: {error}"]) from None
-    return files
+        raise PackageError(path, f"it cannot be read: {error}") from None
+    if missing := [f"{name} is missing" for name in REQUIRED if name not in files]:
+        raise PackageError(path, *missing)
+    listed = files["SHA256SUMS"].decode(errors="replace").splitlines()
+    if different := {line[66:] for line in {*listed} ^ {*checksums(files)}}:  # 64 digits, 2 spaces
+        raise PackageError(path, f"changed or damaged, by SHA256SUMS: {sorted(different)}")
+    return {FORMER_FILES.get(name, name): content for name, content in files.items()}
 
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
-    """Writes files and their SHA256SUMS atomically; returns the path. Raises ExportError."""
-    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
-    try:
-        with runs.atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
-            for name, content in {**files, "SHA256SUMS": sums.encode()}.items():
-                member = tarfile.TarInfo(name)
-                member.size, member.mtime = len(content), int(time.time())
-                tar.addfile(member, io.BytesIO(content))
-    except OSError as error:
-        raise ExportError(f"{path} was not written: {error.strerror}") from None
+    """Writes files and their SHA256SUMS atomically; returns the path."""
+    sums = "".join(f"{line}\n" for line in checksums(files)).encode()
+    with runs.atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
+        for name, content in {**files, "SHA256SUMS": sums}.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), int(time.time())
+            tar.addfile(member, io.BytesIO(content))
     return path
 
 
-def hash_problems(files: Mapping[str, bytes]) -> list[str]:
-    """Differences between the files and SHA256SUMS (the format of `sha256sum -c`)."""
-    lines = files["SHA256SUMS"].decode(errors="replace").splitlines()
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    problems = [f"{name[:100]!r} of SHA256SUMS is missing" for name in expected.keys() - files]
-    for name, content in files.items():
-        if name != "SHA256SUMS" and expected.get(name) != hashlib.sha256(content).hexdigest():
-            problems.append(f"{name} does not match SHA256SUMS: it was changed or damaged")
-    return problems
+def checksums(files: Mapping[str, bytes]) -> list[str]:
+    """The lines of SHA256SUMS, in the format of sha256sum."""
+    names = [name for name in files if name != "SHA256SUMS"]
+    return [f"{hashlib.sha256(files[name]).hexdigest()}  {name}" for name in names]
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """parity.json of a package, or the report of a failed export. Raises PackageError."""
-    path = Path(path)
-    is_json = path.suffix == ".json"
-    content = path.read_bytes() if is_json else read_tar(path).get("parity.json", b"")
-    try:
-        return dict(_current_names(json.loads(content)))
-    except ValueError as error:
-        raise PackageError(path, [f"parity.json: {error}"]) from None
+    """parity.json of a package. Raises PackageError."""
+    return _present_names(json.loads(read_tar(path)["parity.json"]))
 
 
 def read_flips(files: Mapping[str, bytes]) -> pd.DataFrame:
@@ -123,7 +101,7 @@ def read_flips(files: Mapping[str, bytes]) -> pd.DataFrame:
     return flips.assign(format=flips.format.replace(FORMER_KEYS))
 
 
-def _current_names(value: Any) -> Any:
+def _present_names(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {FORMER_KEYS.get(key, key): _current_names(item) for key, item in value.items()}
+    return {FORMER_KEYS.get(key, key): _present_names(item) for key, item in value.items()}

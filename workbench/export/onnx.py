@@ -19,6 +19,8 @@ OPSET = 20
 QUANTISED_OPS = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 
 Runner = Callable[[torch.Tensor], np.ndarray]  # input of a network -> logits (n, classes)
+Axes = dict[int, torch.export.Dim]  # dynamic axes of an input
+BATCH: Axes = {0: torch.export.Dim("batch")}
 
 
 class Network(nn.Module):
@@ -75,15 +77,11 @@ class NetworkWithPreprocessing(nn.Module):
             )
             images = images.round().clamp(0, 255)
         for axis, side in zip((-2, -1), shape, strict=True):
-            images = images.narrow(axis, half_to_even(side - size), size)
+            start = (side - size) // 2
+            start += (side - size) % 2 * (start % 2)  # half to even, as in CenterCrop
+            images = images.narrow(axis, start, size)
         images = images.reshape(-1, 3, size, size)  # a static shape for the exporter
         return self.network(images if self.network.uint8_input else self.network.to_input(images))
-
-
-def half_to_even(value: int) -> int:
-    """round(value / 2) as in torchvision's CenterCrop, also for symbolic integers."""
-    half = value // 2
-    return half + (value % 2) * (half % 2)
 
 
 def to_onnx(network: Network) -> bytes:
@@ -91,19 +89,18 @@ def to_onnx(network: Network) -> bytes:
 
     Uses torch's dynamo exporter. Raises ExportError.
     """
-    return _to_onnx(network, network.to_input(network.noise(2)), {0: "batch"})
+    return _to_onnx(network, network.to_input(network.noise(2)), BATCH)
 
 
 def to_onnx_with_preprocessing(network: Network) -> bytes:
     """NetworkWithPreprocessing as ONNX, any batch size, height and width. Raises ExportError."""
     resize, interpolation = network.preprocess.resize, network.preprocess.interpolation
     if interpolation not in ("bilinear", "bicubic"):
-        raise ExportError(
-            f"{interpolation} cannot be exported to ONNX; leave out with_preprocessing"
-        )
+        raise ExportError(f"preprocessing with {interpolation} cannot be exported to ONNX")
     images = torch.zeros(2, 3, resize + 8, resize + 24, dtype=torch.uint8)
-    dynamic = {0: "batch", 2: "height", 3: "width"}
-    return _to_onnx(NetworkWithPreprocessing(network).eval(), images, dynamic)
+    height, width = (torch.export.Dim(name, min=4, max=2**15) for name in ("height", "width"))
+    whole = NetworkWithPreprocessing(network).eval()
+    return _to_onnx(whole, images, {**BATCH, 2: height, 3: width})
 
 
 def to_torch_export(network: Network) -> bytes:
@@ -111,37 +108,32 @@ def to_torch_export(network: Network) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = _trace(network, network.to_input(network.noise(2)), {0: "batch"})
+        program = _trace(network, network.to_input(network.noise(2)), BATCH)
         torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
-def _trace(network: nn.Module, data: torch.Tensor, dynamic: Mapping[int, str]) -> Any:
-    limits = {"batch": {}, "height": {"min": 4, "max": 2**15}, "width": {"min": 4, "max": 2**15}}
-    shapes = {axis: torch.export.Dim(name, **limits[name]) for axis, name in dynamic.items()}
-    return torch.export.export(network, (data,), dynamic_shapes=(shapes,), strict=False)
+def _trace(network: nn.Module, data: torch.Tensor, axes: Axes) -> torch.export.ExportedProgram:
+    return torch.export.export(network, (data,), dynamic_shapes=(axes,), strict=False)
 
 
-def _to_onnx(network: nn.Module, data: torch.Tensor, dynamic: Mapping[int, str]) -> bytes:
+def _to_onnx(network: nn.Module, data: torch.Tensor, axes: Axes) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside the exporter
             program = torch.onnx.export(
-                _trace(network, data, dynamic),
+                _trace(network, data, axes),
                 dynamo=True,
                 input_names=["data"],
                 output_names=["score", "logits"],
-                dynamic_shapes=(dict(dynamic),),  # names of the axes
+                dynamic_shapes=({axis: dim.__name__ for axis, dim in axes.items()},),
                 opset_version=OPSET,
                 verbose=False,
             )
-            content = program.model_proto.SerializeToString()
+            return program.model_proto.SerializeToString()
     except Exception as error:  # the exporter raises many types
-        reason = str(error).strip().split("\n")[0][:300]
+        reason = str(error).strip().split("\n")[0]
         raise ExportError(f"torch cannot export this model to ONNX: {reason}") from None
-    if len(content) >= 2**31:
-        raise ExportError(f"the ONNX file has {len(content):,} bytes; its limit is 2 GiB")
-    return content
 
 
 def to_int8(content: bytes, inputs: Iterable[np.ndarray]) -> tuple[bytes, dict[str, int]]:

@@ -13,53 +13,40 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from workbench import consumer, data, models, runs, training
+from workbench import data, image_files, models, runs, training
 from workbench.data import images
 from workbench.export import metadata, onnx, parity
 from workbench.export.archive import FORMATS, ExportError, write_tar
-from workbench.export.card import model_card
+from workbench.export.metadata import PROBES, Meta
 from workbench.export.onnx import Network
 from workbench.recipe import Recipe, RecipeError, runtime_only
 
 DATA_OPTIONS = "data_dir train_list train_root val_list val_root class_names verify_data".split()
 CALIBRATION_IMAGES = 512  # of training, for the ranges of int8
 SCRIPT_IMAGES = 64  # of validation, for predict.py of the package
-PROBES = 2  # images of noise whose logits are in meta.json
+FAILURES = (ExportError, runs.RunError, RecipeError, models.ModelError, data.DataError, OSError)
 
 
-def trained_model(run: runs.Run, weights: str = "") -> tuple[Recipe, list[str], nn.Module, str]:
-    """Recipe, classes, model in evaluation mode and kind of weights of a run's last epoch.
+def trained_model(
+    run: runs.Run, weights: str = ""
+) -> tuple[Recipe, list[str], nn.Module, str, str]:
+    """Recipe, classes, model in evaluation mode, kind of weights and the file they are from.
 
-    Raises ExportError.
+    The file is last.pt, or best.safetensors if there is none. Raises one of FAILURES.
     """
-    if not run.file("recipe.yaml").exists():
-        raise ExportError(f"{run.path} is not a run folder; `workbench runs` lists them")
-    recipe, classes, model, weights, file = load_run(run, weights)
-    if file != "last.pt":
-        raise ExportError(f"{run.path} has no last.pt, so its last epoch cannot be exported")
-    return recipe, classes, model, weights
-
-
-def load_run(run: runs.Run, weights: str = "") -> tuple[Recipe, list[str], nn.Module, str, str]:
-    """Recipe, classes, model, kind of weights and their file, which may be best.safetensors."""
-    classes = models.run_classes(run.path)
-    if not classes or not all(isinstance(name, str) for name in classes):
+    recipe, classes = Recipe(**run.recipe()), models.run_classes(run.path)
+    if not classes:
         raise ExportError(f"{run.path} has no classes in environment.json; train it first")
-    try:
-        recipe = Recipe(**run.recipe())
-        return recipe, classes, *training.load_run_model(recipe, run, len(classes), weights)
-    except (runs.RunError, RecipeError, models.ModelError) as error:
-        raise ExportError(f"{run.path} cannot be used: {error}") from None
+    return recipe, classes, *training.load_run_model(recipe, run, len(classes), weights)
 
 
 def newest(root: str | Path) -> runs.Run:
     """The run in `root` that finished last of those that can be exported. Raises ExportError."""
-    finished = runs.finished(root)
-    finished.sort(key=lambda run: run.file("status.json").stat().st_mtime, reverse=True)
-    for run in finished:
-        with contextlib.suppress(ExportError, data.DataError, OSError):
-            recipe, classes, *_ = trained_model(run)
-            valid = re.fullmatch(metadata.NAME, recipe.name)
+    time = lambda run: run.file("status.json").stat().st_mtime
+    for run in sorted(runs.finished(root), key=time, reverse=True):
+        with contextlib.suppress(*FAILURES):
+            recipe, classes, *_, file = trained_model(run)
+            valid = file == "last.pt" and re.fullmatch(metadata.NAME, recipe.name)
             if valid and data.load_dataset(recipe).classes == classes:
                 return run
     raise ExportError(f"no finished run in {root} can be exported; `make demo` trains one")
@@ -93,62 +80,59 @@ def package(
     out if their interval shows a loss above `int8_points` of top-1.
     """
     run, block = runs.Run(run), kestrel or {}
-    recipe, classes, model, weights = trained_model(run, weights)
-    name = name or block.get("model_name") or recipe.name
-    version = version or str(block.get("version", "1.0.0"))
+    recipe, classes, model, weights, file = trained_model(run, weights)
+    if file != "last.pt" or run.status()["state"] != "finished":
+        raise ExportError(f"{run.path} is not finished or has no last.pt; finish its training")
     network = Network(model, metadata.preprocess(recipe, uint8_input)).eval()
-    _check(run, network, block, name=name, version=version)
-    categories = metadata.categories(block, classes)
     environment = run.environment()
     train, val, val_data = load_lists(
         recipe, overrides, classes, run.path, environment.get("val_data")
     )
-    path = _new_path(Path(out), f"{name}_{version}")
-    calibration = calibration_inputs(network, recipe, train) if int8 else None
-    files, quantised = _networks(network, calibration, with_preprocessing, torch_export)
-    names = {"model_name": name, "version": version, "plugin": block.get("plugin", "classifier")}
-    names |= {"weights": weights, "classes": classes}
+    names = {"model_name": name or block.get("model_name") or recipe.name}
+    names |= {"version": version or str(block.get("version", "1.0.0"))}
+    names |= {"plugin": block.get("plugin", "classifier"), "weights": weights, "classes": classes}
     meta = _meta(run, recipe, network, val_data, names)
-    script = Path(consumer.__file__).read_bytes()
-    files |= {"meta.json": _json(meta.model_dump()), "predict.py": script}
+    files = _descriptions(meta, block)
+    path, beside = _new_path(Path(out) / f"{meta.model_name}_{meta.version}.tar")
+    calibration = calibration_inputs(network, recipe, train) if int8 else None
+    networks, quantised = _networks(network, calibration, with_preprocessing, torch_export)
+    files |= networks
     report, flips = _compare(files, network, recipe, val, seconds, int8_points)
     report |= {"weights": weights, "data": val_data, "quantised": quantised}
+    files |= {"parity.json": _json(report), "flips.csv": flips.to_csv(index=False).encode()}
     if report["problems"]:
-        _write_failed(path, report, flips)
-    files |= {
-        "parameters.json": _json(metadata.parameters(network.preprocess, block)),
-        "category_param.json": _json(categories),
-        "parity.json": _json(report),
-        "flips.csv": flips.to_csv(index=False).encode(),
-        "recipe.yaml": _recipe_yaml(recipe),
-        "README.md": model_card(meta, report, recipe, environment).encode(),
-    }
+        for file in beside:
+            beside[file].write_bytes(files[file])
+        problems = "; ".join(report["problems"])
+        raise ExportError(f"{problems}. No package; the report is {beside['parity.json']}")
+    options = (k for k in recipe.non_default() if k == "name" or k not in runtime_only)
+    files["recipe.yaml"] = recipe.yaml(options).encode()  # without the paths of this machine
+    files["README.md"] = metadata.model_card(meta, report, recipe, environment).encode()
     return write_tar(path, files)
 
 
-def _check(run: runs.Run, network: Network, block: Mapping[str, Any], **names: str) -> None:
-    """Raises ExportError for a name, a to_kestrel block or a run that cannot be exported."""
-    for what, text in names.items():
-        if not re.fullmatch(metadata.NAME, text):
-            raise ExportError(f"{what} is {text!r}; allowed are letters, digits, dot, dash and _")
-    size = [network.size, network.size]
+def _descriptions(meta: Meta, block: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files that do not depend on a comparison. Raises ExportError."""
+    size = [meta.preprocess.size] * 2
     if (hw := block.get("resize_hw", size)) != size:
         raise ExportError(f"resize_hw is {hw}, the run has {size}; leave it out")
-    if (state := run.status()["state"]) != "finished":
-        raise ExportError(f"{run.path} is {state}; finish its training first")
+    return {
+        "meta.json": _json(meta.model_dump()),
+        "parameters.json": _json(metadata.parameters(meta.preprocess, block)),
+        "category_param.json": _json(metadata.categories(block, meta.classes)),
+        "predict.py": Path(image_files.__file__).read_bytes(),
+    }
 
 
-def _new_path(out: Path, stem: str) -> Path:
-    """Path of a new package. Makes the folder and removes the report of an earlier failure."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for suffix in ("parity.json", "flips.csv"):
-            (out / f"{stem}.{suffix}").unlink(missing_ok=True)
-    except OSError as error:
-        raise ExportError(f"cannot write {out}: {error.strerror}; choose another out") from None
-    if (path := out / f"{stem}.tar").exists():
+def _new_path(path: Path) -> tuple[Path, dict[str, Path]]:
+    """Path of a new package and of the report of a failure; removes that of an earlier one."""
+    beside = {name: path.with_suffix(f".{name}") for name in ("parity.json", "flips.csv")}
+    if path.exists():
         raise ExportError(f"{path} exists and is not replaced; choose another version")
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file in beside.values():
+        file.unlink(missing_ok=True)
+    return path, beside
 
 
 def load_lists(
@@ -161,25 +145,16 @@ def load_lists(
     if unknown := ", ".join(sorted(set(overrides) - set(DATA_OPTIONS))):
         allowed = ", ".join(DATA_OPTIONS)
         raise ExportError(f"{unknown} cannot be changed after training; allowed are {allowed}")
-    try:
-        recipe = recipe.replace(**overrides)
-    except RecipeError as error:
-        raise ExportError(str(error)) from None
+    recipe = recipe.replace(**overrides)
     dataset = data.load_dataset(recipe)
     if dataset.classes != classes:
-        raise ExportError(
-            f"the data has {len(dataset.classes)} classes, {source} was trained for "
-            f"{len(classes)}, with other names or in another order"
-        )
+        raise ExportError(f"the data does not have the classes of {source}, in their order")
     val = dataset.val
     if recipe.verify_data:
         val, _ = data.drop_corrupt(data.verify_images(val), "val")
     found = data.fingerprint(data.Dataset(val.iloc[:0], val, classes))
     if recorded and found != recorded:
-        raise ExportError(
-            f"the validation images have changed since {source} was trained "
-            f"(fingerprint {recorded}, now {found}); restore them"
-        )
+        raise ExportError(f"the validation images have changed since the training of {source}")
     return dataset.train, val, found
 
 
@@ -201,10 +176,10 @@ def _networks(
 
 
 def calibration_inputs(
-    network: Network, recipe: Recipe, train: pd.DataFrame, count: int = CALIBRATION_IMAGES
+    network: Network, recipe: Recipe, train: pd.DataFrame
 ) -> Iterator[np.ndarray]:
     """Inputs from training images with the validation transform, evenly over the list."""
-    sample, transform = _evenly(train, count), training.eval_transform(recipe)
+    sample, transform = _evenly(train, CALIBRATION_IMAGES), training.eval_transform(recipe)
     for batch in data.eval_loader(sample, transform, batch_size=32):
         if len(batch.images):
             yield network.to_input(batch.images).numpy()
@@ -218,7 +193,7 @@ def _evenly(frame: pd.DataFrame, count: int) -> pd.DataFrame:
 
 def _meta(
     run: runs.Run, recipe: Recipe, network: Network, val_data: str, names: Mapping[str, Any]
-) -> metadata.Meta:
+) -> Meta:
     """meta.json, validated as `check` does. Raises ExportError."""
     with torch.no_grad():
         probe = network(network.to_input(network.noise(PROBES)))[1].tolist()
@@ -227,7 +202,7 @@ def _meta(
     fields = {"format": metadata.FORMAT, "model": recipe.model, "opset": onnx.OPSET}
     fields |= {"preprocess": network.preprocess, "probe": probe, "made": made}
     try:
-        return metadata.Meta(**fields, **names)
+        return Meta(**fields, **names)
     except ValidationError as error:
         raise ExportError("; ".join(metadata.sentences(error))) from None
 
@@ -259,20 +234,6 @@ def _compare(
     report["script"] = parity.compare_script(files, sample, transform, network, runners)
     report["problems"] = parity.problems(report)
     return report, flips
-
-
-def _write_failed(path: Path, report: Mapping[str, Any], flips: pd.DataFrame) -> None:
-    """Writes report and flips beside the path of the package, and raises ExportError."""
-    beside = path.with_name(f"{path.stem}.parity.json")
-    beside.write_bytes(_json(report))
-    flips.to_csv(path.with_name(f"{path.stem}.flips.csv"), index=False)
-    raise ExportError(f"{'; '.join(report['problems'])}. No package; the report is {beside}")
-
-
-def _recipe_yaml(recipe: Recipe) -> bytes:
-    """The options that are not the default, without the paths of this machine."""
-    keys = (k for k in recipe.non_default() if k == "name" or k not in runtime_only)
-    return recipe.yaml(keys).encode()
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

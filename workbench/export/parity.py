@@ -82,16 +82,10 @@ def _differences(
         raise ExportError(f"the logits of {name} have NaN or infinity")
     difference, index = np.abs(logits - reference), np.arange(len(logits))
     before, after = reference.argmax(1), logits.argmax(1)
-    columns = {
-        "row": batch.indices.numpy().copy(),
-        "label": batch.labels.numpy().copy(),
-        "format": name,
-        "before": before,
-        "after": after,
-        "margin": (reference[index, before] - reference[index, after]).astype(float),
-        "max": difference.max(1),
-        "mean": difference.mean(1, dtype=np.float64),
-    }
+    columns = {"row": batch.indices.numpy().copy(), "label": batch.labels.numpy().copy()}
+    columns |= {"format": name, "before": before, "after": after}
+    columns["margin"] = (reference[index, before] - reference[index, after]).astype(float)
+    columns |= {"max": difference.max(1), "mean": difference.mean(1, dtype=np.float64)}
     return pd.DataFrame(columns)
 
 
@@ -134,8 +128,7 @@ def compare_script(
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             lines = [line.rsplit("\t", 2)[1:] for line in done.stdout.split("\n")[:-1]]
             if len(lines) != len(paths):
-                reason = done.stderr.strip().split("\n")[-1]
-                raise ExportError(f"predict.py of the package crashes: {reason}")
+                raise ExportError(f"predict.py of the package crashes: {done.stderr}")
             score = torch.from_numpy(runners[name](inputs)).softmax(1).numpy()
             differences = [  # of the printed class: ties may be ranked differently
                 abs(float(p) - float(row[classes.index(label)])) if label else 1.0

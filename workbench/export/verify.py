@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -17,9 +16,9 @@ from workbench import data, training
 from workbench.augmentation import EvalTransform
 from workbench.export import archive, metadata, onnx, parity
 from workbench.export.archive import FORMATS, ExportError, PackageError
-from workbench.export.metadata import Meta
+from workbench.export.metadata import PROBES, Meta
 from workbench.export.onnx import Network
-from workbench.export.packaging import PROBES, load_lists
+from workbench.export.packaging import load_lists
 from workbench.recipe import Recipe, renamed
 
 
@@ -28,13 +27,13 @@ class Package(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, files: Mapping[str, bytes], format: str = "onnx"):
+    def __init__(self, files: Mapping[str, bytes]):
         super().__init__()
-        self.meta = Meta(**json.loads(files["meta.json"]))
+        self.meta = Meta.model_validate_json(files["meta.json"])
         self.classes, preprocess = self.meta.classes, self.meta.preprocess
         self.transform = EvalTransform(preprocess.size, preprocess.resize, preprocess.interpolation)
-        self.fingerprint = hashlib.sha256(files[FORMATS[format]]).hexdigest()[:12]
-        self.run = onnx.onnx_runner(files[FORMATS[format]])
+        self.fingerprint = hashlib.sha256(files[FORMATS["onnx"]]).hexdigest()[:12]
+        self.run = onnx.onnx_runner(files[FORMATS["onnx"]])
         self.to_input = Network(nn.Identity(), preprocess).to_input
 
     def __str__(self) -> str:
@@ -45,12 +44,9 @@ class Package(nn.Module):
         return torch.from_numpy(self.run(self.to_input(images)))
 
 
-def load(path: str | Path, format: str = "onnx") -> Package:
-    """A verified package for prediction; `format` is onnx or int8. Raises PackageError."""
-    files = check(path)
-    if FORMATS[format] not in files:
-        raise PackageError(path, [f"it has no {format} network; export with --{format}"])
-    return Package(files, format)
+def load(path: str | Path) -> Package:
+    """A verified package for prediction. Raises PackageError."""
+    return Package(check(path))
 
 
 def measure(path: str | Path, seconds: float = 1.0, **overrides: Any) -> dict[str, Any]:
@@ -60,8 +56,8 @@ def measure(path: str | Path, seconds: float = 1.0, **overrides: Any) -> dict[st
     report of the package. `overrides` are the options of packaging.DATA_OPTIONS. Raises
     PackageError, ExportError.
     """
-    files, path = check(path), Path(path)
-    packed, meta = archive.read_report(path), Meta(**json.loads(files["meta.json"]))
+    files, packed = check(path), archive.read_report(path)
+    meta = Meta.model_validate_json(files["meta.json"])
     recipe = Recipe(**renamed(yaml.safe_load(files["recipe.yaml"])))
     network = Network(nn.Identity(), meta.preprocess)
     _, val, _ = load_lists(recipe, overrides, meta.classes, path, packed["data"])
@@ -88,76 +84,58 @@ def check(path: str | Path) -> dict[str, bytes]:
 
     Runs only the ONNX networks, with onnxruntime, on noise.
     """
-    path = Path(path)
     files = archive.read_tar(path)
-    if missing := [f"{name} is missing" for name in archive.REQUIRED if name not in files]:
-        raise PackageError(path, missing)
-    problems = archive.hash_problems(files)
-    files = {archive.FORMER_FILES.get(name, name): content for name, content in files.items()}
     try:
         meta = Meta.model_validate_json(files["meta.json"])
     except ValidationError as error:
-        problems += [f"meta.json: {text}" for text in metadata.sentences(error)[:10]]
-    problems = problems or _contradictions(meta, files)
-    for name in ("onnx", "int8", "with_preprocessing"):
-        if FORMATS[name] in files and not problems:
-            problems = _network_problems(FORMATS[name], files[FORMATS[name]], meta)
+        problems = [f"meta.json: {text}" for text in metadata.sentences(error)]
+        raise PackageError(path, *problems) from None
+    problems = list(_contradictions(meta, files))
+    for name in (FORMATS["onnx"], FORMATS["int8"], FORMATS["with_preprocessing"]):
+        if name in files and not problems:
+            problems = _network_problems(name, files[name], meta)
     if problems:
-        raise PackageError(path, problems)
+        raise PackageError(path, *problems)
     return files
 
 
-def _contradictions(meta: Meta, files: Mapping[str, bytes]) -> list[str]:
+def _contradictions(meta: Meta, files: Mapping[str, bytes]) -> Iterator[str]:
     """Where the files contradict meta.json, from which the expected ones are computed."""
-    problems, preprocess = [], meta.preprocess
+    preprocess, classes = meta.preprocess, meta.classes
     if preprocess.resize < preprocess.size:
-        problems.append(f"resize {preprocess.resize} is smaller than the crop {preprocess.size}")
-    if len(meta.probe) != PROBES or any(len(row) != len(meta.classes) for row in meta.probe):
-        problems.append(f"probe does not have {PROBES} rows of {len(meta.classes)} logits")
+        yield f"resize {preprocess.resize} is smaller than the crop {preprocess.size}"
+    if [len(row) for row in meta.probe] != [len(classes)] * PROBES:
+        yield f"probe does not have {PROBES} rows of {len(classes)} logits"
     try:
         found = json.loads(files["parameters.json"])
-        if not isinstance(found["type"], str) or not isinstance(found["save_all_label"], bool):
-            problems.append("parameters.json: type must be text, save_all_label true or false")
         expected = metadata.parameters(preprocess, found)
-        for key in found.keys() | expected.keys():
+        for key in sorted(found.keys() | expected.keys()):
             if found.get(key) != expected.get(key):
-                problems.append(f"parameters.json: {key} differs from meta.json")
+                yield f"parameters.json: {key} differs from meta.json"
         found = json.loads(files["category_param.json"])
         ranges = ("feature_start", "feature_end")
         groups = {n: {k: v for k, v in c.items() if k not in ranges} for n, c in found.items()}
-        if found != metadata.categories({"class_label": groups}, meta.classes):
-            problems.append("category_param.json: the ranges differ from the labels")
+        if found != metadata.categories({"class_label": groups}, classes):
+            yield "category_param.json: the ranges differ from the labels"
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError, ExportError) as error:
-        problems.append(f"parameters.json or category_param.json: {error}")
-    return problems
+        yield f"parameters.json or category_param.json: {error}"
 
 
 def _network_problems(name: str, content: bytes, meta: Meta) -> list[str]:
-    """Problems of an ONNX network: inputs, outputs, and its logits for noise."""
-    decoded = name == FORMATS["with_preprocessing"]
-    network = Network(nn.Identity(), meta.preprocess)
-    kind = "tensor(uint8)" if network.uint8_input or decoded else "tensor(float)"
-    shape = [3, "height", "width"] if decoded else [3, network.size, network.size]
+    """Problems of an ONNX network, by its outputs for noise."""
+    network, expected = Network(nn.Identity(), meta.preprocess), torch.tensor(meta.probe)
     noise = network.noise(PROBES)
+    inputs = noise if name == FORMATS["with_preprocessing"] else network.to_input(noise)
     try:
-        runtime = onnx.session(content)
-        inputs = [(i.name, i.type, list(i.shape[1:])) for i in runtime.get_inputs()]
-        outputs = [output.name for output in runtime.get_outputs()]
-        if inputs != [("data", kind, shape)] or outputs != ["score", "logits"]:
-            expected = f"data, {kind}, {shape}, and score, logits"
-            return [f"{name} has inputs {inputs} and outputs {outputs}; expected {expected}"]
-        noise = noise if decoded else network.to_input(noise)
-        score, logits = runtime.run(None, {"data": noise.numpy()})
+        found = onnx.session(content).run(["score", "logits"], {"data": inputs.numpy()})
     except Exception as error:  # onnxruntime raises many types
-        reason = str(error).strip().split("\n")[0][:200]
-        return [f"onnxruntime cannot run {name}: {reason}"]
-    expected = np.array(meta.probe, np.float32)
-    if logits.shape != expected.shape or not np.isfinite(logits).all():
-        return [f"{name} has {logits.shape} logits, or NaN; expected {expected.shape}"]
-    if not np.allclose(score.sum(1), 1, atol=1e-3) or (score < 0).any():
-        return [f"the score of {name} is not a softmax"]
-    difference = float(np.abs(logits - expected).max())
-    allowed = 1e-3 * max(1.0, float(np.abs(expected).max()))
+        return [f"onnxruntime cannot run {name}: {error}"]
+    score, logits = (torch.from_numpy(values).float() for values in found)
+    if logits.shape != expected.shape or not logits.isfinite().all():
+        return [f"{name} has {(*logits.shape,)} logits, or NaN; expected {(*expected.shape,)}"]
+    if not torch.allclose(score, logits.softmax(1), atol=1e-3):
+        return [f"the score of {name} is not the softmax of its logits"]
+    difference, allowed = (logits - expected).abs().max(), 1e-3 * expected.abs().max().clamp(min=1)
     if name == FORMATS["onnx"] and difference > allowed:
         return [f"logits of {name} for noise differ by {difference:.2g}, allowed is {allowed:.2g}"]
     return []

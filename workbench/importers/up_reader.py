@@ -1,22 +1,16 @@
-"""Reads values from nodes, collects options of a recipe, and keeps a note on every place."""
+"""Reads values of a YAML text, collects options of a recipe, and keeps a note on every place."""
 
 import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from itertools import count, islice, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_origin
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from workbench.importers.up_yaml import (
-    Node,
-    UnitedPerceptionError,
-    UnknownAlias,
-    error_at,
-    short,
-)
 from workbench.recipe import Recipe, RecipeError
 
 TAKEN, NOTHING = "taken", "has no effect on the recipe"
@@ -24,14 +18,124 @@ MISSING = "not understood or not reproduced, please decide"
 DEFECT = "United Perception does something else"
 KIND_NAMES = {"nothing": NOTHING, "missing": MISSING, "defect": DEFECT}
 IMAGENET = 1_281_167  # images of ImageNet-1k's training list
-
+MAX_VALUES = 3_000
 TABLES = yaml.safe_load(Path(__file__).with_name("united_perception.yaml").read_text("utf-8"))
-NOTHING_KEYS = {key: why for why, keys in TABLES["nothing"].items() for key in keys.split()}
-# Every key that is read, for the hint beside one that is not.
-KNOWN_KEYS = {*NOTHING_KEYS, *TABLES["defaults"], *TABLES["keys"].split()}
-KNOWN_KEYS.update(*TABLES["transforms"].values())
-KNOWN_KEYS.update(*(keys for _, *tables in TABLES["optimizers"].values() for keys in tables))
-KNOWN_KEYS.update(*({length, *keys} for _, length, keys in TABLES["schedules"].values()))
+USUAL = {key.value: node for key, node in yaml.compose(yaml.safe_dump(TABLES["usual"])).value}
+PLACES = {id(node): f"*{name}" for name, node in USUAL.items()}
+REPAIRS = {  # part of PyYAML's message: what to do
+    "quoted": "close the quote",
+    "simple key": "this is no `key: value`; comment it out or delete it",
+    "flow": "check its brackets and quotes",
+    "block collection": "indent the lines of a `- name` entry by two spaces more",
+    "mapping values": "this is no `key: value`; comment it out, or fix the indentation",
+    "undefined alias": "add its anchor, or write its value",
+    "": "check tabs, indentation and quotes here and in the lines above",
+}
+NOTHING_NAMES = {name: why for why, names in TABLES["nothing"].items() for name in names.split()}
+
+
+class UnitedPerceptionError(ValueError):
+    """The text is not a configuration of United Perception; the message names the line."""
+
+
+class Value(NamedTuple):
+    """A block, a list or a scalar of the file."""
+
+    plain: Any
+    where: str  # the path where it is written: that of the anchor for an alias
+    typed: str  # the path from the nearest `type`, such as SGD.kwargs.lr
+    line: int
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def join(path: str, key: str) -> str:
+    return f"{path}.{key}".lstrip(".").replace(".[", "[")
+
+
+def parse(text: str) -> dict[str, Value]:
+    """Every value of a YAML text by the path where it is used; a block comes before its contents.
+
+    Raises UnitedPerceptionError if it is no configuration, RecursionError if nested too deeply.
+    """
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.CollectionNode):
+            raise UnitedPerceptionError("no blocks such as `trainer:` in this text")
+        top = "net" if isinstance(root, yaml.SequenceNode) else ""  # an entry of `net` alone
+        values = dict(islice(loader.walk(root, top, top, top), MAX_VALUES + 1))
+    except yaml.MarkedYAMLError as error:
+        raise _explain(error, text.splitlines() or [""]) from None
+    except (yaml.YAMLError, LookupError) as error:  # odd characters and tags
+        raise UnitedPerceptionError(f"invalid YAML: {error}") from None
+    if len(values) > MAX_VALUES:
+        raise UnitedPerceptionError("more entries than a configuration")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader; it refuses what PyYAML accepts by mistake."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.first: dict[int, tuple[str, str]] = {}  # where and typed, by id of a node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        name = getattr(self.peek_event(), "anchor", None)
+        if self.check_event(yaml.AliasEvent) and name not in self.anchors and name in USUAL:
+            self.get_event()
+            return USUAL[name]
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, names = super().compose_mapping_node(anchor), set()
+        for key, value in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            merge = name == "<<" and isinstance(value, yaml.MappingNode)
+            if not merge and not re.fullmatch(r"[\w@ -]{1,60}", name):
+                raise UnitedPerceptionError(f"line {line}: {short(name)} is no plain name")
+            if name in names:
+                raise UnitedPerceptionError(f"line {line}: {name!r} appears twice in its block")
+            names.add(name)
+        return node
+
+    def walk(self, node: yaml.Node, path: str, at: str, typed: str) -> Iterator[tuple[str, Value]]:
+        """This node and all below it, with `<<` merged; `at` is the path where it is written."""
+        line, last = node.start_mark.line + 1, node.end_mark.line + 1
+        if isinstance(node, yaml.ScalarNode) and (last > line or not node.value.isprintable()):
+            text = f"the text {short(node.value)} spans lines {line} to {last}: close its quote, "
+            text += "or comment out or delete the line that is no `key: value`"
+            raise UnitedPerceptionError(f"line {line if node.style else last}: {text}")
+        at, typed = self.first.setdefault(id(node), (PLACES.get(id(node), at), typed))
+        plain = self.construct_object(node, deep=True)
+        yield path, Value(plain, at, typed, line)
+        children = {}
+        if isinstance(node, yaml.MappingNode):
+            children = {key.value: child for key, child in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            children = {f"[{i}]": child for i, child in enumerate(node.value)}
+        typed = str(children["type"].value) if "type" in children else typed
+        for key, child in children.items():
+            yield from self.walk(child, join(path, key), join(at, key), join(typed, key))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+
+
+def _explain(error: yaml.MarkedYAMLError, lines: list[str]) -> UnitedPerceptionError:
+    """The line to change, and how, for an error of PyYAML."""
+    message = f"{error.context} {error.problem}"
+    repair = next(repair for words, repair in REPAIRS.items() if words in message)
+    from_start = re.search("quoted|simple key|flow", message) and error.context_mark
+    line = min((from_start or error.problem_mark or error.context_mark).line, len(lines) - 1)
+    if line and "mapping values" in message and ":" not in lines[line - 1]:
+        line -= 1  # text that PyYAML joins with the next line
+    text = f"line {line + 1}: {short(lines[line].strip())}: {error.problem}; {repair}"
+    return UnitedPerceptionError(text)
 
 
 class Note(NamedTuple):
@@ -44,279 +148,193 @@ class Note(NamedTuple):
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint such as "; the nearest is 'resnet18'", or an empty text."""
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.6)
-    return f"; the nearest is {close[0]!r}" if close and close[0] != name else ""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; the nearest is {close[0]!r}" if close else ""
 
 
-def square(value: Any) -> int:
-    """a number of pixels, or two equal ones"""
-    twice = isinstance(value, list) and value == value[:1] * 2
-    return convert(int, value[0] if twice else value, 1)
+def parents(path: str) -> list[str]:
+    """The blocks that a path is in, the outermost first."""
+    return ["", *(path[: match.start()] for match in re.finditer(r"\.|\[", path))]
 
 
-# Where the kind cannot be read off the default of the option.
-KINDS: dict[str, Any] = {
-    **dict.fromkeys(("image_size", "val_image_size", "val_resize"), square),
-    **dict.fromkeys(("crop_scale", "crop_ratio", "mean", "std"), [float]),
-    **dict.fromkeys(("clip_grad_norm", "ema_decay", "layer_decay"), float),
-    "workers": int,
-}
-KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
-KIND_WORDS |= {str: "a line of text"}
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
-def convert(kind: Any, value: Any, minimum: float = -math.inf) -> Any:
-    """The value as bool, int, float, str, object (anything), a [list] of one, or kind(value).
-
-    Raises ValueError, TypeError, LookupError or AttributeError.
-    """
-    if isinstance(kind, list):
-        values = value if isinstance(value, list) else [value]
-        return [convert(kind[0], one, minimum) for one in values]
-    if kind not in KIND_WORDS:
-        return value if kind is object else kind(value)
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, str | int | float):
-        raise TypeError
-    if kind is str and not str(value).isprintable():
-        raise ValueError
-    if kind in (bool, str):
-        return kind(value)
-    if not math.isfinite(number := float(value)) or number < minimum or kind(number) != number:
-        raise ValueError
-    return kind(number)
+def square(value: Any) -> Any:
+    """A number of pixels, or the same number twice."""
+    twice = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
+    return value[0] if twice else value
 
 
-def wanted(kind: Any, minimum: float) -> str:
-    """What `convert` accepts, in words."""
-    if isinstance(kind, list):
-        return f"a list, each {wanted(kind[0], minimum)}"
-    text = KIND_WORDS.get(kind) or kind.__doc__
-    return text if minimum == -math.inf else f"{text}, {'0 or more' if minimum == 0 else 'above 0'}"
+SIZES = ("image_size", "val_image_size", "val_resize")
+LAX = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
-@dataclass
 class Reader:
-    """One pass over the nodes of a file; what was not read is noted at the end."""
+    """One pass over a file; what was not read is noted at the end."""
 
-    root: Node
-    gpus: int | None
-    images: int | None  # of the training list
-    values: dict[str, Any] = field(default_factory=dict)  # option -> value
-    origin: dict[str, Note] = field(default_factory=dict)  # option -> its note
-    notes: dict[Note, None] = field(default_factory=dict)  # an ordered set
-    batch: int | None = None  # images per step, on all GPUs
-    epochs: int | None = None
-    iterations: int | None = None  # steps of the training, where the file counts them
-    needs_images: bool = False  # the number of images was used
-    soft_labels: bool = False  # UP's labels are shares of classes
-    checks: list[Callable[[Recipe], None]] = field(default_factory=list)  # of the final recipe
-    defaults: dict[str, Any] = field(default_factory=lambda: dict(TABLES["defaults"]))
+    def __init__(self, text: str, gpus: int | None, images: int | None):
+        self.values = parse(text)  # by the path where they are used
+        for old, new in TABLES["homes"].items():
+            if new not in self.values:
+                found = self.values.items()
+                self.values = {re.sub(rf"^{old}\b", new, path): value for path, value in found}
+        self.gpus, self.images = gpus, images  # as given; images are those of the training list
+        self.options: dict[str, Any] = {}
+        self.origin: dict[str, Note] = {}  # option -> its note
+        self.notes: dict[Note, None] = {}  # an ordered set
+        self.asked: set[str] = set()  # paths that a configuration may have
+        self.used: set[str] = set()  # where values are written that were read
+        self.covered: set[str] = set()  # where blocks are written that a note covers
+        self.defaults: dict[str, Any] = dict(TABLES["defaults"])
+        self.batch: int | None = None  # images per step, on all GPUs
+        self.epochs: int | None = None
+        self.iterations: int | None = None  # steps of the training, where the file counts them
+        self.cosine: Callable[[int], float] | None = None  # the share of UP's that is gone
+        self.soft_labels = False  # UP's labels are shares of classes
 
     @property
     def steps(self) -> int | None:
         """Steps per epoch; None without a batch size."""
-        self.needs_images |= self.batch is not None
-        images = int((self.images or IMAGENET) * self.values.get("train_fraction", 1.0))
+        images = int((self.images or IMAGENET) * self.options.get("train_fraction", 1.0))
         return self.batch and max(1, math.ceil(images / self.batch))
 
-    @property
-    def total(self) -> int | None:
-        """Steps of the training."""
-        return self.iterations or (self.epochs and self.steps and self.epochs * self.steps)
-
-    # reading
-
-    def at(self, node: Node, path: str) -> Node | None:
-        """The node at a dotted path; None where there is none, or empty kwargs."""
-        for key in path.split("."):
-            node = self.mapping(node).value.get(key)
-            if node is None or (node.value is None and key == "kwargs"):
-                return None
-        return node
-
-    def where(self, node: Node, path: str) -> str:
-        found = self.at(node, path)
-        return found.where if found else f"{node.where}.{path}".lstrip(".")
-
-    def block(self, node: Node, path: str) -> Node:
-        """The mapping at a dotted path; an empty one where there is none."""
-        found = self.at(node, path)
-        return self.mapping(found) if found else Node({}, self.where(node, path), node.line)
-
-    def mapping(self, node: Node) -> Node:
-        if isinstance(node.value, UnknownAlias):
-            self.say_unknown(node)
-            return Node({}, node.where, node.line)
-        if not isinstance(node.value, dict):
-            came = "empty" if node.value is None else short(node.plain())
-            raise error_at(node.line, f"{node.where} is {came}; wanted a block of `key: value`")
-        node.read = True
-        return node
-
-    def entries(self, node: Node | None) -> list[Node]:
-        """The mappings of a list."""
-        if node is None or node.value is None:
-            return []
-        if not isinstance(node.value, list):
-            raise error_at(node.line, f"{node.where} is {short(node.plain())}; wanted a list")
-        node.read = True
-        return [entry for entry in map(self.mapping, node.value) if entry.value]
-
-    def say_unknown(self, node: Node) -> None:
-        self.say(MISSING, node, f"*{node.value.value} has no anchor in this text; left out")
-
-    def get(self, node: Node, path: str, kind: Any, default: Any = None, minimum=-math.inf) -> Any:
-        """The value at a dotted path, see `convert`; the default where there is none."""
-        if (found := self.at(node, path)) is None or found.value is None:
+    def get(self, path: str, kind: Any, default: Any = None) -> Any:
+        """The value at a dotted path, converted to a type; the default where there is none."""
+        self.asked.add(path)
+        value = self.values.get(path)
+        if value is None or value.plain is None:
             return default
-        for part in found.walk():
-            part.read = True
-            if isinstance(part.value, UnknownAlias):
-                self.say_unknown(part)
-                return default
-        came = found.plain()
+        self.used.add(value.where)
         try:
-            value = convert(kind, came, minimum)
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
-            text = f"{found.where} is {short(came)}; wanted {wanted(kind, minimum)}"
-            raise error_at(found.line, text) from None
-        if isinstance(came, str) and isinstance(value, int | float):
-            self.say(DEFECT, found.where, f"{short(came)} is text to YAML 1.1; read as {value:g}")
-        return value
+            found = TypeAdapter(kind, config=LAX).validate_python(value.plain)
+        except ValidationError as error:
+            text = f"line {value.line}: {value.where} is {short(value.plain)}: "
+            raise UnitedPerceptionError(text + error.errors()[0]["msg"]) from None
+        if isinstance(value.plain, str) and not isinstance(found, str | list):
+            self.say(DEFECT, path, f"{short(value.plain)} is text to YAML 1.1; read as {found}")
+        return found
 
-    # notes and options
+    def known(self, path: str, names: Iterable[str]) -> str:
+        """The name at a path if it is one of these; others are left unread."""
+        value = self.values.get(path)
+        return self.get(path, str) if value and str(value.plain) in names else ""
 
-    def say(self, kind: str, where: str | Node, text: str) -> None:
-        """A note on a path, or on a node and everything in it."""
-        if isinstance(where, Node):
-            for part in where.walk():
-                part.read = part.noted = True
-            where = where.where
-        self.notes[Note(kind, where or "the file", text)] = None
+    def entries(self, path: str) -> list[str]:
+        """The paths of the entries of a list."""
+        return list(takewhile(self.values.__contains__, (f"{path}[{i}]" for i in count())))
 
-    def take(self, option: str, value: Any, where: str, why: str = "") -> None:
-        """Sets an option; a later call replaces it."""
-        self.values[option] = value
-        text = f"{option} {short(value)}" + (f"; {why}" if why else "")
-        self.origin[option] = Note(TAKEN, where, text)
+    def where(self, path: str) -> str:
+        """Where the value at a path is, or would be, written: at its anchor for an alias."""
+        if path in self.values:
+            return self.values[path].where
+        head, _, key = path.rpartition(".")
+        return join(self.where(head), key) if head else path
 
-    def add(self, option: str, value: Any, where: str) -> None:
-        """Appends to an option that is a list; its note is at the place of the first entry."""
-        first = self.origin.get(option)
-        self.take(option, [*self.values.get(option, []), value], first.where if first else where)
+    def say(self, kind: str, path: str, text: str, whole: bool = False) -> None:
+        """A note on a path, and on everything below it if `whole`."""
+        self.notes[Note(kind, self.where(path), text)] = None
+        self.covered |= {self.where(path)} if whole else set()
+
+    def take(self, option: str, value: Any, path: str, why: str = "") -> None:
+        """Sets an option; a note where another place had another value for it."""
+        text, note = f"{option} {short(value)}", self.origin.get(option)
+        if note and note.where != self.where(path) and self.options[option] != value:
+            self.say(MISSING, note.where, f"{note.text} gives way to {text} of {self.where(path)}")
+        self.options[option] = value
+        self.origin[option] = Note(TAKEN, self.where(path), text + (f"; {why}" if why else ""))
 
     def drop(self, option: str) -> str:
         """Unsets an option; returns where it was."""
-        self.values.pop(option)
+        self.options.pop(option)
         return self.origin.pop(option, Note(TAKEN, option, "")).where
 
-    def put(self, node: Node, table: dict[str, Any], take: Callable | None = None) -> None:
+    def put(self, path: str, table: dict[str, Any]) -> None:
         """Takes the options of a table, see united_perception.yaml, from a block."""
         for key, option in table.items():
             option, default = option if isinstance(option, list) else (option, None)
-            kind = KINDS.get(option) or type(Recipe.model_fields[option].default)
-            if (value := self.get(node, key, kind) if key else None) is not None:
-                (take or self.take)(option, value, self.where(node, key))
+            kind = Recipe.model_fields[option].annotation
+            if get_origin(kind) is list or option in SIZES:
+                kind = Annotated[kind, BeforeValidator(square if option in SIZES else listed)]
+            if (value := self.get(f"{path}.{key}", kind) if key else None) is not None:
+                self.take(option, value, f"{path}.{key}")
             elif default is not None:
-                where = node.where.removesuffix(".kwargs") + ".type"
-                (take or self.take)(option, default, where, "implied")
-
-    # the end
+                self.take(option, default, path.removesuffix(".kwargs") + ".type", "implied")
 
     def recipe(self) -> Recipe:
         """The recipe; options without effect in it become notes."""
         while True:
             try:
-                return Recipe(**self.values)
+                return Recipe(**self.options)
             except RecipeError as error:
                 problems = {text.partition(":")[0]: text for text in error.problems}
-            unused = {k: MISSING for k in problems if k in TABLES["optional"]}
-            unused |= {k: NOTHING for k, text in problems.items() if " has no effect" in text}
-            for option, kind in unused.items():
-                self.say(kind, self.drop(option), f"{problems[option]}; left out")
+            unused = [option for option, text in problems.items() if " has no effect" in text]
+            for option in unused:
+                self.say(NOTHING, self.drop(option), f"{problems[option]}; left out")
             if not unused:
-                where = lambda k: f" ({self.origin[k].where})" if k in self.origin else ""
-                lines = [f"\n  - {text}{where(option)}" for option, text in problems.items()]
+                where = {option: f" ({note.where})" for option, note in self.origin.items()}
+                lines = [f"\n  - {text}{where.get(k, '')}" for k, text in problems.items()]
                 raise UnitedPerceptionError("the recipe is not valid" + "".join(lines))
 
-    def finish(self, recipe: Recipe) -> list[Note]:
-        """All notes, with those on single values, missing keys and what was not read."""
-        for check in self.checks:
-            check(recipe)
-        for node, typed in self.typed_nodes(self.root, "", set()):
-            self.check_value(node, typed)
-        told = {note.where for note in (*self.notes, *self.origin.values())}
-        self.note_unread("", self.root, told)
-        for option in ("batch_size", "model"):
-            if self.values and option not in self.values:
-                text = f"not in this text, {Recipe.model_fields[option].default} is taken"
-                self.say(TAKEN, f"--set {option}", text)
+    def finish(self) -> list[Note]:
+        """All notes, with those on single values, on assumptions and on what was not read."""
+        for where, value in {value.where: value for value in self.values.values()}.items():
+            if value.plain is not None:
+                self.check_value(where, value)
+        self.note_unread()
         if self.batch and self.gpus is None:
             self.say(TAKEN, "--gpus", "not given, 1 assumed: batch_size is UP's for one GPU")
-        if self.gpus and not self.batch:
-            self.say(TAKEN, "--gpus", "no batch size in this text that it would multiply")
-        if self.needs_images and self.images is None:
+        if self.batch and self.images is None:
             text = f"not given, {IMAGENET:,} assumed (ImageNet-1k): {self.steps:,} steps an epoch"
             self.say(TAKEN, "--train-images", text)
         return [*self.origin.values(), *self.notes]
 
-    def typed_nodes(self, node: Node, typed: str, seen: set[int]) -> Iterator[tuple[Node, str]]:
-        """Every node with a path that starts at the nearest `type`, such as SGD.kwargs.lr."""
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        keys = [""] * len(node.children())
-        if isinstance(node.value, dict):
-            kind = node.value.get("type")
-            typed = str(kind.value) if kind else typed
-            keys = [f".{key}" for key in node.value]
-        yield node, typed
-        for key, child in zip(keys, node.children(), strict=True):
-            yield from self.typed_nodes(child, typed + key, seen)
-
-    def check_value(self, node: Node, typed: str) -> None:
-        """Notes from the tables `required` and `facts`."""
-        if node.noted or not node.where or node.value == {}:
-            return
-        for name, keys in TABLES["required"].items() if isinstance(node.value, dict) else ():
-            if re.fullmatch(name, typed) or re.search(rf"(^|\.){name}$", node.where):
-                for key in (key for key in keys.split() if not self.at(node, key)):
-                    text = "missing: UP stops (a TypeError, KeyError or failed assertion)"
-                    self.say(DEFECT, self.where(node, key), text)
-        came = str(node.plain())
+    def check_value(self, where: str, value: Value) -> None:
+        """Notes from the table `facts`."""
         for path, pattern, kind, text in TABLES["facts"]:
-            if not (re.search(f"{path}$", node.where) or re.search(f"{path}$", typed)):
+            at = re.search(f"{path}$", where) or re.search(f"{path}$", value.typed)
+            if not at or self.is_covered(where):
                 continue
-            if re.fullmatch(pattern, came):
-                names = re.findall(r"\w+", pattern) if pattern.startswith("(?!(") else ()
-                self.say(KIND_NAMES[kind], node, text + nearest(came, names))
-                return
-            known = node.where.rpartition(".")[2] in NOTHING_KEYS
-            if pattern.startswith("(?!") and not known:  # the value that the recipe has
-                for part in node.walk():
-                    part.read = True
+            if re.fullmatch(pattern, str(value.plain)):
+                self.say(KIND_NAMES[kind], where, text, whole=True)
+            elif pattern.startswith("(?!") and where.rpartition(".")[2] not in NOTHING_NAMES:
+                self.used.add(where)  # the value that the recipe has
 
-    def note_unread(self, key: str, node: Node, told: set[str], above: str = "") -> None:
-        """Notes on values that were not read; `above` is the reason that covers a block."""
-        value, above = node.value, NOTHING_KEYS.get(key, above)
-        if node.noted or value in ({}, []) or (node.where in told and not isinstance(value, dict)):
-            return
-        if node.read and isinstance(value, dict | list):
-            for name, child in value.items() if isinstance(value, dict) else enumerate(value):
-                self.note_unread(str(name), child, told, above)
-        elif node.read:
-            self.say(TAKEN, node, short(value))
-        elif value is None:
-            self.say(NOTHING, node, above or "empty; left out")
-        elif (default := self.defaults.get(key)) is not None:
-            came = node.plain()
-            each = came if isinstance(came, list) and not isinstance(default, list) else [came]
-            if all(one == default for one in each):
-                self.say(NOTHING, node, above or "the same here")
-            else:
-                self.say(MISSING, node, f"{short(came)} is not reproduced; {default} is taken")
-        elif above:
-            self.say(NOTHING, node, above)
-        else:
-            keys = KNOWN_KEYS.union(TABLES["mimic_keys"].split() if "mimic" in node.where else ())
-            self.say(MISSING, node, f"not known here; left out{nearest(key, keys)}")
+    def is_covered(self, where: str) -> bool:
+        return not self.covered.isdisjoint([where, *parents(where)])
+
+    def note_unread(self) -> None:
+        """Notes on all values without one."""
+        told = {note.where for note in (*self.notes, *self.origin.values())}
+        blocks = {block for path in self.asked for block in parents(path)}  # with known keys
+        places = {block for path in self.asked for block in parents(self.where(path))}
+        for path, value in list(self.values.items())[1:]:  # a block comes before what is in it
+            parent, where, plain = parents(path)[-1], value.where, value.plain
+            key = path.removeprefix(parent).removeprefix(".")
+            if parent in self.values and path not in self.asked | blocks:
+                where = join(self.where(parent), key)  # not that of an alias at an unknown key
+            if isinstance(plain, dict | list):
+                dicts = isinstance(plain, list) and any(isinstance(one, dict) for one in plain)
+                if dicts or not plain or path in blocks or where in places:
+                    continue
+            if not self.is_covered(where):
+                self.covered.add(where)
+                if where not in told:
+                    self.notes[self.status(key, value, where)] = None
+
+    def status(self, key: str, value: Value, where: str) -> Note:
+        """The note on a value that has none."""
+        plain, default = value.plain, self.defaults.get(key)
+        kind = plain.get("type", plain) if isinstance(plain, dict) else plain
+        reason = NOTHING_NAMES.get(key) or NOTHING_NAMES.get(str(kind))
+        usual = plain == default or all(one == default for one in listed(plain))
+        if where in self.used:
+            return Note(TAKEN, where, short(plain))
+        if default is not None and plain is not None and not usual:
+            return Note(MISSING, where, f"{short(plain)} is not reproduced; {default} is taken")
+        if reason or plain is None or default is not None:
+            return Note(NOTHING, where, reason or "empty, or the default of UP and of timm")
+        known = {path.rpartition(".")[2] for path in self.asked} | {*NOTHING_NAMES, *self.defaults}
+        near = "" if key in known else nearest(key, known)
+        return Note(MISSING, where, f"{short(kind)} is not supported here; left out{near}")

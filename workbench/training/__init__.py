@@ -7,8 +7,8 @@ from workbench.training.build import (
     load_run_model,
     other_normalization,
 )
-from workbench.training.distributed import is_main
-from workbench.training.environment import pick_device, pick_precision, pick_workers, processor
+from workbench.training.distributed import is_main, pick_device, pick_precision, pick_workers
+from workbench.training.environment import processor
 from workbench.training.inputs import (
     DeviceTransform,
     Normalize,
@@ -22,5 +22,4 @@ from workbench.training.loop import fit
 from workbench.training.losses import loss_function
 from workbench.training.optim import create_optimizer, ema_update, lr_scales
 from workbench.training.setup import resumed_state
-from workbench.training.state import kd_ramp
 from workbench.training.validation import eval_workers, initial_loss, predictions

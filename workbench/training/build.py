@@ -1,7 +1,6 @@
 """The model of a recipe: as its training starts, or as a run left it."""
 
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -10,11 +9,14 @@ from torch import nn
 from workbench import ROOT, models, runs
 from workbench.recipe import Recipe
 
+ARCHITECTURE = {"image_size", "deep_stem", "avg_down"}
+
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model at its seed's initial weights. Raises ModelError, also for its sizes."""
     options = {"drop_path": recipe.drop_path, "dropout": recipe.dropout, "seed": recipe.seed}
-    model = models.create(recipe.model, num_classes, **_architecture(recipe), **options)
+    options |= recipe.model_dump(include=ARCHITECTURE)
+    model = models.create(recipe.model, num_classes, **options)
     models.check_size(model, recipe.image_size, "image_size", model.default_cfg["input_size"][-1])
     if recipe.val_image_size:
         models.check_size(model, recipe.val_image_size, "val_image_size", recipe.image_size)
@@ -29,25 +31,25 @@ def load_run_model(
     From the last checkpoint, or from the best epoch if there is none; `Run.choose_weights` chooses
     where both kinds are saved. Raises RunError, also for nan and for weights that do not fit.
     """
-    state = run.load_checkpoint()
-    if state is not None and not isinstance(state, dict):
-        raise runs.RunError(f"{run.file('last.pt')} is not a checkpoint of a training")
-    if state is not None:
-        file, kept = "last.pt", {"raw": state.get("model"), "ema": state.get("ema")}
-    elif run.file("best.safetensors").exists():
-        file = "best.safetensors"
-        kind, tensors = run.load_weights(file)
-        kept = {"raw": None, "ema": None, kind: tensors}
+    state, file = run.load_checkpoint(), "last.pt"
+    if isinstance(state, dict):
+        saved = {"raw": state.get("model"), "ema": state.get("ema")}
+    elif state is not None:
+        raise runs.RunError(f"{run.file(file)} is not a checkpoint of a training")
+    elif run.file(file := "best.safetensors").exists():
+        saved = dict([run.load_weights(file)])
     else:
         raise runs.RunError(f"{run.path} has no weights yet (last.pt); train it first")
-    only = "ema" if kept["ema"] else "raw"
-    kind = run.choose_weights(weights)[0] if all(kept.values()) else weights or only
-    if not kept.get(kind):
-        have = " and ".join(name for name, tensors in kept.items() if tensors) or "none"
+    saved = {kind: tensors for kind, tensors in saved.items() if tensors}
+    kind = weights or next(iter(saved), "raw")
+    if len(saved) == 2:
+        kind, _ = run.choose_weights(weights)
+    if kind not in saved:
+        have = " and ".join(saved) or "none"
         raise runs.RunError(f"{run.file(file)} has no {kind} weights, only {have}")
     model = create_model(recipe, num_classes)
     try:
-        model.load_state_dict(kept[kind])
+        model.load_state_dict(saved[kind])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise runs.RunError(
             f"{run.file(file)} does not fit recipe.yaml and environment.json, {recipe.model} with "
@@ -57,10 +59,6 @@ def load_run_model(
         if not torch.isfinite(values).all():
             raise runs.RunError(f"{run.file(file)}: {name} contains nan or infinity")
     return model.eval(), kind, file
-
-
-def _architecture(recipe: Recipe) -> dict[str, Any]:
-    return {key: getattr(recipe, key) for key in ("image_size", "deep_stem", "avg_down")}
 
 
 def build_initial_model(
@@ -75,7 +73,8 @@ def build_initial_model(
         force = recipe.allow_partial_weights
         loaded = models.load(model, recipe.weights, classes=classes, force=force)
     elif recipe.pretrained:
-        loaded = models.load_published(model, recipe.model, **_architecture(recipe))
+        architecture = recipe.model_dump(include=ARCHITECTURE)
+        loaded = models.load_published(model, recipe.model, **architecture)
     else:
         return model, None
     loaded.note = other_normalization(recipe)

@@ -1,10 +1,11 @@
-"""The processes of a training: those that torchrun started, or one."""
+"""Devices, precision and processes of a training: those that torchrun started, or one."""
 
 import contextlib
 import datetime
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,9 +13,38 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from workbench import data
 from workbench.recipe import Recipe
 from workbench.schedule import TrainingError
-from workbench.training.environment import pick_device
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a recipe's `device`; under torchrun each process has its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in available and not available[name]():
+        raise TrainingError(f"device is {name}, but torch finds none; set device: auto or cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
+    return torch.device(name, index)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16: `auto` takes bf16 where the processor computes in it."""
+    if name != "auto":
+        return name
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return "bf16" if native else "fp32"
+
+
+def pick_workers(workers: int | None, world: int = 1) -> int:
+    """Loader processes for one of `world` training processes on this machine."""
+    return workers if workers is not None else max(1, min(8, data.available_cpus() // world))
 
 
 def is_main() -> bool:
@@ -34,23 +64,21 @@ class DistContext:
     @contextlib.contextmanager
     def from_env(cls, recipe: Recipe) -> Iterator["DistContext"]:
         """Raises TrainingError where the batch is too small for the number of processes."""
-        device = pick_device(recipe.device)
-        launched = torch.distributed.is_torchelastic_launched()
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not launched:
+        device, world = pick_device(recipe.device), int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1 and not torch.distributed.is_torchelastic_launched():
             yield cls(device)
             return
+        if 2 * world > max(2, recipe.batch_size):
+            raise TrainingError(
+                f"batch_size {recipe.batch_size} is too small for {world} processes; each takes at "
+                "least two images"
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            context = cls(device, rank, world, local_world)
-            if world > 1 and 2 * world > recipe.batch_size:
-                raise TrainingError(
-                    f"batch_size {recipe.batch_size} is too small for {world} processes; each "
-                    "takes at least two images"
-                )
+            context = cls(device, torch.distributed.get_rank(), world, local_world)
             # Verifying a million images takes its time; the other processes wait in this group.
             timeout = datetime.timedelta(days=1)
             context.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
@@ -59,8 +87,10 @@ class DistContext:
             torch.distributed.destroy_process_group()
 
     @property
-    def backend(self) -> str | None:
-        return torch.distributed.get_backend() if self.group else None
+    def loader_options(self) -> dict[str, Any]:
+        """Arguments of data.train_loader and data.eval_loader: this process's share of a batch."""
+        pin_memory = self.device.type == "cuda"
+        return {"rank": self.rank, "world": self.world, "pin_memory": pin_memory}
 
     def ddp(self, model: nn.Module) -> nn.Module:
         """The model with averaged gradients."""

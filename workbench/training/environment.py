@@ -1,11 +1,10 @@
-"""Device, precision and loader processes of a training, and the record of where it ran."""
+"""environment.json: where, with which versions and on which data a training ran."""
 
 import hashlib
-import os
 import platform
 import resource
-import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +14,20 @@ import timm
 import torch
 import torchvision
 
-from workbench import ROOT, __version__, data
-from workbench.recipe import Recipe
-from workbench.schedule import TrainingError
+from workbench import ROOT, __version__, data, models
+from workbench.training.distributed import pick_precision
+from workbench.training.state import TrainState
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device for a recipe's `device`; under torchrun each process has its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise TrainingError("device is cuda, but torch finds no GPU; set device: auto or cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise TrainingError("device is mps, but torch finds none; set device: auto or cpu")
-    return torch.device(name)
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16: `auto` takes bf16 where the processor computes in it."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return "bf16" if any(getattr(torch.cpu, p, bool)() for p in probes) else "fp32"
-    return "fp32"
-
-
-def pick_workers(workers: int | None, world: int = 1) -> int:
-    """Loader processes for one of `world` training processes on this machine."""
-    return workers if workers is not None else max(1, min(8, data.available_cpus() // world))
-
-
-def check_compiler(recipe: Recipe) -> None:
-    """Raises TrainingError where `compile` finds no compiler: C++ on a CPU, C on a GPU."""
-    names = [os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"), "clang"]
-    if pick_device(recipe.device).type == "cpu":
-        names = names[:1]
-    if recipe.compile and not any(map(shutil.which, names)):
-        raise TrainingError(
-            f"compile: torch.compile needs a C++ compiler and found no {names[0]}; install one, "
-            "name it in the environment variable CXX, or set compile to false"
-        )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, commit and device; nothing that would name a user."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
+    """environment.json, but for start, teachers, seconds and memory; nothing that names a user."""
+    recipe, dist, train, val = state.recipe, state.dist, dataset.train, dataset.val
+    cuda = dist.device.type == "cuda"
+    downscaled = duplicates = None
+    if recipe.verify_data:
+        duplicates = int(val.digest.isin(train.digest).sum())
+        if recipe.train_resize:
+            downscaled = int((train[["width", "height"]].min(axis=1) > recipe.train_resize).sum())
     return {
         "workbench": __version__,
         "commit": _commit(),
@@ -75,15 +38,32 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "platform": platform.platform(terse=True),
-        "device": name,
+        "device": torch.cuda.get_device_name(dist.device) if cuda else processor(),
+        "precision": pick_precision(recipe.precision, dist.device),
+        "processes": dist.world,
+        "distributed": torch.distributed.get_backend() if dist.group else None,
+        "workers": state.meter.workers,
+        "threads": torch.get_num_threads(),
+        "parameters": models.parameters(state.model),
+        "train_images": len(train),
+        "val_images": len(val),
+        "classes": dataset.classes,
+        "data": data.fingerprint(dataset),
+        "val_data": data.fingerprint(replace(dataset, train=train.iloc[:0])),
+        "recipe": recipe.fingerprint,
+        "steps_per_epoch": state.steps_per_epoch,
+        "downscaled": downscaled,
+        "train_val_duplicates": duplicates,
+        "skipped_files": data.describe_skipped(dataset.skipped),
+        "empty_classes": [c for c, n in zip(dataset.classes, dataset.counts, strict=True) if not n],
     }
 
 
 def processor() -> str:
     """The name of this machine's CPU, and the number of cores."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {data.available_cpus()} cores"
@@ -91,33 +71,27 @@ def processor() -> str:
 
 def _commit() -> str:
     """The checkout's commit, with "+changes" if files differ from it; empty outside of git."""
-    git = ["git", "-C", str(ROOT)]
-    run = lambda *words: subprocess.run(
-        [*git, *words], capture_output=True, text=True, timeout=10, check=True
-    ).stdout.strip()
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=40"]
     try:
-        changes = run("status", "--porcelain", "-uno")
-        return run("rev-parse", "HEAD") + ("+changes" if changes else "")
+        done = subprocess.run(
+            [*command, "--dirty=+changes"], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.strip()
 
 
 def code_digest() -> str:
-    """Twelve hex digits over the code that decides what a teacher is shown."""
-    folders = (
-        Path(__file__).parents[1] / name for name in ("augmentation", "data", "distillation")
-    )
-    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    """Twelve hex digits over the code that decides the inputs and outputs of a teacher."""
+    parts = [Path(__file__).parents[1] / n for n in ("augmentation", "data", "distillation")]
+    files = sorted(path for part in parts for path in part.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
-def usage(device: torch.device, seconds: float) -> dict[str, Any]:
-    """Seconds of training and peak memory so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {
-        "seconds": round(seconds, 3),
-        "peak_memory_mb": round(peak / (1024 if platform.system() == "Linux" else 1024**2)),
-    }
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak memory of this process, and of its GPU, in MB."""
+    unit = 1024 if platform.system() == "Linux" else 1024**2  # macOS counts bytes
+    peak = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)}
     if device.type == "cuda":
-        found["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
-    return found
+        peak["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
+    return peak

@@ -1,5 +1,6 @@
-"""Training and validation images as a recipe asks for them, up to the tensors a model takes."""
+"""Training and validation images of a recipe, up to the tensors that a model takes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +13,30 @@ from workbench.augmentation import device_ops
 from workbench.data import pixel_cache
 from workbench.recipe import Recipe
 from workbench.training import losses
+from workbench.training.distributed import is_main
+
+Random = augmentation.RandomErasing | augmentation.MixupCutmix
 
 
 def train_transform(recipe: Recipe) -> augmentation.TrainTransform:
     """The recipe's training transform."""
+    randaug = None
+    if recipe.randaug_n:
+        increasing = recipe.randaug_increasing
+        kind = augmentation.RandAugmentIncreasing if increasing else augmentation.RandAugment
+        strength = recipe.randaug_n, recipe.randaug_m, recipe.randaug_std
+        timm = recipe.randaug_variant == "timm"
+        randaug = kind.timm(*strength, recipe.mean) if timm else kind(*strength)
+    names = set("interpolation hflip brightness contrast saturation hue autoaugment".split())
     return augmentation.TrainTransform(
         size=recipe.image_size,
         crop_scale=tuple(recipe.crop_scale),
         crop_ratio=tuple(recipe.crop_ratio),
-        interpolation=recipe.interpolation,
-        hflip=recipe.hflip,
-        brightness=recipe.brightness,
-        contrast=recipe.contrast,
-        saturation=recipe.saturation,
-        hue=recipe.hue,
-        autoaugment=recipe.autoaugment,
-        randaug=_randaug(recipe) if recipe.randaug_n else None,
+        randaug=randaug,
         resize=augmentation.ResizeShortSide(recipe.train_resize, recipe.interpolation),
         on_device=recipe.augment_on_device,
+        **recipe.model_dump(include=names),
     )
-
-
-def _randaug(recipe: Recipe) -> augmentation.RandAugment:
-    increasing = recipe.randaug_increasing
-    kind = augmentation.RandAugmentIncreasing if increasing else augmentation.RandAugment
-    if recipe.randaug_variant == "timm":
-        return kind.timm(recipe.randaug_n, recipe.randaug_m, recipe.randaug_std, recipe.mean)
-    return kind(recipe.randaug_n, recipe.randaug_m, recipe.randaug_std)
-
-
-def sampler_options(recipe: Recipe) -> dict[str, Any]:
-    """Which images a step shows, as arguments of data.train_loader and data.Sampler."""
-    names = "seed batch_size drop_last repeated_aug class_balanced_sampling".split()
-    return {name: getattr(recipe, name) for name in names}
 
 
 def eval_transform(recipe: Recipe) -> augmentation.EvalTransform:
@@ -53,8 +45,14 @@ def eval_transform(recipe: Recipe) -> augmentation.EvalTransform:
     return augmentation.EvalTransform(size, recipe.val_resize, recipe.interpolation)
 
 
+def sampler_options(recipe: Recipe) -> dict[str, Any]:
+    """Which images a step uses, as arguments of data.train_loader and data.Sampler."""
+    names = "seed batch_size drop_last repeated_aug class_balanced_sampling"
+    return recipe.model_dump(include=set(names.split()))
+
+
 def build_pixel_caches(
-    recipe: Recipe, train: pd.DataFrame, val: pd.DataFrame, progress: bool = True
+    recipe: Recipe, train: pd.DataFrame, val: pd.DataFrame
 ) -> tuple[pixel_cache.Cache, pixel_cache.Cache]:
     """Complete caches of verified frames: training images before the crop, validation images as
     the model takes them. Raises CacheError.
@@ -64,7 +62,7 @@ def build_pixel_caches(
         pixel_cache.Cache(train, train_transform(recipe).resize, folder),
         pixel_cache.Cache(val, eval_transform(recipe), folder),
     )
-    pixel_cache.build(*caches, progress=progress)
+    pixel_cache.build(*caches, progress=is_main())
     return caches
 
 
@@ -89,9 +87,9 @@ class Normalize:
 class DeviceTransform:
     """A training batch as the model takes it: normalised, erased and mixed, on the device.
 
-    With `augment_on_device` it is first flipped and so on with the parameters of each image.
-    Parameters of erasing and mixing are sampled for the whole step from (seed, step); each process
-    takes those of its own images.
+    With `augment_on_device` each image is augmented first, by its own parameters. Parameters of
+    erasing and mixing are sampled for the whole step from (seed, step); each process uses those of
+    its own images.
     """
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device):
@@ -102,14 +100,11 @@ class DeviceTransform:
         self.fill = randaug.fill if randaug else (0, 0, 0)
         self.erase = self.mix = None
         if recipe.erase_prob:
-            self.erase = augmentation.RandomErasing(
-                recipe.erase_prob, recipe.erase_mode, recipe.erase_count
-            )
+            erase = recipe.erase_prob, recipe.erase_mode, recipe.erase_count
+            self.erase = augmentation.RandomErasing(*erase)
         if recipe.mixup_alpha or recipe.cutmix_alpha:
-            alphas = recipe.mixup_alpha, recipe.cutmix_alpha
-            self.mix = augmentation.MixupCutmix(
-                *alphas, recipe.switch_prob, recipe.mix_per_sample, recipe.mix_prob
-            )
+            mix = recipe.switch_prob, recipe.mix_per_sample, recipe.mix_prob
+            self.mix = augmentation.MixupCutmix(recipe.mixup_alpha, recipe.cutmix_alpha, *mix)
 
     def __call__(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 images (n, 3, h, w) and targets: class numbers (n,), or soft labels (n, C)."""
@@ -118,22 +113,27 @@ class DeviceTransform:
             images = device_ops.apply(images, batch.aug_params, self.fill)
         images = self.normalize(images)
         targets = batch.labels.to(self.device, non_blocking=True)
-        places = batch.positions.numpy()
+        positions = batch.positions.numpy()
         if self.erase:
-            drawn = self._own(self.erase, data.ERASE, batch, places)
-            images = self.erase.apply(images, **drawn)
+            images = self.erase.apply(images, **self._params(self.erase, data.ERASE, batch))
         if self.mix:
-            drawn = self._own(self.mix, data.MIX, batch, places)
+            params = self._params(self.mix, data.MIX, batch)
             targets = losses.soft(targets, self.classes)
-            images, targets = self.mix.apply(images, targets, places, **drawn)
+            images, targets = self.mix.apply(images, targets, positions, **params)
         return images, targets
 
-    def _own(
-        self, operation: Any, purpose: int, batch: data.Batch, places: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def _params(self, operation: Random, purpose: int, batch: data.Batch) -> dict[str, np.ndarray]:
         rng = data.rng_for(self.seed, purpose, batch.step)
-        drawn = operation.sample_params(rng, batch.global_size, self.size)
-        return {key: values[places] for key, values in drawn.items()}
+        params = operation.sample_params(rng, batch.global_size, self.size)
+        return {key: values[batch.positions.numpy()] for key, values in params.items()}
+
+
+def train_batches(
+    recipe: Recipe, dataset: data.Dataset, steps: range, **loading: Any
+) -> Iterator[data.Batch]:
+    """The recipe's training batches; `loading` is passed on to data.train_loader."""
+    transform, options = train_transform(recipe), sampler_options(recipe)
+    return data.train_loader(dataset.train, transform, steps=steps, **options, **loading)
 
 
 def preview_batch(
@@ -143,11 +143,5 @@ def preview_batch(
 
     `count` is even, so that each image has the partner it is mixed with.
     """
-    loader = data.train_loader(
-        dataset.train,
-        train_transform(recipe),
-        **sampler_options(recipe),
-        steps=range(1),
-        micro_batch_size=count,
-    )
-    return DeviceTransform(recipe, len(dataset.classes), torch.device("cpu"))(next(loader))
+    batch = next(train_batches(recipe, dataset, range(1), micro_batch_size=count))
+    return DeviceTransform(recipe, len(dataset.classes), torch.device("cpu"))(batch)

@@ -48,16 +48,10 @@ class LAMB(torch.optim.Optimizer):
         if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
             raise ValueError(f"max_grad_norm is {max_grad_norm}: a number above 0, or None")
         self.max_grad_norm = max_grad_norm
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "trust_clip": trust_clip,
-            "always_adapt": always_adapt,
-            "fused": True,  # tells load_state_dict to put step in float32 beside its parameter
-        }
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"trust_clip": trust_clip, "always_adapt": always_adapt}
+        # fused tells load_state_dict to put step in float32 beside its parameter.
+        super().__init__(params, defaults | {"fused": True})
 
     def __getstate__(self) -> dict:
         """For pickle and deepcopy; torch's own lists its attributes one by one."""
@@ -65,9 +59,14 @@ class LAMB(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's. Raises ValueError for values out of range."""
-        if "max_grad_norm" in param_group:
+        group = self.defaults | param_group
+        if "max_grad_norm" in group:
             raise ValueError("max_grad_norm is set for the whole optimizer, not for a group")
-        _check(self.defaults | param_group)
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= group[name] < float("inf"):
+                raise ValueError(f"{name} is {group[name]}: at least 0 and finite")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas is {group['betas']}: two numbers, at least 0 and below 1")
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -87,35 +86,24 @@ class LAMB(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict, clip: Tensor | None) -> None:
-        # The kernel subtracts Adam's direction from what it is given: handed -weight_decay p
-        # instead of p, with a rate of 1, it leaves -u. It walks memory in order and does not look
-        # at strides, so gradients and state must have those of u.
+        # The kernel subtracts Adam's direction from its first argument: with -weight_decay p
+        # instead of p, and a rate of 1, the result is -u. It reads memory in order and ignores
+        # strides, so gradients and state must have those of u.
         updates = torch._foreach_mul(params, -group["weight_decay"])
         states = [self._state(p, u) for p, u in zip(params, updates, strict=True)]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
         grads = [_like(p.grad, u) for p, u in zip(params, updates, strict=True)]
+        steps, *moments = zip(*states, strict=True)
+        torch._foreach_add_(steps, 1)
         if clip is not None:
             # In place: copies would cost more than all the rest of the clipping. The kernel's own
-            # grad_scale gains nothing, is float32 whatever the gradients are, and unknown to MPS.
+            # grad_scale is no faster, is always float32, and MPS does not support it.
             torch._foreach_div_(grads, clip.to(params[0].device))
         # Private, but what torch.optim.Adam(fused=True) calls: one pass over memory, where public
         # functions take seven.
-        torch._fused_adam_(
-            updates,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            lr=1.0,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=0.0,
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
+        adam = {"lr": 1.0, "weight_decay": 0.0, "eps": group["eps"]}
+        adam |= {"beta1": group["betas"][0], "beta2": group["betas"][1]}
+        adam |= {"amsgrad": False, "maximize": False}
+        torch._fused_adam_(updates, grads, *moments, [], steps, **adam)
         if group["weight_decay"] == 0 and not group["always_adapt"]:
             torch._foreach_add_(params, updates, alpha=group["lr"])
             return
@@ -125,24 +113,15 @@ class LAMB(torch.optim.Optimizer):
             ratio = ratio.clamp(max=1.0)
         torch._foreach_addcmul_(params, updates, (group["lr"] * ratio).unbind())
 
-    def _state(self, p: Tensor, u: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter, made at its first step, with the strides of its update."""
+    def _state(self, p: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """step, exp_avg and exp_avg_sq of a parameter, with the strides of its update."""
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(u)
-            state["exp_avg_sq"] = torch.zeros_like(u)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(u), torch.zeros_like(u)
         for name in ("exp_avg", "exp_avg_sq"):  # a loaded state may come from another memory format
             state[name] = _like(state[name], u)
-        return state
-
-
-def _check(group: dict) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= group[name] < float("inf"):
-            raise ValueError(f"{name} is {group[name]}: at least 0 and finite")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas is {group['betas']}: two numbers, at least 0 and below 1")
+        return state["step"], state["exp_avg"], state["exp_avg_sq"]
 
 
 def _batches(group: dict) -> Iterable[list[Tensor]]:

@@ -1,12 +1,7 @@
 """Training as a generator: the caller has the loop, and may plot, log or leave it.
 
-    run = runs.Run(recipe.folder)
-    for row in fit(recipe, run):
-        print(row)                   # kind "step" every log_every steps, "epoch" at its end
-
-The same function runs on a CPU, on one GPU and, started by torchrun, on many; rank 0 yields. A
-step depends on the recipe, its number and the weights alone, so a killed run resumes bit for bit
-(on a CPU, with the same number of threads).
+for row in fit(recipe, runs.Run(recipe.folder)):
+    print(row)                   # kind "step" every log_every steps, "epoch" at its end
 """
 
 import contextlib
@@ -15,23 +10,17 @@ import weakref
 from collections.abc import Iterator
 
 from workbench import data, runs
-from workbench.data import pixel_cache
 from workbench.recipe import Recipe
-from workbench.schedule import TrainingError
 from workbench.training.distributed import DistContext
-from workbench.training.inputs import DeviceTransform, sampler_options, train_transform
-from workbench.training.meter import Meter, Row
-from workbench.training.record import Record
-from workbench.training.setup import (
-    Setup,
-    check_folder,
-    check_images_unchanged,
-    pixel_caches,
-    set_up,
-)
+from workbench.training.inputs import DeviceTransform, build_pixel_caches, train_batches
+from workbench.training.meter import Row
+from workbench.training.run_writer import RunWriter
+from workbench.training.setup import is_finished, set_up
 from workbench.training.state import TrainState
-from workbench.training.stopping import StopRequest
-from workbench.training.validation import Validation
+from workbench.training.stop_request import StopRequest
+from workbench.training.validation import no_validation, validate
+
+CONTINUE, SAVE, STOP = range(3)
 
 _live: "weakref.WeakValueDictionary[str, Iterator[Row]]" = weakref.WeakValueDictionary()
 
@@ -43,7 +32,9 @@ def fit(
     dataset: data.Dataset | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Row]:
-    """Trains a recipe into a run folder and yields flat rows; resumes what the folder began.
+    """Trains a recipe into a run folder and yields flat rows; resumes the run of the folder.
+
+    The same function runs on a CPU, on one GPU and, started by torchrun, on many; rank 0 yields.
 
     Step rows: kind, step, steps, epoch, lr, loss (mean since the last row), seconds (training time
     so far), images_per_second, data_wait (share of the time), loader_images_per_second (of the
@@ -54,7 +45,9 @@ def fit(
     before its weight; loss = task_weight * task_loss + ramp * kd_loss.
 
     Starts from the first of these that applies: the folder's last.pt (auto_resume), `resume_from`,
-    `weights` or `pretrained`, weights initialised from the seed. A finished run yields nothing.
+    `weights` or `pretrained`, weights initialised from the seed. A finished run yields nothing. A
+    step depends on the recipe, its number and the weights alone, so a killed run resumes bit for
+    bit (on a CPU, with the same number of threads).
 
     Ctrl-C, SIGTERM, a STOP file in the folder, `stop` and leaving the loop end it at the next
     step: last.pt is written, the state is "stopped", and fit returns. A second Ctrl-C interrupts
@@ -62,44 +55,118 @@ def fit(
     DistillationError or TrainingError, mostly before the first step.
     """
     key = str(run.path.resolve())
-    previous = _live.get(key)
-    if previous is not None:  # a loop over this run that an error left open in this process
-        try:
-            previous.close()
-        except ValueError:
-            raise TrainingError(
-                f"{run.path} is being trained by another thread; stop that first"
-            ) from None
-    rows = _fit(recipe, run, dataset, stop or threading.Event())
-    _live[key] = rows
+    if previous := _live.get(key):  # a loop over this run that an error left open in this process
+        previous.close()
+    rows = _live[key] = _fit(recipe, run, dataset, stop or threading.Event())
     return rows
 
 
 def _fit(
     recipe: Recipe, run: runs.Run, dataset: data.Dataset | None, stop: threading.Event
 ) -> Iterator[Row]:
-    with contextlib.ExitStack() as stack:
-        dist = stack.enter_context(DistContext.from_env(recipe))
-        finished = False
-        if dist.is_main:
-            stack.enter_context(run.writing())
-            finished = check_folder(recipe, run)
-            if finished:
-                check_images_unchanged(recipe, run, dataset)
-        if dist.any(finished):
+    with (
+        DistContext.from_env(recipe) as dist,
+        run.writing() if dist.is_main else contextlib.nullcontext(),
+    ):
+        if dist.any(dist.is_main and is_finished(recipe, run, dataset)):
             return
-        stopping = StopRequest(run if dist.is_main else None, stop)
         try:
-            yield from _train(recipe, run, dataset, dist, stopping)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
+            yield from _train(recipe, run, dataset, dist, stop)
+        except (Exception, KeyboardInterrupt) as error:
             explained = data.explain_worker_crash(error) or error
             if dist.is_main:
                 _record_failure(run, explained)
             if explained is error:
                 raise
             raise explained from None
+
+
+def _train(
+    recipe: Recipe,
+    run: runs.Run,
+    dataset: data.Dataset | None,
+    dist: DistContext,
+    stop: threading.Event,
+) -> Iterator[Row]:
+    state, writer = set_up(recipe, run, dataset, dist)
+    meter, dataset, action = state.meter, writer.dataset, CONTINUE
+    prepare = DeviceTransform(recipe, len(dataset.classes), dist.device)
+    train_cache = val_cache = None
+    if recipe.cache:  # last, since it may take hours
+        with dist.main_first():
+            train_cache, val_cache = build_pixel_caches(recipe, dataset.train, dataset.val)
+        writer.environment["cache_mb"] = round((train_cache.bytes + val_cache.bytes) / 1e6, 3)
+    batches = train_batches(
+        recipe,
+        dataset,
+        range(state.step, state.steps),
+        micro_batch_size=recipe.micro_batch_size,
+        workers=meter.workers,
+        cached=train_cache,
+        **dist.loader_options,
+    )
+    meter.start_clock()
+    with (
+        contextlib.closing(batches),  # ends the loader's processes
+        StopRequest(run if dist.is_main else None, stop) as stopping,
+        _saved_on_leaving(writer),
+    ):
+        while action < STOP and not state.finished:
+            train_step(state, batches, prepare, writer)
+            epoch_ends = state.step % state.steps_per_epoch == 0
+            row_due = epoch_ends or state.step % recipe.log_every == 0
+            save_due = epoch_ends or writer.checkpoint_due()
+            action = dist.max(STOP if stopping.reason() else SAVE if save_due else CONTINUE)
+            if not row_due and action == CONTINUE:
+                continue
+
+            writer.settle()  # raises if a loss is not finite
+            meter.lap()
+            rows = [writer.step_row()] if row_due else []
+            if epoch_ends:
+                writer.check_finite()
+                evaluate = state.epoch % recipe.eval_every == 0 or state.finished
+                columns = validate(writer, val_cache) if evaluate else no_validation(state)
+                rows.append(writer.epoch_row(columns))
+                meter.lap()
+            if action != CONTINUE:
+                writer.save()
+            if dist.is_main:  # last, so that nothing is lost when the caller leaves the loop here
+                yield from rows
+            meter.start_clock(new_window=row_due)
+        writer.close(stopping.reason())
+
+
+def train_step(
+    state: TrainState, batches: Iterator[data.Batch], prepare: DeviceTransform, writer: RunWriter
+) -> None:
+    """One optimizer step: read, forward, backward, clip, update, average."""
+    state.begin_step()
+    for batch in state.meter.timed(batches):
+        writer.quarantine("train", batch.failures)
+        with state.sync_if(batch.is_last):
+            if len(batch.labels):
+                images, targets = prepare(batch)
+                loss = state.loss(images, targets, batch)
+                state.meter.add(loss)  # stays on the device
+                total = loss.total
+            else:
+                total = state.zero_loss()
+            # The mean over the step's images; DDP divides by the number of processes.
+            (total * (state.dist.world / batch.global_size)).backward()
+    state.optimizer_step()
+
+
+@contextlib.contextmanager
+def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
+    """Writes a checkpoint when the caller leaves the loop."""
+    try:
+        yield
+    except GeneratorExit:
+        if writer.saved_step != writer.state.step:
+            writer.save()
+        writer.close("leaving the loop")
+        raise
 
 
 def _record_failure(run: runs.Run, error: BaseException) -> None:
@@ -110,106 +177,3 @@ def _record_failure(run: runs.Run, error: BaseException) -> None:
         with contextlib.suppress(Exception):  # a full disk must not hide the error itself
             run.set_status(state, message=message)
             break
-
-
-def _train(
-    recipe: Recipe,
-    run: runs.Run,
-    dataset: data.Dataset | None,
-    dist: DistContext,
-    stopping: StopRequest,
-) -> Iterator[Row]:
-    setup = set_up(recipe, run, dataset, dist)
-    state, meter, dataset = setup.state, setup.meter, setup.dataset
-    train_cache, val_cache = pixel_caches(setup)
-    record = Record(run, dist, dataset, setup.environment)
-    prepare = DeviceTransform(recipe, len(dataset.classes), dist.device)
-    validate = Validation(recipe, dataset.val, dist, setup.workers, val_cache)
-    batches = _batches(setup, train_cache)
-    meter.start_clock()
-    stopping.listen()  # from here on Ctrl-C waits for the step; before, it interrupts at once
-    try:
-        while not state.finished:
-            lr = train_step(state, meter, batches, prepare, record)
-            epoch_ends = state.step % state.steps_per_epoch == 0
-            row_due = epoch_ends or state.step % recipe.log_every == 0
-            save_due = epoch_ends or record.checkpoint_due(recipe.checkpoint_minutes)
-            code = dist.max(2 if stopping.reason() else 1 if save_due else 0)
-            if not (row_due or code):
-                continue
-
-            record.settle(meter, state)
-            state.seconds += meter.lap()
-            rows = []
-            if row_due:
-                rows.append(record.step_row(meter, state, lr))
-            if epoch_ends:
-                record.check_finite(state)
-                evaluate = state.epoch % recipe.eval_every == 0 or state.finished
-                columns = validate(state, record) if evaluate else validate.empty(state)
-                rows.append(record.epoch_row(meter, state, lr, columns))
-                state.seconds += meter.lap()
-            if code:
-                record.save(state, meter)
-            if dist.is_main:  # last, so that nothing is lost when the caller leaves the loop here
-                yield from rows
-            if code == 2 and not state.finished:
-                record.mark_stopped(state, stopping.reason())
-                return
-            meter.start_clock(new_window=row_due)
-        record.mark_finished(state)
-    except GeneratorExit:
-        if record.saved_step != state.step:
-            record.save(state, meter)
-        if state.finished:
-            record.mark_finished(state)
-        else:
-            record.mark_stopped(state, "leaving the loop")
-        raise
-    finally:
-        stopping.close()
-        batches.close()  # ends the loader's processes
-
-
-def _batches(setup: Setup, cache: pixel_cache.Cache | None) -> Iterator[data.Batch]:
-    state = setup.state
-    return data.train_loader(
-        setup.dataset.train,
-        train_transform(state.recipe),
-        **sampler_options(state.recipe),
-        steps=range(state.step, state.steps),
-        micro_batch_size=state.recipe.micro_batch_size,
-        rank=state.dist.rank,
-        world=state.dist.world,
-        workers=setup.workers,
-        pin_memory=state.dist.device.type == "cuda",
-        cached=cache,
-    )
-
-
-def train_step(
-    state: TrainState,
-    meter: Meter,
-    batches: Iterator[data.Batch],
-    prepare: DeviceTransform,
-    record: Record,
-) -> float:
-    """One optimizer step: read, forward, backward, clip, update, average. Returns its lr."""
-    lr = state.begin_step()
-    parts, count = [], 0
-    for batch in meter.timed(batches):
-        record.quarantine("train", batch.failures, state.step)
-        with state.sync_if(batch.is_last):
-            if len(batch.labels):
-                images, targets = prepare(batch)
-                loss = state.loss(images, targets, batch)
-                total = loss.total
-                parts += [total.detach(), loss.task, loss.kd, loss.correct]
-                count += len(batch.labels)
-            else:
-                total = state.zero_loss()
-            # The mean over the step's images; DDP divides by the number of processes.
-            (total * (state.dist.world / batch.global_size)).backward()
-    state.optimizer_step()
-    meter.add(parts, count)  # stays on the device
-    return lr

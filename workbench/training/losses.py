@@ -17,9 +17,7 @@ from workbench.recipe import Recipe
 
 def soft(targets: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Targets as soft labels (n, C): class numbers become one-hot rows, soft labels stay."""
-    if targets.ndim == 2:
-        return targets.to(dtype)
-    return F.one_hot(targets, classes).to(dtype)
+    return (targets if targets.ndim == 2 else F.one_hot(targets, classes)).to(dtype)
 
 
 def smooth(targets: Tensor, smoothing: float) -> Tensor:
@@ -33,8 +31,8 @@ def smooth(targets: Tensor, smoothing: float) -> Tensor:
 def smooth_up(targets: Tensor, smoothing: float) -> Tensor:
     """t * (1 - s + s / C) where t > 0, else s / C: United Perception's form, to reproduce it.
 
-    The same as `smooth` for one-hot labels; where k classes are mixed a row sums to
-    1 - (k - 1) * s / C, so mixed images weigh a little less.
+    The same as `smooth` for one-hot labels; a row that mixes k classes sums to
+    1 - (k - 1) * s / C.
     """
     rest = smoothing / targets.shape[1]
     return torch.where(targets > 0, targets * (1 - smoothing + rest), rest)
@@ -63,12 +61,11 @@ def binary_cross_entropy(
 ) -> Tensor:
     """-mean_c [t_c * log p_c + (1 - t_c) * log(1 - p_c)] with p = sigmoid(z), shape (n,).
 
-    Every class is a question of its own: Wightman et al., "ResNet strikes back", arXiv
-    2110.00476, section 3.1. There a class counts as fully present (t = 1) when its share after
-    smoothing is above `threshold` (0.2), else as absent. `sum_classes` sums over the classes
-    instead of taking the mean: C times the gradient. `shift` puts z - ln C in the place of z, so
-    that fresh logits near 0 say p = 1 / (C + 1) instead of 1/2. United Perception's `bias: true`
-    is both, `bias: false` neither.
+    Wightman et al., "ResNet strikes back", arXiv 2110.00476, section 3.1. There a class counts as
+    fully present (t = 1) when its share after smoothing is above `threshold` (0.2), else as absent.
+    `sum_classes` sums over the classes instead of taking the mean: C times the gradient. `shift`
+    replaces z by z - ln C, so that initial logits near 0 give p = 1 / (C + 1) instead of 1/2.
+    United Perception's `bias: true` is both, `bias: false` neither.
     """
     classes = logits.shape[1]
     targets = smooth(soft(targets, classes, logits.dtype), smoothing)
@@ -80,16 +77,10 @@ def binary_cross_entropy(
     return loss.sum(1) if sum_classes else loss.mean(1)
 
 
-def loss_function(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def loss_function(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
     """(logits (n, classes), targets (n,) or soft (n, classes)) -> losses (n,) of training."""
+    options = {"smoothing": recipe.label_smoothing}
     if recipe.loss == "bce":
-        return functools.partial(
-            binary_cross_entropy,
-            smoothing=recipe.label_smoothing,
-            threshold=recipe.bce_threshold,
-            sum_classes=recipe.bce_sum,
-            shift=recipe.bce_shift,
-        )
-    return functools.partial(
-        cross_entropy, smoothing=recipe.label_smoothing, up_smoothing=recipe.up_smoothing
-    )
+        options |= {"threshold": recipe.bce_threshold, "sum_classes": recipe.bce_sum}
+        return functools.partial(binary_cross_entropy, shift=recipe.bce_shift, **options)
+    return functools.partial(cross_entropy, up_smoothing=recipe.up_smoothing, **options)

@@ -17,41 +17,40 @@ def create_optimizer(
     The training sets the lr of a group to that of the schedule times its lr_scale.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scales = lr_scales(model, recipe.layer_decay)
     if adapters is not None:
         named += [(f"adapters.{name}", p) for name, p in adapters.named_parameters()]
+    scales = lr_scales(model, recipe.layer_decay)
     # Named by timm's models: position embeddings, class tokens, bias tables.
-    spared = getattr(model, "no_weight_decay", set)()
-    # Parameters that are trained later have groups of their own: torch's fused SGD wants all
-    # momenta of a group to be initialised in the same step.
+    undecayed = getattr(model, "no_weight_decay", set)()
+    # Parameters that are trained later are in other groups: torch's fused SGD needs all momenta
+    # of a group to be initialised in the same step.
     head = models.heads(model) if recipe.head_only_epochs else ("",)
-    parts: dict[tuple[bool, bool, float], list] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, p in named:
-        free = not recipe.decay_norm_and_bias and (
-            p.ndim <= 1 or any(part in name for part in spared)
+        no_decay = not recipe.decay_norm_and_bias and (
+            p.ndim <= 1 or any(part in name for part in undecayed)
         )
-        first = name.startswith((*head, "adapters."))
-        parts.setdefault((free, first, scales.get(name, 1.0)), []).append(p)
-    groups = [
-        {"params": kept, "lr_scale": scale, **({"weight_decay": 0.0} if free else {})}
-        for (free, _, scale), kept in sorted(parts.items(), key=lambda part: part[0][0])
+        key = no_decay, name.startswith((*head, "adapters.")), scales.get(name, 1.0)
+        groups.setdefault(key, []).append(p)
+    decayed_first = sorted(groups.items(), key=lambda group: group[0][0])
+    params = [
+        {"params": ps, "lr_scale": scale, "weight_decay": 0.0 if no_decay else recipe.weight_decay}
+        for (no_decay, _, scale), ps in decayed_first
     ]
-    shared = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     match recipe.optimizer:
         case "adamw":
-            return torch.optim.AdamW(groups, **shared, fused=fused)
+            return torch.optim.AdamW(params, lr=recipe.lr, fused=fused)
         case "lamb":  # clips inside its step
             return LAMB(
-                groups,
-                **shared,
+                params,
+                lr=recipe.lr,
                 max_grad_norm=recipe.clip_grad_norm,
                 trust_clip=recipe.trust_clip,
                 always_adapt=recipe.always_adapt,
             )
-    return torch.optim.SGD(
-        groups, **shared, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused
-    )
+    sgd = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+    return torch.optim.SGD(params, lr=recipe.lr, **sgd, fused=fused)
 
 
 def lr_scales(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
@@ -72,10 +71,10 @@ def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
     Constant decay from the first step on, as UP's `linear` EMA with its default warmup.
     """
     averaged, current = [], []
-    for kept, value in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            averaged.append(kept)
+    for average, value in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+        if average.is_floating_point():
+            averaged.append(average)
             current.append(value)
         else:
-            kept.copy_(value)
+            average.copy_(value)
     torch._foreach_lerp_(averaged, current, 1 - decay)

@@ -1,8 +1,6 @@
 """Validation at the end of an epoch, and of any model outside of a training."""
 
 import copy
-from collections.abc import Iterator
-from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -14,77 +12,55 @@ from workbench.data import pixel_cache
 from workbench.evaluation import inference
 from workbench.progress import bar
 from workbench.recipe import Recipe
-from workbench.training.distributed import DistContext
-from workbench.training.environment import pick_workers
-from workbench.training.inputs import Normalize, eval_transform, train_transform
+from workbench.training.distributed import pick_workers
+from workbench.training.inputs import DeviceTransform, Normalize, eval_transform, train_batches
 from workbench.training.meter import Row
-from workbench.training.record import Record
+from workbench.training.run_writer import RunWriter
 from workbench.training.state import TrainState
 
 
-class Validation:
-    """Evaluates raw and EMA weights on the validation list."""
+def validate(writer: RunWriter, cache: pixel_cache.Cache | None) -> Row:
+    """Evaluates raw and EMA weights on the validation list; returns the columns of metrics.csv.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        val: pd.DataFrame,
-        dist: DistContext,
-        workers: int,
-        cache: pixel_cache.Cache | None,
-    ):
-        self.recipe, self.val, self.dist, self.cache = recipe, val, dist, cache
-        self.workers = eval_workers(workers, val, cached=cache is not None)
-        self.normalize = Normalize(recipe, dist.device)
-
-    def __call__(self, state: TrainState, record: Record) -> Row:
-        """The validation columns; writes predictions.parquet, and best.safetensors if better."""
-        for network in state.networks.values():
-            self.dist.average_buffers(network)
-        frames, columns = {}, self.empty(state)
-        for weights, network in state.networks.items():
-            own = inference.predict(network, self._batches(), self.normalize, self.dist.device)
-            record.quarantine("val", own.attrs.pop("failures"), state.step)
-            frames[weights] = self.dist.gather(own)
-            result = evaluation.summary(frames[weights])
-            prefix = "ema_" if weights == "ema" else ""
-            columns |= {f"{prefix}{k}": v for k, v in result.items() if k != "val_images"}
-            columns["val_images"] = result["val_images"]
-        if self.dist.is_main:
-            for weights, frame in frames.items():
-                name_rows(frame, self.val).insert(0, "weights", weights)
-            predictions = pd.concat(frames.values(), ignore_index=True)
-            record.run.save_frame("predictions.parquet", predictions)
-            self._save_if_best(state, record, columns)
-        return columns
-
-    def empty(self, state: TrainState) -> Row:
-        """The columns of an epoch without validation."""
-        columns = ["val_loss", "top1", "top5", "val_images"]
-        columns += ["ema_val_loss", "ema_top1", "ema_top5"] if state.ema else []
-        return dict.fromkeys(columns)
-
-    def _batches(self) -> Iterator[data.Batch]:
-        size = self.recipe.micro_batch_size or self.recipe.batch_size
-        return data.eval_loader(
-            self.val,
-            eval_transform(self.recipe),
-            batch_size=max(64, min(256, size)),
-            rank=self.dist.rank,
-            world=self.dist.world,
-            workers=self.workers,
-            pin_memory=self.dist.device.type == "cuda",
-            cached=self.cache,
+    Writes predictions.parquet, and best.safetensors if the top-1 is the best so far.
+    """
+    state, val = writer.state, writer.dataset.val
+    recipe, dist = state.recipe, state.dist
+    normalize, frames, columns = Normalize(recipe, dist.device), [], no_validation(state)
+    for weights, network in state.networks.items():
+        dist.average_buffers(network)
+        batches = data.eval_loader(
+            val,
+            eval_transform(recipe),
+            batch_size=max(64, min(256, recipe.micro_batch_size or recipe.batch_size)),
+            workers=eval_workers(state.meter.workers, val, cached=cache is not None),
+            cached=cache,
+            **dist.loader_options,
         )
+        frame = inference.predict(network, batches, normalize, dist.device)
+        writer.quarantine("val", frame.attrs.pop("failures"))
+        frame = name_rows(dist.gather(frame), val)
+        prefix = "ema_" if weights == "ema" else ""
+        found = {prefix + key: value for key, value in evaluation.summary(frame).items()}
+        columns |= {key: value for key, value in found.items() if key in columns}
+        frame.insert(0, "weights", weights)
+        frames.append(frame)
+    if dist.is_main:
+        writer.run.save_frame("predictions.parquet", pd.concat(frames, ignore_index=True))
+        top1 = {"raw": columns["top1"], "ema": columns.get("ema_top1", -1.0)}
+        best = max(state.networks, key=lambda weights: (top1[weights], weights))  # raw, if equal
+        if top1[best] > state.best:
+            state.best = top1[best]
+            metadata = {"weights": best, "top1": state.best, "step": state.step}
+            tensors = state.networks[best].state_dict()
+            writer.run.save_weights("best.safetensors", tensors, metadata)
+    return columns
 
-    def _save_if_best(self, state: TrainState, record: Record, columns: Row) -> None:
-        top1 = {"raw": columns["top1"]} | ({"ema": columns["ema_top1"]} if state.ema else {})
-        weights = max(top1, key=lambda kind: (top1[kind], kind))  # raw if both are equal
-        if top1[weights] > state.best:
-            state.best = top1[weights]
-            metadata = {"weights": weights, "top1": state.best, "step": state.step}
-            tensors = state.networks[weights].state_dict()
-            record.run.save_weights("best.safetensors", tensors, metadata)
+
+def no_validation(state: TrainState) -> Row:
+    """The columns of an epoch without validation."""
+    columns = ["val_loss", "top1", "top5", "val_images"]
+    return dict.fromkeys(columns + ["ema_val_loss", "ema_top1", "ema_top5"] * bool(state.ema))
 
 
 def predictions(recipe: Recipe, dataset: data.Dataset, model: nn.Module) -> pd.DataFrame:
@@ -108,18 +84,15 @@ def initial_loss(
 
     Near ln(classes) for a model at its initial weights.
     """
-    loader = data.train_loader(
-        dataset.train,
-        replace(train_transform(recipe), on_device=False),
-        seed=recipe.seed,
-        batch_size=min(images, len(dataset.train)),
-        steps=range(1),
+    device = next(model.parameters()).device
+    prepare = DeviceTransform(recipe, len(dataset.classes), device)
+    prepare.erase = prepare.mix = None
+    inputs, labels = prepare(
+        next(train_batches(recipe, dataset, range(1), micro_batch_size=images))
     )
-    batch, device = next(loader), next(model.parameters()).device
-    model = copy.deepcopy(model).train()
     with torch.no_grad():
-        logits = model(Normalize(recipe, device)(batch.images.to(device)))
-    return F.cross_entropy(logits.float(), batch.labels.to(device)).item()
+        logits = copy.deepcopy(model).train()(inputs)
+    return F.cross_entropy(logits.float(), labels).item()
 
 
 def eval_workers(workers: int, val: pd.DataFrame, cached: bool = False) -> int:

@@ -5,6 +5,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure as MatplotlibFigure
 
@@ -20,17 +21,13 @@ class Figure(MatplotlibFigure):
     def png(self) -> bytes:
         """The figure as a PNG file."""
         buffer = io.BytesIO()
-        self._save(buffer, "png")
+        self.write(buffer, pil_kwargs={"compress_level": 1})  # fast
         return buffer.getvalue()
 
-    def write(self, path: str | Path) -> None:
+    def write(self, file: str | Path | io.BytesIO, **options: Any) -> None:
         """Writes the figure to a .png, .svg or .pdf file."""
-        self._save(path, Path(path).suffix[1:])
-
-    def _save(self, target: str | Path | io.BytesIO, kind: str) -> None:
         with missing_glyphs_allowed():
-            fast = {"pil_kwargs": {"compress_level": 1}} if kind == "png" else {}
-            self.savefig(target, format=kind, dpi=DPI, **fast)
+            self.savefig(file, dpi=DPI, **options)
 
     def _repr_png_(self) -> bytes:
         return self.png()

@@ -18,11 +18,7 @@ AnyImage = Image.Image | np.ndarray  # an array is (height, width, 3), uint8
 
 
 def grid(
-    images: Sequence[AnyImage],
-    titles: Sequence[str] = (),
-    *,
-    columns: int = 8,
-    heading: str = "",
+    images: Sequence[AnyImage], titles: Sequence[str] = (), *, columns: int = 8, heading: str = ""
 ) -> Figure:
     """Images (PIL or height x width x 3) in rows of `columns` with a title above each."""
     titles = titles or [""] * len(images)
@@ -82,17 +78,13 @@ def _image_sheet(
     return figure
 
 
-def _pil(image: AnyImage) -> Image.Image:
-    return image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-
-
 def _thumbnail(image: AnyImage) -> np.ndarray:
     """An image with a longer side of SIDE pixels, uint8 (h, w, 3)."""
-    image = _pil(image)
+    image = Image.fromarray(np.asarray(image)).convert("RGB")
     scale = SIDE / max(image.size)
     size = [max(1, round(scale * side)) for side in image.size]
     filter = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
-    return np.asarray(image.convert("RGB").resize(size, filter))
+    return np.asarray(image.resize(size, filter))
 
 
 @functools.lru_cache(4096)
@@ -126,7 +118,8 @@ def label_text(target: ArrayLike, classes: Sequence[str], most: int | None = Non
 
 def tinted(image: AnyImage, weight: np.ndarray) -> np.ndarray:
     """An image tinted blue where `weight` (h, w) is 0, orange where it is 1: uint8 (h, w, 3)."""
-    light = np.asarray(_pil(image).convert("L"), np.float32)[..., None] / 255
+    grey = Image.fromarray(np.asarray(image)).convert("L")
+    light = np.asarray(grey, np.float32)[..., None] / 255
     weight = np.asarray(weight, np.float32)[..., None]
     dark, bright = (
         (1 - weight) * np.array(colors.to_rgb(cold)) + weight * np.array(colors.to_rgb(warm))

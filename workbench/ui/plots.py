@@ -3,7 +3,6 @@
 Colours are those of Okabe and Ito, distinct with any colour vision; line styles differ as well.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -24,10 +23,9 @@ def _style(i: int) -> dict[str, str]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": style}
 
 
-def _short(name: str, length: int = 40) -> str:
+def _short(name: str) -> str:
     """A name for a legend: of a long one start and end; `$` starts no formula."""
-    half = length // 2 - 1
-    name = name if len(name) <= length else f"{name[:half]}...{name[-half:]}"
+    name = name if len(name) <= 40 else f"{name[:19]}...{name[-19:]}"
     return name.replace("$", r"\$")
 
 
@@ -49,36 +47,29 @@ def _legend(ax: Axes, empty: str = "", beside: bool = False, size: int = 8) -> N
         ax.text(0.5, 0.5, empty, ha="center", transform=ax.transAxes)
 
 
-def answer(image: Image.Image, table: pd.DataFrame) -> Figure:
+def probabilities(image: Image.Image, table: pd.DataFrame) -> Figure:
     """An image beside its predicted classes with their probabilities (export.predict_image)."""
     figure = Figure(7, 0.9 + 0.3 * max(4, len(table)))
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
     left.imshow(np.asarray(image))
     left.set_axis_off()
     texts = [f"{100 * p:.1f} %" if p >= 0.001 else f"{100 * p:.1g} %" for p in table.p]
-    names = [_short(name, 24) for name in table["class"]]
-    _class_bars(right, names, 100 * table.p, texts, inside=table.p > 0.8)
+    _class_bars(right, table["class"], 100 * table.p, texts, "probability (%)")
     right.set_xlim(0, 100)
-    right.set_xlabel("probability (%)")
     return figure
 
 
 def _class_bars(
-    ax: Axes,
-    classes: Sequence[str],
-    values: pd.Series,
-    texts: Sequence[str],
-    inside: pd.Series,
-    colours: str | list[str] = COLOURS[0],
+    ax: Axes, classes: Sequence[str], values: pd.Series, texts: Sequence[str], xlabel: str
 ) -> None:
-    """A horizontal bar per class, the first on top, with a text at its end, inside or outside."""
-    ax.barh(range(len(values)), values, color=colours)
-    for i, (value, text, within) in enumerate(zip(values, texts, inside, strict=True)):
-        side = "right" if within == (value >= 0) else "left"
-        ink = "white" if within else "black"
+    """A horizontal bar per class, the first on top, with a text at its end: inside from 60 on."""
+    ax.barh(range(len(values)), values, color=[COLOURS[int(value < 0)] for value in values])
+    for i, (value, text) in enumerate(zip(values, texts, strict=True)):
+        side = "right" if value < 0 or value > 60 else "left"
+        ink = "white" if value > 60 else "black"
         ax.text(value, i, f" {text} ", va="center", ha=side, fontsize=7, color=ink)
-    ax.set_yticks(range(len(values)), classes, fontsize=8)
-    ax.set_ylabel("class")
+    ax.set_yticks(range(len(values)), map(_short, classes), fontsize=8)
+    _label(ax, xlabel, "class", grid="")
     ax.invert_yaxis()
 
 
@@ -112,17 +103,15 @@ def lr_curves(schedules: Mapping[str, tuple[Callable[[int], float], int, int]]) 
     shapes: dict[bytes, tuple[np.ndarray, np.ndarray, list[str]]] = {}
     for name, (lr_at, steps, steps_per_epoch) in schedules.items():
         at = np.unique(np.linspace(0, steps - 1, min(steps, 2000)).astype(int))
-        values = np.array([lr_at(int(step)) for step in at])
-        x = at / max(1, steps - 1) * 100 if many else at / steps_per_epoch
-        y = values / values.max() if many else values
-        key = np.interp(np.linspace(0, 100, 200), x, y).round(2).tobytes() if many else b""
-        shapes.setdefault(key, (x, y, []))[2].append(name)
-    rows = sum(-(-len(names) // 2) for _, _, names in shapes.values())
-    figure = Figure(height=max(3.2, 0.6 + 0.16 * rows))
+        x, y = at / steps_per_epoch, np.array([lr_at(int(step)) for step in at])
+        if many:
+            x, y = 100 * at / max(1, steps - 1), y / y.max()
+        shape = np.interp(np.linspace(0, 100, 200), x, y).round(2).tobytes()
+        shapes.setdefault(shape, (x, y, []))[2].append(name)
+    figure = Figure(height=max(3.2, 0.6 + 0.16 * len(schedules)))
     ax = figure.subplots()
     for i, (x, y, names) in enumerate(shapes.values()):
-        label = "\n".join(", ".join(names[k : k + 2]) for k in range(0, len(names), 2))
-        ax.plot(x, y, label=label, **_style(i))
+        ax.plot(x, y, label="\n".join(names), **_style(i))
     if many:
         _label(ax, "share of the training (%)", "lr, share of its peak")
         _legend(ax, beside=True, size=7)
@@ -163,16 +152,13 @@ def curves(steps: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
 
 def top1_curves(metrics: Mapping[str, pd.DataFrame], weights: str = "raw") -> Figure:
     """Validation top-1 by epoch, a line per name; `weights` ema takes EMA where a run has it."""
-    figure = Figure(9 if len(metrics) > 4 else 6.5)
-    ax = figure.subplots()
-    for i, (name, table) in enumerate(metrics.items()):
+    lines = []
+    for name, table in metrics.items():
         column = "ema_top1" if weights == "ema" and "ema_top1" in table else "top1"
         rows = table.reindex(columns=["epoch", column]).dropna()
         last = f"{rows[column].iloc[-1]:.2f} %" if len(rows) else "no epoch yet"
-        ax.plot(rows.epoch, rows[column], marker=".", label=f"{name}: {last}", **_style(i))
-    _label(ax, "epoch", "validation top-1 (%)")
-    _legend(ax, "no run yet", beside=len(metrics) > 4)
-    return figure
+        lines.append((f"{name}: {last}", rows.epoch.to_numpy(), rows[column].to_numpy()))
+    return overlay(lines, "epoch", "validation top-1 (%)")
 
 
 # ---- comparison
@@ -237,15 +223,13 @@ def intervals(table: pd.DataFrame, top1: Mapping[str, Sequence[float]]) -> Figur
 
 def reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Top-1 by confidence, a line per name; a calibrated network is on the diagonal."""
-    figure = Figure(6.5, 3.8)
-    ax = figure.subplots()
-    ax.plot([0, 100], [0, 100], ":", color="grey", label="calibrated")
-    for i, (name, table) in enumerate(tables.items()):
-        x, y = 100 * table.confidence, 100 * table.top1
-        ax.plot(x, y, marker=".", label=_short(name), **_style(i))
-    _label(ax, "confidence: probability of the prediction (%)", "top-1 (%)")
-    _legend(ax, beside=True)
-    return figure
+    lines = [
+        (name, 100 * table.confidence.to_numpy(), 100 * table.top1.to_numpy())
+        for name, table in tables.items()
+    ]
+    diagonal = ("calibrated", np.array([0.0, 100.0]), np.array([0.0, 100.0]))
+    xlabel = "confidence: probability of the prediction (%)"
+    return overlay([*lines, diagonal], xlabel, "top-1 (%)")
 
 
 # ---- classes
@@ -274,41 +258,43 @@ def confusion(table: pd.DataFrame) -> Figure:
     """The table of evaluation.confusion, coloured by the share of the true class."""
     images = np.array(table.attrs["images"])[:, None]
     shares = 100 * table.to_numpy() / np.maximum(1, images)
+    title, label = "classes confused most", "share of the true class (%)"
     colours = {"cmap": "cividis", "vmin": 0, "vmax": 100}
-    figure = _class_matrix(table, shares, "share of the true class (%)", "confused most", **colours)
-    if len(table) <= 15:
-        for (i, j), count in np.ndenumerate(table.to_numpy()):
-            if count:
-                ink = "black" if shares[i, j] > 55 else "white"
-                figure.axes[0].text(j, i, count, ha="center", va="center", fontsize=8, color=ink)
-    return figure
+    return _class_matrix(table, shares, shares <= 55, title, label, "{}", **colours)
 
 
 def confusion_change(table: pd.DataFrame) -> Figure:
     """The table of Comparison.confusion: by how many images each confusion changed."""
     largest = max(1.0, float(table.abs().to_numpy().max()))
+    title, label = "classes that changed most", "images more (fewer below 0)"
+    dark = table.abs().to_numpy() > 0.7 * largest
     colours = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest}
-    label = "images more (fewer below 0)"
-    figure = _class_matrix(table, table.to_numpy(), label, "that changed most", **colours)
-    for (i, j), count in np.ndenumerate(table.to_numpy()):
-        if count:
-            ink, text = "white" if abs(count) > 0.7 * largest else "black", f"{count:+.3g}"
-            figure.axes[0].text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
-    return figure
+    return _class_matrix(table, table, dark, title, label, "{:+.3g}", **colours)
 
 
 def _class_matrix(
-    table: pd.DataFrame, values: np.ndarray, label: str, chosen: str, **colours: str | float
+    table: pd.DataFrame,
+    values: np.ndarray | pd.DataFrame,
+    dark: np.ndarray,
+    title: str,
+    label: str,
+    text: str,
+    **colours: str | float,
 ) -> Figure:
+    """`values` as colours; up to 20 classes also the table as text, white on `dark` cells."""
     size = min(9.0, 2.2 + 0.3 * len(table))
     figure = Figure(size + 1.2, size)
     ax = figure.subplots()
     figure.colorbar(ax.imshow(values, **colours), ax=ax, label=label, shrink=0.8)
+    for (i, j), count in np.ndenumerate(table.to_numpy()) if len(table) <= 20 else ():
+        if count:
+            ink, at = "white" if dark[i, j] else "black", {"ha": "center", "va": "center"}
+            ax.text(j, i, text.format(count), fontsize=7, color=ink, **at)
     ax.set_xticks(range(len(table)), table.columns, rotation=90, fontsize=8)
     ax.set_yticks(range(len(table)), table.index, fontsize=8)
     _label(ax, "predicted", "true", grid="")
     if len(table) < (classes := table.attrs.get("classes", 0)):
-        ax.set_title(f"the {len(table)} of {classes} classes {chosen}", fontsize=9)
+        ax.set_title(f"the {len(table)} of {classes} {title}", fontsize=9)
     return figure
 
 
@@ -321,10 +307,8 @@ def per_class(table: pd.DataFrame, most: int = 30) -> Figure:
         f"{top1:.1f} % of {images}" + (f", mistaken for {wrong}" if wrong else "")
         for _, images, top1, wrong in part.itertuples(index=False)
     ]
-    _class_bars(ax, part["class"], part.top1, texts, inside=part.top1 > 60)
+    _class_bars(ax, part["class"], part.top1, texts, "top-1 (%)")
     ax.set_xlim(0, 100)
-    ax.set_xlabel("top-1 (%)")
-    ax.xaxis.set_major_locator(ticker.MultipleLocator(10))
     return figure
 
 
@@ -339,13 +323,12 @@ def changes(table: pd.DataFrame, names: Sequence[str], most: int = 30) -> Figure
     ax = figure.subplots()
     numbers = zip(part[before], part[after], part.images, strict=True)
     texts = [f"{old:.1f} to {new:.1f} % of {images}" for old, new, images in numbers]
-    colours = [COLOURS[0] if points >= 0 else COLOURS[1] for points in change]
-    _class_bars(ax, part["class"], change, texts, inside=change > math.inf, colours=colours)
+    xlabel = f"top-1 of {after} minus that of {before} (points)"
+    _class_bars(ax, part["class"], change, texts, xlabel)
     ax.axvline(0, color="black", lw=0.8)
     ax.margins(x=0.4)
     if change.abs().max() < 1:  # small changes are not scaled to the width of the figure
         ax.set_xlim(-1.5, 1.5)
-    ax.set_xlabel(f"top-1 of {after} minus that of {before} (points)")
     if len(part) < len(table):
         ax.set_title(f"the {len(part)} of {len(table)} classes that changed most", fontsize=9)
     return figure

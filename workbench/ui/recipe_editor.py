@@ -7,11 +7,10 @@ from typing import Any, get_args
 
 import ipywidgets
 import numpy as np
-import traitlets
 from IPython.display import Javascript
 
 from workbench.recipe import Recipe, RecipeError, inactive_options
-from workbench.ui.widgets import View
+from workbench.ui.widgets import Source
 
 COPY_SCRIPT = """
 const text = TEXT, fallback = () => {
@@ -26,16 +25,12 @@ RANGES = {"crop_scale": (0.01, 1.0), "crop_ratio": (0.25, 4.0), "randaug_n": (0,
 RANGES |= {"randaug_std": (0.0, 3.0), "mixup_alpha": (0.0, 2.0), "cutmix_alpha": (0.0, 2.0)}
 
 
-class RecipeEditor(View):
-    """Controls for options of a recipe; InteractiveViews follow its `result`.
+class RecipeEditor(Source):
+    """Controls for options of a recipe; `result` is the edited recipe.
 
-    `result` is the edited recipe, or None with the reason in `problem`. An option without effect is
-    disabled and left out. The values are shown as lines of a params file, with a button that copies
-    them; the static representation is these lines.
+    An option without effect is disabled and left out. The values are shown as lines of a params
+    file, with a button that copies them; the static representation is these lines.
     """
-
-    result = traitlets.Any(None, allow_none=True)
-    problem = traitlets.Unicode()
 
     def __init__(self, recipe: Recipe, names: Sequence[str]):
         self._recipe = recipe
@@ -43,8 +38,7 @@ class RecipeEditor(View):
         self._initial = {name: control.value for name, control in self.controls.items()}
         self.yaml = ipywidgets.Textarea(rows=8, layout={"width": "880px"}, disabled=True)
         self.copy = ipywidgets.Button(description="Copy", tooltip="as lines of a params file")
-        self.script = ipywidgets.Output()
-        self.note = ipywidgets.HTML()
+        self.script, self.note = ipywidgets.Output(), ipywidgets.HTML()
         self.copy.on_click(self._copy)
         for control in self.controls.values():
             control.observe(self._update, names="value")
@@ -55,7 +49,7 @@ class RecipeEditor(View):
 
     def _update(self, _: Any = None) -> None:
         values = {name: self._value(name) for name in self.controls}
-        unused = inactive_options({**self._recipe.model_dump(), **values})
+        unused = inactive_options(self._recipe.model_dump() | values)
         for name, control in self.controls.items():
             control.disabled = name in unused
         values = {name: value for name, value in values.items() if name not in unused}
@@ -74,13 +68,13 @@ class RecipeEditor(View):
         A browser moves a slider to the nearest step by itself, such as 4/3 to 1.33.
         """
         control, initial = self.controls[name], self._initial[name]
-        value = control.value
-        if isinstance(value, float | tuple):
-            if np.allclose(value, initial, rtol=0, atol=0.51 * control.step):
-                return getattr(self._recipe, name)
-            rounded = [float(f"{x:.12g}") for x in np.atleast_1d(value)]
-            return rounded if isinstance(value, tuple) else rounded[0]
-        return getattr(self._recipe, name) if value == initial else value
+        value, step = control.value, getattr(control, "step", 0)
+        if value == initial or step and np.allclose(value, initial, rtol=0, atol=0.51 * step):
+            return getattr(self._recipe, name)
+        if not isinstance(value, float | tuple):
+            return value
+        rounded = [float(f"{x:.12g}") for x in np.atleast_1d(value)]
+        return rounded if isinstance(value, tuple) else rounded[0]
 
     def _copy(self, _: Any = None) -> None:
         """Runs a script in the browser, the only place with a clipboard."""
@@ -97,17 +91,15 @@ def _control(name: str, value: Any) -> ipywidgets.ValueWidget:
     """The control for an option's type, with the range of its field or RANGES."""
     field = Recipe.model_fields[name]
     common = {"description": name, "tooltip": field.description, "layout": {"width": "430px"}}
-    common["style"] = {"description_width": "140px"}
+    common |= {"style": {"description_width": "140px"}, "value": value}
     if isinstance(value, bool):
-        return ipywidgets.Checkbox(value, **common)
+        return ipywidgets.Checkbox(**common)
     if isinstance(value, str):
-        return ipywidgets.Dropdown(options=get_args(field.annotation), value=value, **common)
+        return ipywidgets.Dropdown(options=get_args(field.annotation), **common)
     limits = (getattr(m, at) for at in ("ge", "le") for m in field.metadata if hasattr(m, at))
     low, high = RANGES.get(name) or limits
     low, high = min(low, *np.atleast_1d(value)), max(high, *np.atleast_1d(value))
-    if isinstance(value, list):
-        return ipywidgets.FloatRangeSlider(value=value, min=low, max=high, step=0.01, **common)
     if isinstance(value, int):
-        return ipywidgets.IntSlider(value, int(low), int(high), **common)
-    step = 0.1 if high > 4 else 0.01
-    return ipywidgets.FloatSlider(value=value, min=low, max=high, step=step, **common)
+        return ipywidgets.IntSlider(min=int(low), max=int(high), **common)
+    slider = ipywidgets.FloatRangeSlider if isinstance(value, list) else ipywidgets.FloatSlider
+    return slider(min=low, max=high, step=0.1 if high > 4 else 0.01, **common)

@@ -1,7 +1,6 @@
 """Figures and tables of images: augmentation, model inputs, changed predictions, Grad-CAM."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,9 @@ mixup_alpha cutmix_alpha switch_prob mix_per_sample mix_prob erase_prob erase_mo
 
 
 def augmentation_grid(
-    recipe: Recipe,
-    image: Image.Image,
-    row: int = 0,
-    first_epoch: int = 0,
-    *,
-    count: int = 20,
-    heading: str = "",
+    recipe: Recipe, image: Image.Image, row: int = 0, first_epoch: int = 0, *, heading: str = ""
 ) -> Figure:
-    """An image as in validation, then as training sees it in `count - 1` epochs.
+    """An image as in validation, then as training sees it in 19 epochs.
 
     The same samples as in training, which depend on seed, epoch and `row` of the training list.
     Titles are the sampled parameters except those of the crop.
@@ -41,23 +34,13 @@ def augmentation_grid(
     transform = training.train_transform(recipe)
     views, titles = [training.eval_transform(recipe)(image)], ["validation"]
     image = transform.resize.image(image)
-    for epoch in range(first_epoch, first_epoch + count - 1):
-        params = _sample(recipe, transform, image, epoch, row)
+    for epoch in range(first_epoch, first_epoch + 19):
+        rng = data.rng_for(recipe.seed, data.DRAW, epoch, row)
+        params = transform.sample_params(rng, image.width, image.height)
         views.append(transform.apply(image, params))
         text = augmentation.describe(params).replace(", ", "\n")
         titles.append(f"epoch {epoch + 1}\n{text}".strip())
     return image_grids.grid(views, titles, columns=10, heading=heading)
-
-
-def _sample(
-    recipe: Recipe,
-    transform: augmentation.TrainTransform,
-    image: Image.Image,
-    epoch: int,
-    row: int,
-) -> dict[str, Any]:
-    rng = data.rng_for(recipe.seed, data.DRAW, epoch, row)
-    return transform.sample_params(rng, image.width, image.height)
 
 
 def sweep(recipe: Recipe, image: Image.Image, heading: str = "") -> Figure | pd.DataFrame:
@@ -75,7 +58,6 @@ def magnitudes(recipe: Recipe, image: Image.Image) -> Figure:
     Those with two directions in the positive one.
     """
     transform = training.train_transform(recipe.replace(randaug_n=recipe.randaug_n or 2))
-    transform = replace(transform, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     rows = _sweep_rows(transform, image, randaug=True)
     heading = f"magnitude 0 to 10, variant {transform.randaug.variant}, positive direction"
     return image_grids.image_rows(rows, heading, columns=2)
@@ -85,14 +67,11 @@ def _sweep_rows(
     transform: augmentation.TrainTransform, image: Image.Image, randaug: bool
 ) -> dict[str, tuple[list[Image.Image], list[str]]]:
     """Images and titles by operation, those of RandAugment or the others."""
+    values = lambda setting: " ".join(f"{k} {v:.2g}" for k, v in setting.items() if k != "randaug")
     rows = {}
     for name, settings in transform.sweep().items():
         if name.startswith("randaug") == randaug:
-            titles = [
-                augmentation.describe(setting)
-                or " ".join(f"{k} {v:.2g}" for k, v in setting.items() if k != "randaug")
-                for setting in settings
-            ]
+            titles = [augmentation.describe(setting) or values(setting) for setting in settings]
             views = [transform.at(image, setting) for setting in settings]
             rows[name.removeprefix("randaug\n")] = views, titles
     return rows
@@ -110,13 +89,13 @@ def magnitude_table(recipe: Recipe) -> pd.DataFrame:
     return table.astype(object).where(table.notna(), "")
 
 
-def model_inputs(recipe: Recipe, content: data.Dataset, count: int = 24) -> Figure:
+def model_inputs(recipe: Recipe, content: data.Dataset) -> Figure:
     """The first images of step 0 after augmentation, erasing and mixing, with their labels.
 
     Normalisation is undone. The heading has mean and standard deviation of the tensors: near 0 and
     1 if the recipe's `mean` and `std` fit.
     """
-    tensors, targets = training.preview_batch(recipe, content, count)
+    tensors, targets = training.preview_batch(recipe, content)
     views = training.Normalize(recipe, tensors.device).undo(tensors)
     heading = f"{tuple(tensors.shape)}, mean {tensors.mean():.2f}, std {tensors.std():.2f}"
     titles = [image_grids.label_text(target, content.classes) for target in targets]
@@ -140,7 +119,8 @@ def distances(
     for row, (file, image) in enumerate(zip(table.file, opened, strict=True)):
         reference = _rms(whole[row], whole[(row + 1) % len(whole)])
         for epoch in range(per_image):
-            params = _sample(recipe, transform, image, epoch, row)
+            rng = data.rng_for(recipe.seed, data.DRAW, epoch, row)
+            params = transform.sample_params(rng, image.width, image.height)
             area = params["width"] * params["height"] / (image.width * image.height)
             change = _rms(transform.apply(image, params), whole[row])
             rows.append((file, epoch, area, change, reference))
@@ -160,13 +140,11 @@ def flips(
     `of` is part of a class name. Titles are the majority predictions before and after, with the
     share of correct runs where they disagree, and the label. A table if the images are missing.
     """
-    baseline = result.groups[0]
-    table = result.flips(name, baseline.name)
-    table = table[(table.change > 0) == (side == "gained")]
+    table = result.flips(name)
     classes = [k for k, class_name in enumerate(result.classes) if of.lower() in class_name.lower()]
-    table = table[table.label.isin(classes)]
+    table = table[((table.change > 0) == (side == "gained")) & table.label.isin(classes)]
     heading = f"{side}: {len(table):,} of {len(result.images):,} images"
-    return _changed_images(table, baseline.recipe, result.classes, heading)
+    return _changed_images(table, result.groups[0].recipe, result.classes, heading)
 
 
 def other_predictions(
@@ -194,13 +172,11 @@ def _changed_images(
         views = [transform(images.decode(path)) for path in found.path]
     except (ValueError, OSError, RuntimeError):  # moved, or a recipe of an older version
         return rows
-    if not views:
-        return rows
     titles = []
     for row in found.to_dict("records"):
         before, after = (_prediction_text(row, side, classes) for side in ("before", "after"))
         titles.append(f"{before}\nto {after}\nis {classes[row['label']]}")
-    return image_grids.grid(views, titles, columns=12, heading=heading)
+    return image_grids.grid(views, titles, columns=12, heading=heading) if views else rows
 
 
 def _prediction_text(row: Mapping[str, Any], side: str, classes: Sequence[str]) -> str:
@@ -225,10 +201,10 @@ def grad_cam_grid(
     views = [transform(images.decode(path)) for path in paths]
     rows = [([view], [""]) for view in views]
     notes = [heading] if heading else []
-    stack = [torch.from_numpy(np.array(view)).permute(2, 0, 1) for view in views]
-    for name, (model, numbers) in targets.items() if stack else ():
-        device, numbers = next(model.parameters()).device, np.array(numbers, np.int64)
-        batch = training.Normalize(recipe, device)(torch.stack(stack).to(device))
+    for name, (model, numbers) in targets.items() if rows else ():
+        device = next(model.parameters()).device
+        batch = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device)
+        batch, numbers = training.Normalize(recipe, device)(batch), np.array(numbers)
         try:
             maps = grad_cam.grad_cam(model, batch, numbers)
         except grad_cam.ExplainError as error:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import html
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ import ipywidgets
 import pandas as pd
 import psutil
 import torch
+import traitlets
 from IPython import get_ipython
 from IPython.display import display
 from tqdm.auto import tqdm
@@ -39,6 +41,13 @@ class View(ipywidgets.VBox):
         return {**super()._repr_mimebundle_(**keywords), **self.static_repr()}
 
 
+class Source(View):
+    """A widget whose `result` InteractiveViews show; None for the reason in `problem`."""
+
+    result = traitlets.Any(None, allow_none=True)
+    problem = traitlets.Unicode()
+
+
 def png_repr(png: bytes) -> dict[str, str]:
     return {"image/png": base64.b64encode(png).decode()}
 
@@ -46,15 +55,15 @@ def png_repr(png: bytes) -> dict[str, str]:
 class InteractiveView(View):
     """Controls above the figure, table or sentences that `draw` returns for their values.
 
-    `draw` takes the values by name; with a `source`, a RunPicker or RecipeEditor, its `result`
-    comes first. The view is updated whenever a control or the source changes. It has no ipywidgets
-    Output, whose messages can block a headless run.
+    `draw` takes the values by name; the `result` of a `source` comes first. The view is updated
+    whenever a control or the source changes; the tooltip of a control without a value is shown
+    instead. It has no ipywidgets Output, whose messages can block a headless run.
     """
 
     def __init__(
         self,
         draw: Callable[..., Figure | pd.DataFrame | list[str]],
-        source: View | None = None,
+        source: Source | None = None,
         **controls: ipywidgets.ValueWidget,
     ):
         self._draw, self._source, self._controls = draw, source, controls
@@ -67,32 +76,31 @@ class InteractiveView(View):
         super().__init__([*controls.values(), self.text, self.image])
 
     def _update(self, _: Any = None) -> None:
-        values = {name: control.value for name, control in self._controls.items()}
-        if self._source is not None and self._source.result is None:
-            self._show_error(self._source.problem)
-        elif None in values.values():
-            self._show("There is one recipe; pick runs of another to compare it with.")
-        else:
-            results = () if self._source is None else (self._source.result,)
-            try:
-                shown = self._draw(*results, **values)
-            except Exception as error:  # a callback of a widget has no cell to raise in
-                self._show_error(f"{type(error).__name__}: {error}")
-                return
-            if isinstance(shown, Figure):
-                self._show("", shown.png())
-            else:
-                self._show(_to_html(shown))
-
-    def _show_error(self, text: str) -> None:
-        self._show(f"<b style='color:#D55E00'>{html.escape(text)}</b>")
-
-    def _show(self, text: str, image: bytes = b"") -> None:
+        try:
+            text, image = self._content()
+        except Exception as error:  # a callback of a widget has no cell to raise in
+            text, image = _error_html(f"{type(error).__name__}: {error}"), b""
         self.text.value, self.image.value = text, image
         self.image.layout.display = None if image else "none"
 
+    def _content(self) -> tuple[str, bytes]:
+        """HTML, and a PNG."""
+        results = [self._source.result] if self._source else []
+        if None in results:
+            return _error_html(self._source.problem), b""
+        for control in self._controls.values():
+            if control.value is None:
+                return control.tooltip, b""
+        values = {name: control.value for name, control in self._controls.items()}
+        shown = self._draw(*results, **values)
+        return ("", shown.png()) if isinstance(shown, Figure) else (_to_html(shown), b"")
+
     def static_repr(self) -> dict[str, str]:
         return png_repr(self.image.value) if self.image.value else {"text/html": self.text.value}
+
+
+def _error_html(text: str) -> str:
+    return f"<b style='color:#D55E00'>{html.escape(text)}</b>"
 
 
 def _to_html(shown: pd.DataFrame | list[str]) -> str:
@@ -131,74 +139,57 @@ async def watch(run: runs.Run) -> None:
 class Progress:
     """Prints a line per epoch and, in a terminal, a bar; in a batch job a line per minute."""
 
-    def __init__(self, run: runs.Run, viewer: str | None = None):
-        self.run = run
-        self.viewer = viewer or watched()
-        self.bar: tqdm | None = None
-        self.started = False
-        self.printed_at = time.monotonic()
+    def __init__(self, run: runs.Run):
+        self.run, self.batch, self.printed_at = run, watched() == "batch", 0.0
+        self.bar: tqdm | None = None  # before the first row
 
     def show(self, row: Row) -> None:
         """Takes one row of training.fit."""
-        if not self.started:
-            self.started = True
+        if self.bar is None:
             self._print(_start_text(self.run, row["steps"]))
-        if self.viewer != "batch":
-            self._move_bar(row)
+            done, name = max(0, row["step"] - 1), self.run.path.name
+            options = {"initial": done, "unit": "step", "desc": name, "disable": self.batch}
+            self.bar = tqdm(total=row["steps"], **options)
+        self.bar.update(row["step"] - self.bar.n)
         if row["kind"] == "epoch":
             self._print(_epoch_text(row))
-            self.printed_at = time.monotonic()
-        elif self.viewer == "batch" and time.monotonic() - self.printed_at > 60:
-            loss, speed = f"{row['loss']:.4f}", f"{row['images_per_second']:.0f} img/s"
-            left = _time_left(row, row["steps"])
-            self._print(f"step {row['step']}/{row['steps']}  loss {loss}  {speed}  {left} left")
-            self.printed_at = time.monotonic()
+        elif not self.batch:
+            self.bar.set_postfix_str(_speed_text(row), refresh=False)
+        elif time.monotonic() - self.printed_at > 60:
+            self._print(_step_text(row))
 
     def close(self) -> None:
         """Ends the bar and prints the state of the run."""
         if self.bar is not None:
             self.bar.close()
-        nothing_to_do = not self.started and self.run.status()["state"] == "finished"
-        print("nothing to do: " * nothing_to_do + _end_text(self.run))
-
-    def _move_bar(self, row: Row) -> None:
-        if self.bar is None:
-            self.bar = tqdm(total=row["steps"], unit="step", desc=self.run.path.name)
-            self.bar.n = self.bar.initial = max(0, row["step"] - 1)
-        self.bar.update(row["step"] - self.bar.n)
-        if row["kind"] == "step":
-            self.bar.set_postfix_str(_speed_text(row), refresh=False)
+        nothing_to_do = self.bar is None and self.run.status()["state"] == "finished"
+        self._print("nothing to do: " * nothing_to_do + _end_text(self.run))
 
     def _print(self, text: str) -> None:
-        if self.viewer == "terminal":
-            tqdm.write(text)
-        else:
-            print(text, flush=True)
+        tqdm.write(text)  # above the bar
+        sys.stdout.flush()
+        self.printed_at = time.monotonic()
 
 
 class TrainingView(View):
     """A training in progress: a bar, the latest row, curves, a Stop and a Pause button.
 
     All of it is widget state, which survives closing the tab. The static representation is the
-    curves.
+    curves. Of another process (not `own_process`) it can be stopped but not paused.
     """
 
     def __init__(self, run: runs.Run, *, own_process: bool = True):
-        self.run, self.own_process = run, own_process
-        self.stop, self._drawn_at = threading.Event(), 0.0
+        self.run, self.own_process, self.stop = run, own_process, threading.Event()
         self.start = ipywidgets.HTML()
         self.bar = ipywidgets.IntProgress(layout={"width": "400px"})
         self.line = ipywidgets.HTML(html.escape(f"{run.path.name}: reading the data"))
         self.curves = ipywidgets.Image(format="png", width=810)
-        self._draw()
-        self.stopping = ipywidgets.Button(
-            description="Stop", tooltip="stops at the next step with a checkpoint to resume from"
-        )
-        self.pausing = ipywidgets.Button(
-            description="Pause", tooltip="waits before the next row", disabled=not own_process
-        )
+        self.pausing = ipywidgets.Button(description="Pause", disabled=not own_process)
+        tooltip = "stops at the next step with a checkpoint to resume from"
+        self.stopping = ipywidgets.Button(description="Stop", tooltip=tooltip)
         self.stopping.on_click(self._stop)
         self.pausing.on_click(self._pause)
+        self._draw()
         buttons = ipywidgets.HBox([self.bar, self.pausing, self.stopping])
         super().__init__([self.start, buttons, self.line, self.curves])
 
@@ -231,12 +222,10 @@ class TrainingView(View):
         """Takes one row of training.fit."""
         self.bar.max, self.bar.value = row["steps"], row["step"]
         if not self.start.value:
-            lines = _start_text(self.run, row["steps"]).split("\n")
-            self.start.value = "<br>".join(map(html.escape, lines))
+            text = html.escape(_start_text(self.run, row["steps"]))
+            self.start.value = text.replace("\n", "<br>")
         if row["kind"] == "step":
-            position = f"epoch {row['epoch']}, step {row['step']} of {row['steps']}"
-            left = _time_left(row, row["steps"])
-            self._say(f"{position}: {_speed_text(row)}, {_memory()}, {left} left")
+            self._say(f"{_step_text(row)}, {_memory()}")
         if row["kind"] == "epoch" or time.monotonic() - self._drawn_at > 5:
             self._draw()
 
@@ -293,9 +282,10 @@ def _memory() -> str:
     return text
 
 
-def _time_left(row: Row, steps: int) -> str:
-    left = (steps - row["step"]) * row["seconds"] / max(1, row["step"]) / 60
-    return f"about {left:.0f} min"
+def _step_text(row: Row) -> str:
+    minutes = (row["steps"] - row["step"]) * row["seconds"] / row["step"] / 60
+    position = f"epoch {row['epoch']}, step {row['step']} of {row['steps']}"
+    return f"{position}: {_speed_text(row)}, about {minutes:.0f} min left"
 
 
 def _speed_text(row: Row) -> str:

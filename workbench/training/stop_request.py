@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from typing import Any
+from types import FrameType
+from typing import Self
 
 from workbench import runs
 
@@ -11,7 +12,7 @@ from workbench import runs
 class StopRequest:
     """Notices Ctrl-C, SIGTERM, the STOP file and an event, without interrupting a step.
 
-    Signals are handled between `listen` and `close`; a second Ctrl-C interrupts at once.
+    Inside `with`, signals wait for the end of the step; a second Ctrl-C interrupts at once.
     """
 
     def __init__(self, run: runs.Run | None, event: threading.Event):
@@ -19,18 +20,19 @@ class StopRequest:
         self.signal: str | None = None
         self._next_check = 0.0
         self._file_found = False
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, object] = {}
 
-    def listen(self) -> None:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._handle)
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
@@ -42,7 +44,7 @@ class StopRequest:
         if self.event.is_set():
             return "the stop event"
         if self.run is not None and (start := time.monotonic()) >= self._next_check:
-            self._file_found = self.run.stop_requested()
+            self._file_found = self.run.file("STOP").exists()
             end = time.monotonic()
             self._next_check = end + 50 * (end - start)  # at most 2 % of the time, on any disk
         return "the STOP file" if self._file_found else None

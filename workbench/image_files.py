@@ -2,8 +2,8 @@
 
 python predict.py [model_int8.onnx] IMAGE ...     prints file, best class, probability
 
-For a file that cannot be read it prints `error: ` and the reason, and continues; the exit code is
-then 1. Training reads files by the same rules: workbench.data.images imports them from here.
+For a file that cannot be read it prints `error: ` and the reason, and the exit code is 1. Training
+reads files by the same rules: workbench.data.images imports them from here.
 """
 
 import errno
@@ -26,7 +26,6 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 M
 
 # Errors of a network file system that may pass: the file is opened again.
 _TEMPORARY = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR}
-_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}  # not an error of the image
 
 REASONS = ("missing", "unreadable", "undecodable", "truncated", "too small", "too large")
 
@@ -54,33 +53,31 @@ class ImageError(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
-def with_reason(path: str | Path, read: Callable[[], Any]) -> Any:
+def with_reason(path: str | Path, read: Callable[[], Any], attempts: int = 3) -> Any:
     """The result of `read`; its exceptions are raised as ImageError."""
-    for attempt in (1, 2, 3):
-        try:
-            return read()
-        except ImageError:
+    try:
+        return read()
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        reason, is_empty = "undecodable", Path(path).stat().st_size == 0
+        detail = "empty file" if is_empty else "no known image format"
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # too many files: no error of the image
             raise
-        except FileNotFoundError:
-            raise ImageError("missing", "no such file") from None
-        except UnidentifiedImageError:
-            detail = "empty file" if Path(path).stat().st_size == 0 else "no known image format"
-            raise ImageError("undecodable", detail) from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageError("too large", str(error).split(",")[0]) from None
-        except OSError as error:
-            if error.errno in _TOO_MANY_FILES:
-                raise
-            if error.errno in _TEMPORARY and attempt < 3:
-                time.sleep(attempt)
-                continue
-            if error.errno is not None:
-                raise ImageError("unreadable", error.strerror or str(error)) from None
-            reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
-            raise ImageError(reason, str(error)) from None
-        except Exception as error:  # decoders raise many types for damaged files
-            raise ImageError("undecodable", f"{type(error).__name__}: {error}") from None
-    raise AssertionError("unreachable")
+        if error.errno in _TEMPORARY and attempts > 1:
+            time.sleep(4 - attempts)
+            return with_reason(path, read, attempts - 1)
+        reason, detail = "unreadable", error.strerror or str(error)
+        if isinstance(error, FileNotFoundError):
+            reason, detail = "missing", "no such file"
+        elif error.errno is None:  # of Pillow
+            reason = "truncated" if "truncated" in detail.lower() else "undecodable"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason, detail = "too large", str(error)
+    except Exception as error:  # decoders raise many types for damaged files
+        reason, detail = "undecodable", f"{type(error).__name__}: {error}"
+    raise ImageError(reason, detail)
 
 
 def opened(path: str | Path) -> BinaryIO:
@@ -106,8 +103,6 @@ def decode(file: BinaryIO) -> np.ndarray:
     with file, Image.open(file) as image:
         check_size(*image.size)
         image.load()
-        if image.mode == "I" and image.format == "PPM":  # Pillow scales it to 16 bits
-            image = Image.fromarray(np.asarray(image).astype(np.uint16))
         return upright(image)
 
 
@@ -127,7 +122,8 @@ def orientation(image: Image.Image) -> int:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB on a white background. Raises ImageError for modes without a defined white."""
-    if image.mode.startswith("I;16"):
+    is_pgm = image.mode == "I" and image.format == "PPM"  # which Pillow scales to 16 bits
+    if is_pgm or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -170,17 +166,16 @@ def main(arguments: list[str]) -> int:
     warnings.simplefilter("ignore")  # of Pillow, about damaged metadata
     meta = json.loads((HERE / "meta.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(HERE / network, providers=["CPUExecutionProvider"])
-    failed = 0
+    exit_code = 0
     for path in arguments:
         try:
             data = prepare(read(path), meta["preprocess"])
+            [score] = session.run(["score"], {"data": data})[0]
+            name, value = meta["classes"][score.argmax()], f"{score.max():.6f}"
         except (ImageError, OSError) as error:
-            print(path, "", "error: " + " ".join(str(error).split()), sep="\t")
-            failed = 1
-            continue
-        [score] = session.run(["score"], {"data": data})[0]
-        print(path, meta["classes"][score.argmax()], f"{score.max():.6f}", sep="\t")
-    return failed
+            name, value, exit_code = "", "error: " + " ".join(str(error).split()), 1
+        print(path, name, value, sep="\t")
+    return exit_code
 
 
 if __name__ == "__main__":
