@@ -143,7 +143,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def profile(model: nn.Module, image_size: int) -> dict[str, float]:
-    """What a model costs in evaluation: `parameters` (M), `macs` (G), `activations` (MB).
+    """The cost of a forward pass for one image: `parameters` (M), `macs` (G), `activations` (MB).
 
     MACs are the multiply-adds of convolutions, linear layers and attention products for one image
     (3, image_size, image_size). Activations are the outputs of all modules for one image, in 1e6

@@ -67,7 +67,7 @@ def l2_normalized(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def up_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(softmax(max(t, 0)) || softmax(max(s, 0))): United Perception's kl_loss, to reproduce it.
+    """KL(softmax(max(t, 0)) || softmax(max(s, 0))), which reproduces United Perception's kl_loss.
 
     It ignores differences between negative logits, and a student's negative logit has no gradient.
     """

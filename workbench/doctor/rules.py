@@ -52,7 +52,7 @@ def examine(
     if classes < 2:
         from workbench import data
 
-        raise data.DataError(f"there is {classes} class, and a classifier needs two or more")
+        raise data.DataError(f"found {classes} class(es); a classifier needs two or more")
     per_epoch = schedule.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
     if per_epoch == 0:
         raise schedule.TrainingError(

@@ -9,7 +9,7 @@ BINS = 15  # of the reliability diagram
 
 
 def top_k(predictions: pd.DataFrame) -> float:
-    """The percentage of the images whose label is among all predicted classes, five at most."""
+    """Top-5 accuracy in percent; with fewer than five classes, top-k of all."""
     ranks = [c for c in predictions.columns if c.startswith("class")]
     hits = predictions[ranks].to_numpy() == predictions.label.to_numpy()[:, None]
     return 100 * float(hits.any(axis=1).mean())

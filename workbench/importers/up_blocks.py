@@ -153,7 +153,7 @@ def by_step(up: Reader) -> bool:
 
 
 def read_length(up: Reader) -> None:
-    """The epochs; UP takes max_iter where both are there."""
+    """The number of epochs. UP uses max_iter if the configuration sets max_epoch too."""
     up.iterations = up.get("trainer.max_iter", PositiveInt) if up.steps else None
     if up.iterations:
         exact = up.iterations / up.steps

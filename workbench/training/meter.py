@@ -27,7 +27,7 @@ class Loss(NamedTuple):
 
 
 class Meter:
-    """Sums of losses and correct predictions over the epoch, and since the last row (window).
+    """Sums of losses and correct predictions: over the epoch, and since the last step row (window).
 
     Losses stay on the device until `settle`: reading one at every step would stall a GPU.
     """
