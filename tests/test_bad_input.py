@@ -437,7 +437,7 @@ def test_training_and_doctor_name_skipped_files_and_empty_classes(world, command
 
 
 def test_the_doctor_refuses_one_class():
-    with pytest.raises(DataError, match="there is 1 class"):
+    with pytest.raises(DataError, match="found 1 class"):
         doctor.examine(Recipe(), images=10, classes=1)
 
 
