@@ -11,7 +11,13 @@ from torch import nn
 
 from workbench import export, training
 from workbench.export import ExportError
-from workbench.export.onnx import Network, onnx_runner, to_onnx_with_preprocessing
+from workbench.export.onnx import (
+    Network,
+    onnx_runner,
+    to_onnx,
+    to_onnx_with_preprocessing,
+    to_torch_export,
+)
 from workbench.recipe import Recipe
 
 
@@ -67,6 +73,13 @@ def test_preprocessing_in_onnx_equals_pillow_to_one_grey_level(interpolation):
 def test_the_score_is_the_softmax_of_the_logits():
     score, logits = network_of(nn.Flatten())(torch.randn(4, 3, 2, 2))
     torch.testing.assert_close(score, torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("to_file", [to_onnx, to_torch_export])
+def test_an_exported_file_names_no_path_of_this_machine(to_file):
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    content = to_file(network_of(model))
+    assert len(content) > 100_000 and b".py" not in content and b"site-packages" not in content
 
 
 def test_int8_equals_integer_arithmetic_also_for_large_products():

@@ -114,7 +114,10 @@ def to_torch_export(network: Network) -> bytes:
 
 
 def _trace(network: nn.Module, data: torch.Tensor, axes: Axes) -> torch.export.ExportedProgram:
-    return torch.export.export(network, (data,), dynamic_shapes=(axes,), strict=False)
+    program = torch.export.export(network, (data,), dynamic_shapes=(axes,), strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it would ship the paths of this machine
+    return program
 
 
 def _to_onnx(network: nn.Module, data: torch.Tensor, axes: Axes) -> bytes:
