@@ -279,7 +279,7 @@ def test_a_control_of_an_augmentation_changes_the_image_and_its_value_is_copied(
     page.keyboard.press("End")
     _until(lambda: magnitude.get_attribute("disabled") is None, 30)
     # United Perception's variant moves an image of 32 pixels out of the frame.
-    _until(lambda: "leaves little or nothing of" in options.inner_text(), 30)
+    _until(lambda: "one colour covers" in options.inner_text(), 30)
     before = image_of(page, "try")
     options.get_by_text("model inputs", exact=True).click()
     redrawn(page, "try", before)
