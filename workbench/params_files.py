@@ -1,6 +1,7 @@
 """Params files: flat YAML, read without surprises and written so that every reader agrees."""
 
 import difflib
+import functools
 import json
 import re
 from collections.abc import Container
@@ -29,6 +30,18 @@ def read(path: str | Path, text_options: Container[str] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"contains a {type(values).__name__}; write lines of `option: value`")
     return {str(key): value for key, value in values.items()}  # `on:` is a boolean in YAML 1.1
+
+
+@functools.lru_cache(maxsize=4096)  # a comparison reads the recipe of each run several times
+def parse_written(text: str) -> Any:
+    """The content of a recipe.yaml, by libyaml where PyYAML has it: ten times as fast, as safe.
+
+    Cached: do not change it. Raises ValueError for text that is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_list(text: str, *, as_text: bool) -> Any:

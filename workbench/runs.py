@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from workbench import params_files
 from workbench.recipe import RENAMED_COLUMNS, RENAMED_FACTS, Recipe, fingerprint, renamed
 
 if TYPE_CHECKING:  # imported where needed, so that `workbench runs` starts without pandas
@@ -148,14 +149,10 @@ class Run:
 
     def recipe(self) -> dict[str, Any]:
         """The options in recipe.yaml."""
-        import yaml
-
-        # libyaml's parser where PyYAML has it: ten times as fast, as safe.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         try:
             text = self.file("recipe.yaml").read_text(encoding="utf-8")
-            return renamed(yaml.load(text, Loader=loader) or {})
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            return renamed(params_files.parse_written(text) or {})
+        except (OSError, ValueError, AttributeError) as error:
             raise RunError(f"{self.path} is no readable run: {error}") from None
 
     def environment(self) -> dict[str, Any]:
