@@ -145,3 +145,19 @@ def sources(tmp_path_factory) -> dict[str, str]:
     run = train(Recipe(name="teacher", runs_dir=str(folder), **TEACHER))
     save_file(models.create("resnet10t", 10, seed=7).state_dict(), folder / "wide.safetensors")
     return {"run": str(run.path), "wide": str(folder / "wide.safetensors")}
+
+
+@pytest.fixture
+def unlistable(monkeypatch):
+    """Makes folders of a name impossible to list, also for root."""
+    scan = os.scandir
+
+    def refuse(name: str) -> None:
+        def closed(path):
+            if os.path.basename(path) == name:
+                raise PermissionError(13, "Permission denied", path)
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", closed)
+
+    return refuse

@@ -155,16 +155,9 @@ def test_images_with_any_suffix_are_read_and_other_files_are_named(image_folder)
     assert data.describe_skipped(found.skipped).startswith("7 files or folders passed over: ")
 
 
-def test_a_folder_that_cannot_be_listed_is_named(image_folder, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_named(image_folder, unlistable):
     (image_folder / "train/a/closed").mkdir()
-    scan = os.scandir
-
-    def closed(path):
-        if os.path.basename(path) == "closed":
-            raise PermissionError(13, "Permission denied", path)
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
+    unlistable("closed")
     assert opened(image_folder).skipped == [("train", "a/closed", "unreadable: Permission denied")]
 
 

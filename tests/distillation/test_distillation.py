@@ -26,7 +26,7 @@ from distillation_helpers import (
     student_recipe,
     train_in_child,
 )
-from helpers import TEACHER, assert_same_run, assert_same_tensors, fork_server, train
+from helpers import TEACHER, assert_same_run, assert_same_tensors, fork_server, last_step, train
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import _builder
@@ -465,15 +465,6 @@ def test_adapters_that_are_not_finite_are_never_saved(sources, tmp_path, monkeyp
 
 
 # ---- stop and resume
-
-
-def last_step(run: runs.Run) -> int:
-    """The last complete row of steps.csv, read in microseconds."""
-    try:
-        lines = run.file("steps.csv").read_bytes().split(b"\n")[1:-1]
-    except OSError:
-        return 0
-    return int(lines[-1].split(b",")[0]) if lines else 0
 
 
 PARTS = dict(micro_batch_size=10, kd_loss=["dist"], dropout=0.2)

@@ -275,15 +275,8 @@ def test_every_file_format_has_the_same_names_and_values(wild, tmp_path, suffix)
             assert found[column].fillna("-").tolist() == table[column].fillna("-").tolist()
 
 
-def test_a_folder_that_cannot_be_listed_is_a_row(photos, monkeypatch):
-    scan = os.scandir
-
-    def closed(path):
-        if os.path.basename(path) == "below":
-            raise PermissionError(13, "Permission denied", path)
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", closed)
+def test_a_folder_that_cannot_be_listed_is_a_row(photos, unlistable):
+    unlistable("below")
     table = predict(Colours(), [photos]).set_index("file")
     assert table.error["below"] == "unreadable: Permission denied"
     assert (table.error.drop("below") == "").all() and len(table) == 8

@@ -18,7 +18,7 @@ import timm.loss
 import timm.optim
 import timm.utils
 import torch
-from helpers import assert_same_run, fork_server, train
+from helpers import assert_same_run, fork_server, last_step, train
 from safetensors import safe_open
 from torch.nn import functional as F
 from training_helpers import NO_NOISE, STRIKES, assert_near, left_after, small
@@ -40,14 +40,6 @@ def undisturbed(tmp_path_factory) -> runs.Run:
 
 def _train_in_child(options):
     train(Recipe(**options))
-
-
-def last_step(run: runs.Run) -> int:
-    try:
-        lines = run.file("steps.csv").read_bytes().split(b"\n")[1:-1]
-    except OSError:
-        return 0
-    return int(lines[-1].split(b",")[0]) if lines else 0
 
 
 @pytest.mark.slow
