@@ -422,7 +422,7 @@ def test_training_and_doctor_name_skipped_files_and_empty_classes(world, command
     recipe.to_yaml(world / "recipe.yaml")
     run = train_run(recipe)
     facts = run.environment()
-    assert "1 files or folders passed over: a/notes.txt (no image)" in facts["skipped_files"]
+    assert "1 files or folders skipped: a/notes.txt (no image)" in facts["skipped_files"]
     assert facts["empty_classes"] == ["d"]
     lines = io.StringIO()
     with contextlib.redirect_stdout(lines):

@@ -29,7 +29,6 @@ from workbench.recipe import RENAMED_COLUMNS, RENAMED_FACTS, Recipe, fingerprint
 if TYPE_CHECKING:  # imported where needed, so that `workbench runs` starts without pandas
     import pandas as pd
 
-STATES = ("new", "running", "interrupted", "stopped", "failed", "finished", "unreadable")
 TABLES = ("metrics.csv", "steps.csv", "quarantine.csv")
 
 
@@ -127,7 +126,7 @@ class Run:
     # ---- reading: works on running, finished, stopped and damaged runs
 
     def status(self) -> dict[str, Any]:
-        """state (one of STATES), step, steps, message; `running` only if its writer lives."""
+        """state, step, steps, message; a running run whose writer has died is interrupted."""
         status = {"state": "new", "step": 0, "steps": None, "message": ""}
         try:
             if self.file("status.json").exists():
@@ -276,13 +275,15 @@ class Run:
             writer.writerow(row)
 
     def truncate_after(self, step: int) -> None:
-        """Removes the rows after `step` from the tables, and incomplete lines."""
+        """Removes the rows after `step` from the tables, and damaged ones."""
         for name in TABLES:
             if not self.file(name).exists():
                 continue
             header, *rows = list(csv.reader(io.StringIO(self._text(name), newline=""))) or [[]]
             header = [RENAMED_COLUMNS.get(column, column) for column in header]
-            rows = [row for row in rows if float(row[header.index("step")]) <= step]
+            at = header.index("step") if "step" in header else len(header)
+            rows = [r for r in rows if r[at:] and r[at].lstrip("-").isdigit()]
+            rows = [r for r in rows if int(r[at]) <= step]
             if not rows:
                 self.file(name).unlink()
                 continue
@@ -353,10 +354,10 @@ class Run:
         except RunError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
-            free = f"{shutil.disk_usage(self.path.parent).free / 1e6:,.0f} MB free there"
+            free = shutil.disk_usage(self.path).free / 1e6 if self.path.exists() else 0.0
             raise RunError(
-                f"{self.path}: {name} was not written ({_first_line(error)}; {free}); the same "
-                "command resumes from the last checkpoint"
+                f"{self.path}: {name} was not written ({_first_line(error)}; {free:,.0f} MB "
+                "free there); the same command resumes from the last checkpoint"
             ) from error
 
 
@@ -400,13 +401,15 @@ def finished(root: str | Path, **environment: Any) -> list[Run]:
 
     `recipe` is a recipe's fingerprint, which is independent of its name, `data` that of the images.
     """
-    found = []
+    found, recipe = [], environment.pop("recipe", None)
     for path in sorted(Path(root).glob("*/environment.json")):
         run = Run(path.parent)
         with contextlib.suppress(RunError):
-            # Of the options under their present names, also for a run of an earlier version.
-            known = {**run.environment(), "recipe": fingerprint(run.recipe())}
-            if run.status()["state"] == "finished" and environment.items() <= known.items():
+            if (
+                environment.items() <= run.environment().items()
+                and run.status()["state"] == "finished"
+                and recipe in (None, fingerprint(run.recipe()))
+            ):
                 found.append(run)
     return found
 
@@ -437,8 +440,8 @@ def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
             known = max(1, len(os.path.commonprefix([seen[name], lines])))
             seen[name] = lines
             if len(lines) > known:
-                new = pd.read_csv(io.StringIO(text)).iloc[known - 1 :]
-                new = new.astype(object).where(new.notna(), None)
+                new = pd.read_csv(io.StringIO(text)).rename(columns=RENAMED_COLUMNS)
+                new = new.iloc[known - 1 :].astype(object).where(new.notna(), None)
                 rows += [{"kind": kind, **row} for row in new.to_dict("records")]
         yield from sorted(rows, key=lambda row: row["step"])
         if not live:

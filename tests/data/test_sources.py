@@ -152,7 +152,7 @@ def test_images_with_any_suffix_are_read_and_other_files_are_named(image_folder)
         **{f"a/{name}": why for name, why in junk.items()}, **hidden,
         "list.txt": "in no class folder",
     }  # fmt: skip
-    assert data.describe_skipped(found.skipped).startswith("7 files or folders passed over: ")
+    assert data.describe_skipped(found.skipped).startswith("7 files or folders skipped: ")
 
 
 def test_a_folder_that_cannot_be_listed_is_named(image_folder, unlistable):

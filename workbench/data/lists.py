@@ -105,7 +105,7 @@ def _parse_custom_cls(line: str) -> tuple[str, int]:
     try:
         entry = json.loads(line)
         file, label = entry["filename"], entry["label"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f'no JSON object {{"filename": ..., "label": ...}}: {error!r}') from None
     if isinstance(label, list):
         if len(label) != 1:

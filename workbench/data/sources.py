@@ -233,7 +233,7 @@ def describe_skipped(skipped: Sequence[tuple]) -> str:
         return ""
     named = ", ".join(f"{file} ({why})" for *_, file, why in skipped[:5])
     more = f" and {len(skipped) - 5:,} more" if len(skipped) > 5 else ""
-    return f"{len(skipped):,} files or folders passed over: {named}{more}"
+    return f"{len(skipped):,} files or folders skipped: {named}{more}"
 
 
 def _is_hidden(name: str) -> bool:

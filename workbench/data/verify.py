@@ -75,7 +75,7 @@ def _facts(path: str) -> tuple:
     size, digest = 0, ""
     try:
         digest = image_files.with_reason(path, lambda: file_digest(path))
-        size = os.path.getsize(path)
+        size = image_files.with_reason(path, lambda: os.path.getsize(path))
         image = images.open(path)
         image.pixels()
         return size, image.width, image.height, digest, "", ""
@@ -137,10 +137,10 @@ def report(data: Dataset, *, progress: bool = True) -> pd.DataFrame:
     """Everything `check-data` finds, a row each: finding, side, file, label, detail.
 
     Findings: image_files.REASONS, "label out of range", "outside root", "class without images",
-    "passed over" (detail says why), "duplicate" (the same bytes twice on a side) and "in train and
+    "skipped" (detail says why), "duplicate" (the same bytes twice on a side) and "in train and
     validation". The details of the last two say where, and whether labels differ.
     """
-    rows = [("passed over", side, file, -1, why) for side, file, why in data.skipped]
+    rows = [("skipped", side, file, -1, why) for side, file, why in data.skipped]
     sides = {"train": data.train, "val": data.val}
     verified = {side: verify_images(f, progress=progress) for side, f in sides.items()}
     for side, frame in verified.items():
