@@ -239,7 +239,7 @@ def export(
     with_preprocessing: Annotated[bool, typer.Option(help="add a network that resizes")] = False,
     torch_export: Annotated[bool, typer.Option(help="add a file for torch.export.load")] = False,
     kestrel: Annotated[Path | None, typer.Option(help="UP configuration with to_kestrel")] = None,
-    int8_points: Annotated[float, typer.Option(help="points of top-1 that int8 may lose")] = 0.5,
+    int8_points: Annotated[float, typer.Option(help="top-1 points a lossy format may lose")] = 0.5,
     p: Overrides = [],  # noqa: B006
     check: Annotated[Path | None, typer.Option(help="verify this package instead")] = None,
     measure: Annotated[bool, typer.Option(help="and its predictions, on -p data_dir")] = False,

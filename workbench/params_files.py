@@ -34,10 +34,8 @@ def read(path: str | Path, text_options: Container[str] = ()) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)  # a comparison reads the recipe of each run several times
 def parse_written(text: str) -> Any:
-    """The content of a recipe.yaml, by libyaml where PyYAML has it: ten times as fast, as safe.
-
-    Cached: do not change it. Raises ValueError for text that is no YAML.
-    """
+    """The cached content of a recipe.yaml, not to be changed. Raises ValueError."""
+    # libyaml's parser where PyYAML has it: ten times as fast, as safe.
     try:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:

@@ -1,5 +1,6 @@
 """Progress of long tasks: a bar in Jupyter and terminals, a line a minute in batch jobs."""
 
+import contextlib
 import os
 import sys
 import time
@@ -31,12 +32,6 @@ class Lines:
         self.total, self.desc, self.unit, self.n = total, desc, unit, 0
         self.start = self.printed_at = time.monotonic()
 
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def update(self, count: int = 1) -> None:
         self.n += count
         now = time.monotonic()
@@ -47,8 +42,8 @@ class Lines:
             print(f"{self.desc}: {count} of {total}, about {left:.0f} min left", flush=True)
 
 
-def bar(total: int, desc: str, unit: str) -> "tqdm | Lines":
-    """A bar that appears after two seconds, or Lines: a context manager with update(count)."""
+def bar(total: int, desc: str, unit: str) -> contextlib.AbstractContextManager:
+    """A context with update(count): a bar that appears after two seconds, or Lines."""
     if watched() == "batch":
-        return Lines(total, desc, unit)
+        return contextlib.nullcontext(Lines(total, desc, unit))
     return tqdm(total=total, desc=desc, unit=unit, delay=2)

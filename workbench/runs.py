@@ -401,15 +401,13 @@ def finished(root: str | Path, **environment: Any) -> list[Run]:
 
     `recipe` is a recipe's fingerprint, which is independent of its name, `data` that of the images.
     """
-    found, recipe = [], environment.pop("recipe", None)
+    wanted = {**environment, "state": "finished"}
+    found, recipe = [], wanted.pop("recipe", None)
     for path in sorted(Path(root).glob("*/environment.json")):
         run = Run(path.parent)
         with contextlib.suppress(RunError):
-            if (
-                environment.items() <= run.environment().items()
-                and run.status()["state"] == "finished"
-                and recipe in (None, fingerprint(run.recipe()))
-            ):
+            known = {**run.environment(), "state": run.status()["state"]}
+            if wanted.items() <= known.items() and recipe in (None, fingerprint(run.recipe())):
                 found.append(run)
     return found
 

@@ -25,6 +25,9 @@ from training_helpers import NO_NOISE, STRIKES, assert_near, left_after, small
 
 from workbench import data, models, runs, training
 from workbench.recipe import Recipe
+from workbench.training.distributed import DistContext
+from workbench.training.run_writer import RunWriter
+from workbench.training.state import TrainState
 
 ONE_EPOCH = {"epochs": 1, "warmup_epochs": 0.0}
 
@@ -383,3 +386,24 @@ def test_large_validation_images_are_read_by_loaders_and_few_small_ones_are_not(
     assert workers(500, 400) == 0 and workers(700, 400) == 3
     assert workers(700, 400, cached=True) == 0
     assert training.eval_workers(3, pd.DataFrame({"file": ["a"] * 700})) == 0
+
+
+def test_compile_without_a_compiler_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(training.TrainingError, match="needs a C.. compiler"):
+        train(small(tmp_path, compile=True))
+
+
+def test_two_images_of_one_file_name_are_both_quarantined(tmp_path):
+    """Lists of different folders may share file names."""
+    recipe, run = small(tmp_path), runs.Run(tmp_path / "run")
+    dataset = data.load_dataset(recipe)
+    dataset.val.loc[:1, "file"] = "same.png"
+    state = TrainState(
+        recipe, training.create_model(recipe, 10), dataset, DistContext(torch.device("cpu"))
+    )
+    with run.writing():
+        writer = RunWriter(run, state, dataset, {})
+        for _ in range(2):
+            writer.quarantine("val", [(0, "missing", ""), (1, "missing", "")])
+    assert run.quarantine().file.tolist() == ["same.png"] * 2

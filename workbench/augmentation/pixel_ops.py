@@ -125,11 +125,7 @@ MATRICES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     "translate_x": lambda shift, *_: (1, 0, shift, 0, 1, 0),
     "translate_y": lambda shift, *_: (1, 0, 0, 0, 1, shift),
 }
-_FLAGS = {
-    "nearest": cv2.INTER_NEAREST,
-    "bilinear": cv2.INTER_LINEAR,
-    "bicubic": cv2.INTER_CUBIC,
-}
+_FLAGS = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
 def warp(

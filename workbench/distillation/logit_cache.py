@@ -35,7 +35,7 @@ class TeacherLogitCache:
         self.requests = self.hits = 0  # images since the start
 
     def prepare(self, epochs: int) -> str:
-        """Creates the folder; returns a sentence. Raises DistillationError if the disk is full."""
+        """Creates the folder; returns a sentence. Raises OSError, DistillationError if full."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with runs.atomic_write(self.folder / "recipe.json") as temporary:
             temporary.write_text(self.settings)

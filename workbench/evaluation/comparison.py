@@ -18,14 +18,10 @@ import numpy as np
 import pandas as pd
 
 from workbench.evaluation import metrics
-from workbench.evaluation.recipe_diff import (
-    differing_options,
-    identity,
-    recipe_difference,
-    with_defaults,
-)
+from workbench.evaluation.recipe_diff import differing_options, identity, recipe_difference
 from workbench.evaluation.statistics import difference, holm, top1_interval
 from workbench.evaluation.verdict import Verdict
+from workbench.recipe import defaults
 from workbench.runs import Run, RunError
 
 LIST_KEY = ["list", "file"]  # columns that identify a validation image
@@ -59,7 +55,7 @@ class EvaluatedRun:
     def __init__(self, run: Run, weights: str = "raw"):
         self.name = run.path.name
         try:
-            self.recipe = with_defaults(run.recipe())
+            self.recipe = defaults() | run.recipe()
             self.identity = identity(self.recipe)
             self.environment, self.state = run.environment(), run.status()["state"]
             self.classes: list[str] = self.environment["classes"]
@@ -365,11 +361,10 @@ def usable(root: str | Path) -> tuple[list[Run], dict[str, str]]:
             run.recipe(), run.environment()
             if not run.file("predictions.parquet").exists():
                 raise RunError(f"{run.status()['state']}, not evaluated yet")
-            runs.append(run)
-        except RunError as error:
+            runs.append((run.file("predictions.parquet").stat().st_mtime, run))
+        except (RunError, OSError) as error:  # also a folder that was just removed
             left_out[run.path.name] = str(error)
-    evaluated_at = lambda run: run.file("predictions.parquet").stat().st_mtime
-    return sorted(runs, key=evaluated_at, reverse=True), left_out
+    return [run for _, run in sorted(runs, key=lambda pair: -pair[0])], left_out
 
 
 def newest_pair(runs: Sequence[Run], baseline: str = "") -> list[Run]:

@@ -3,18 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workbench.recipe import Recipe, inactive_options, runtime_only
-
-
-def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe with the options that an older version did not have."""
-    return {name: field.default for name, field in Recipe.model_fields.items()} | dict(recipe)
+from workbench.recipe import defaults, inactive_options, runtime_only
 
 
 def identity(recipe: Mapping[str, Any]) -> str:
     """Equal for recipes that differ only in the seed and in `runtime_only` options."""
     ignored = {*runtime_only, "seed"}
-    return repr(sorted((k, v) for k, v in with_defaults(recipe).items() if k not in ignored))
+    return repr(sorted((k, v) for k, v in (defaults() | dict(recipe)).items() if k not in ignored))
 
 
 def recipe_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
@@ -30,13 +25,13 @@ def differing_options(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[st
     follows from another option, which is listed.
     """
     unused = [inactive_options(recipe) for recipe in recipes]
-    defaults = with_defaults({})
+    default_values = defaults()
     result = {}
     for option in recipes[-1]:
         if option in runtime_only or option == "seed":
             continue
         used = [r.get(option) for r, off in zip(recipes, unused, strict=True) if option not in off]
-        default = len(used) < len(recipes) and used == [defaults.get(option, ...)] * len(used)
+        default = len(used) < len(recipes) and used == [default_values.get(option, ...)] * len(used)
         values = [_text(r.get(option)) for r in recipes]
         texts = ["unused" if option in off else v for v, off in zip(values, unused, strict=True)]
         if len(set(texts)) > 1 and not default:

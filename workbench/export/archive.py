@@ -91,7 +91,7 @@ def checksums(files: Mapping[str, bytes]) -> list[str]:
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """parity.json of a package. Raises PackageError."""
+    """parity.json of a package. Raises PackageError, ValueError if it is no JSON."""
     return _present_names(json.loads(read_tar(path)["parity.json"]))
 
 

@@ -35,8 +35,10 @@ def find_images(inputs: Sequence[str | Path]) -> list[Entry]:
     inputs they begin with the folder as given. Raises PredictionError.
     """
     entries: list[Entry] = []
-    for given in inputs:
-        path = data.on_disk(os.path.normpath(os.path.expanduser(given)))
+    paths = [data.on_disk(os.path.normpath(os.path.expanduser(given))) for given in inputs]
+    if len({*paths}) < len(paths):
+        raise PredictionError(f"an input is given twice in {paths}; leave one out")
+    for path in paths:
         base = path if os.path.isdir(path) else os.path.dirname(path)
         if os.path.isdir(path):
             found = _read_folder(path)

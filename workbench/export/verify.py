@@ -52,8 +52,8 @@ def load(path: str | Path) -> Package:
 def measure(path: str | Path, seconds: float = 1.0, **overrides: Any) -> dict[str, Any]:
     """The parity report of a package on this machine; the reference is its ONNX network.
 
-    `problems` has a sentence for each format with other predictions, beyond ties, than in the
-    report of the package. `overrides` are the options of packaging.DATA_OPTIONS. Raises
+    `problems` has a sentence for each of onnx and int8 with other predictions, beyond ties, than in
+    the report of the package. `overrides` are the options of packaging.DATA_OPTIONS. Raises
     PackageError, ExportError.
     """
     files, packed = check(path), archive.read_report(path)
@@ -127,9 +127,13 @@ def _network_problems(name: str, content: bytes, meta: Meta) -> list[str]:
     noise = network.noise(PROBES)
     inputs = noise if name == FORMATS["with_preprocessing"] else network.to_input(noise)
     try:
-        found = onnx.session(content).run(["score", "logits"], {"data": inputs.numpy()})
+        session = onnx.session(content)
+        found = session.run(["score", "logits"], {"data": inputs.numpy()})
     except Exception as error:  # onnxruntime raises many types
         return [f"onnxruntime cannot run {name}: {error}"]
+    sides = session.get_inputs()[0].shape[2:]
+    if name == FORMATS["with_preprocessing"] and sides != ["height", "width"]:
+        return [f"{name} takes images of {sides} pixels, not of any size"]
     score, logits = (torch.from_numpy(values).float() for values in found)
     if logits.shape != expected.shape or not logits.isfinite().all():
         return [f"{name} has {(*logits.shape,)} logits, or NaN; expected {(*expected.shape,)}"]

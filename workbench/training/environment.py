@@ -83,8 +83,10 @@ def _commit() -> str:
 
 def code_digest() -> str:
     """Twelve hex digits over the code that decides the inputs and outputs of a teacher."""
-    parts = [Path(__file__).parents[1] / n for n in ("augmentation", "data", "distillation")]
-    files = sorted(path for part in parts for path in part.glob("*.py"))
+    root = Path(__file__).parents[1]
+    files = [root / name for name in ("image_files.py", "models.py", "training/inputs.py")]
+    folders = [root / name for name in ("augmentation", "data", "distillation")]
+    files += sorted(path for folder in folders for path in folder.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

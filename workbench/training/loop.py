@@ -5,12 +5,16 @@ for row in fit(recipe, runs.Run(recipe.folder)):
 """
 
 import contextlib
+import os
+import shutil
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
 from workbench import data, runs
 from workbench.recipe import Recipe
+from workbench.schedule import TrainingError
 from workbench.training.distributed import DistContext
 from workbench.training.inputs import DeviceTransform, build_pixel_caches, train_batches
 from workbench.training.meter import Row
@@ -56,7 +60,10 @@ def fit(
     """
     key = str(run.path.resolve())
     if previous := _live.get(key):  # a loop over this run that an error left open in this process
-        previous.close()
+        try:
+            previous.close()
+        except ValueError:  # it is executing
+            raise TrainingError(f"{run.path} is being trained by another thread") from None
     rows = _live[key] = _fit(recipe, run, dataset, stop or threading.Event())
     return rows
 
@@ -88,6 +95,8 @@ def _train(
     dist: DistContext,
     stop: threading.Event,
 ) -> Iterator[Row]:
+    if recipe.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise TrainingError("compile needs a C++ compiler: install g++, or name it in CXX")
     state, writer = set_up(recipe, run, dataset, dist)
     meter, dataset, action = state.meter, writer.dataset, CONTINUE
     prepare = DeviceTransform(recipe, len(dataset.classes), dist.device)
@@ -106,6 +115,7 @@ def _train(
         **dist.loader_options,
     )
     meter.start_clock()
+    writer.saved_at = time.monotonic()
     with (
         contextlib.closing(batches),  # ends the loader's processes
         StopRequest(run if dist.is_main else None, stop) as stopping,

@@ -21,7 +21,7 @@ class RunWriter:
         self.is_main = state.dist.is_main
         self.saved_at, self.saved_step = time.monotonic(), -1
         known = run.quarantine().reindex(columns=["side", "file"])
-        self._quarantined = set(known.itertuples(index=False, name=None))
+        self._quarantined = set(known.itertuples(index=False, name=None))  # here (side, row)
 
     def step_row(self) -> Row:
         """Writes and returns a row of steps.csv."""
@@ -44,8 +44,8 @@ class RunWriter:
         """Names images that were readable before training and are not now; they are left out."""
         for row, reason, detail in failures:
             image = getattr(self.dataset, side).iloc[row]
-            if (side, image.file) not in self._quarantined:
-                self._quarantined.add((side, image.file))
+            if not self._quarantined & {(side, row), (side, image.file)}:
+                self._quarantined.add((side, row))
                 entry = {"side": side, "file": image.file, "label": int(image.label)}
                 entry |= {"reason": reason, "detail": detail, "step": self.state.step}
                 self.run.append("quarantine.csv", entry)

@@ -55,18 +55,19 @@ def set_up(
             keys = "data precision processes threads torch torchvision timm numpy pillow device"
             same = {key: facts[key] for key in keys.split()} | {"code": code_digest()}
             facts["teacher_cache"] = state.distiller.open_logit_cache(state.steps_per_epoch, **same)
-    if dist.is_main:
-        if checkpoint is not None:
-            _check_unchanged(run, facts)
-        run.truncate_after(state.step)
-        with run.atomic_write("recipe.yaml") as temporary:
-            recipe.to_yaml(temporary)
-        if not run.file("quarantine.csv").exists():
-            run.save_frame("quarantine.csv", quarantined)
-        if report is not None:
-            run.save_frame("weights_report.csv", report.table())
-        run.write_json("environment.json", {**facts, "seconds": state.meter.seconds})
-        run.set_status("running", step=state.step, steps=state.steps, message="")
+    with dist.main_first():  # the others read the quarantine that rank 0 truncates
+        if dist.is_main:
+            if checkpoint is not None:
+                _check_unchanged(run, facts)
+            run.truncate_after(state.step)
+            with run.atomic_write("recipe.yaml") as temporary:
+                recipe.to_yaml(temporary)
+            if not run.file("quarantine.csv").exists():
+                run.save_frame("quarantine.csv", quarantined)
+            if report is not None:
+                run.save_frame("weights_report.csv", report.table())
+            run.write_json("environment.json", {**facts, "seconds": state.meter.seconds})
+            run.set_status("running", step=state.step, steps=state.steps, message="")
     return state, RunWriter(run, state, dataset, facts)
 
 
@@ -153,15 +154,17 @@ def _check_classes(run: runs.Run, dataset: data.Dataset) -> None:
             "another name and start from `weights`"
         )
     try:
-        both = dataset.val.merge(run.predictions(), on=["list", "file"], suffixes=("", "_there"))
+        before = run.predictions().drop_duplicates(["list", "file"])  # raw and EMA
+        both = dataset.val.merge(before, on=["list", "file"], suffixes=("", "_there"))
     except (runs.RunError, OSError, ValueError, KeyError):
         return  # no table of predictions
     moved = both.label != both.label_there
     share = moved.groupby(both.label_there).transform("mean")  # of the images of a class
-    if (share > 0.5).any():  # a few corrected labels are no other classes
+    other = both[moved & (share > 0.5)]  # a few corrected labels are no other classes
+    if len(other):
         raise TrainingError(
-            f"{moved.sum():,} of {len(both):,} validation images have another label than in "
-            f"{run.path}, first {both.file[moved].iloc[0]!r}; put the labels back, or start from "
+            f"{len(other):,} of {len(both):,} validation images have another label than in "
+            f"{run.path}, first {other.file.iloc[0]!r}; put the labels back, or start from "
             "`weights`"
         )
 

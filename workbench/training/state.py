@@ -137,7 +137,8 @@ class TrainState:
 
     def is_finite(self) -> bool:
         """Whether all weights and batch-norm statistics are."""
-        return all(torch.isfinite(v).all() for v in self.student.state_dict().values())
+        finite = [torch.isfinite(value).all() for value in self.student.state_dict().values()]
+        return bool(torch.stack(finite).all())  # waits for a GPU once
 
     # ---- checkpoints
 
