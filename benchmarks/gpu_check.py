@@ -33,6 +33,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 GPU_TESTS = ("training/test_lamb", "augmentation/test_device_ops", "training/test_gpu")
+STATES = "PASSED|FAILED|ERROR|SKIPPED"
+RESULT = re.compile(  # a line of pytest -v, alone or by pytest-xdist
+    rf"(?:\[gw\d+\].*? (?P<beside>{STATES}) )?tests/\S*::(?P<test>\S+)(?: (?P<alone>{STATES}))?"
+)
 TARGETS = {"step loop": 1.03, "LAMB": 0.6}
 
 
@@ -59,9 +63,13 @@ def machine(options) -> Iterator[Row]:
 
 
 def tests(options) -> Iterator[Row]:
-    """pytest -m gpu, a row as each test ends; the tests append what they measure themselves."""
+    """pytest -m gpu, a row as each test ends; the tests append what they measure themselves.
+
+    On a GPU four at a time: they are small and mostly wait for processes to start.
+    """
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--durations=10", "--color=no"]
     command += ["-p", "no:cacheprovider", "-o", "addopts="]
+    command += ["-n", "4"] if options.device == "cuda" else []
     command += [f"tests/{name}.py" for name in GPU_TESTS]
     environment = {
         **os.environ,
@@ -75,8 +83,8 @@ def tests(options) -> Iterator[Row]:
     )  # fmt: skip
     for line in child.stdout:
         print(line, end="", flush=True)  # to tests.log
-        if found := re.match(r"tests/\S*::(.*) (PASSED|FAILED|ERROR|SKIPPED)", line):
-            yield {"test": found[1], "result": found[2].lower()}
+        if (found := RESULT.match(line)) and (state := found["alone"] or found["beside"]):
+            yield {"test": found["test"], "result": state.lower()}
     if code := child.wait():
         raise SystemExit(f"pytest ended with {code}; see tests.log")
 
