@@ -1,6 +1,6 @@
 # make demo   train the digits baseline through papermill (builds .venv first)
 # make demo-distillation   a teacher of the digits, then its student   make demo-downstream   from digits to letters
-# make test   the tests                make test-slow   the cases left out there
+# make test   the tests                make test-slow   the cases left out there   make test-lowest   with the oldest packages allowed
 # make lint   ruff over code and notebooks
 # make lab    JupyterLab               make bench   every benchmark
 # make train PARAMS=params/cifar10_baseline.yaml SET="-p data_dir=/data/cifar10"   any recipe through papermill
@@ -12,7 +12,7 @@ PARAMS ?= params/digits_baseline.yaml
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: demo demo-distillation demo-downstream test test-slow lab bench train venv lint
+.PHONY: demo demo-distillation demo-downstream test test-slow test-lowest lab bench train venv lint
 
 demo: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb params/digits_baseline.yaml -p name=demo_digits
@@ -36,6 +36,13 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest $(SPREAD) -m slow
+
+# 6 GB more: an environment with the lowest versions that pyproject.toml allows
+test-lowest:
+	$(PYTHON) -m venv .lowest
+	.lowest/bin/python -m pip install --quiet uv
+	.lowest/bin/uv pip install --quiet --python .lowest/bin/python --resolution lowest-direct -e '.[test]'
+	.lowest/bin/python -m pytest $(SPREAD)
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -165,15 +165,15 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """A row per finished epoch, empty before the first."""
-        return self._frame("metrics.csv")
+        return _parsed(self._text("metrics.csv"))
 
     def steps(self) -> pd.DataFrame:
         """A row per log_every steps, empty before the first."""
-        return self._frame("steps.csv")
+        return _parsed(self._text("steps.csv"))
 
     def quarantine(self) -> pd.DataFrame:
         """The images that could not be read: side, file, label, reason, detail, step."""
-        return self._frame("quarantine.csv")
+        return _parsed(self._text("quarantine.csv"))
 
     def choose_weights(self, asked: str = "") -> tuple[str, str]:
         """ "raw" or "ema", and a text with the last top-1 of both.
@@ -197,13 +197,6 @@ class Run:
             raise RunError(f"{self.path} has no predictions; it was not evaluated yet")
         frame = pd.read_parquet(path)
         return frame if weights is None else frame[frame.weights == weights].reset_index(drop=True)
-
-    def _frame(self, name: str) -> pd.DataFrame:
-        import pandas as pd
-
-        text = self._text(name)
-        frame = pd.read_csv(io.StringIO(text)) if text else pd.DataFrame()
-        return frame.rename(columns=RENAMED_COLUMNS)
 
     def _text(self, name: str) -> str:
         """The complete lines of a table: a killed writer may leave half a line."""
@@ -369,13 +362,21 @@ def _first_line(error: Exception) -> str:
 COLUMNS = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_loss minutes"
 
 
+def _parsed(text: str) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.read_csv(io.StringIO(text)) if text else pd.DataFrame()
+    return frame.rename(columns=RENAMED_COLUMNS)
+
+
 def rows(root: str | Path = "runs") -> list[dict[str, Any]]:
     """A dict for each run folder below `root`, newest first; unknown values are None.
 
     The state of a folder that cannot be read is "unreadable"; nothing is raised.
     """
     found = []
-    for path in sorted(Path(root).glob("*/recipe.yaml")):
+    # Since Python 3.12 glob yields dangling links as well.
+    for path in filter(Path.exists, sorted(Path(root).glob("*/recipe.yaml"))):
         run = Run(path.parent)
         written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(path.stat().st_mtime))
         row = dict.fromkeys([*COLUMNS.split(), "device"])
@@ -425,8 +426,6 @@ def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
 
     Yields the existing rows, then new ones as they are written; returns when the run ends.
     """
-    import pandas as pd
-
     seen: dict[str, list[str]] = {"steps.csv": [], "metrics.csv": []}  # lines yielded
     while True:
         live = run.locked()  # first, so that rows written before the end are read below
@@ -438,8 +437,8 @@ def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
             known = max(1, len(os.path.commonprefix([seen[name], lines])))
             seen[name] = lines
             if len(lines) > known:
-                new = pd.read_csv(io.StringIO(text)).rename(columns=RENAMED_COLUMNS)
-                new = new.iloc[known - 1 :].astype(object).where(new.notna(), None)
+                new = _parsed(text).iloc[known - 1 :].astype(object)
+                new = new.where(new.notna(), None)
                 rows += [{"kind": kind, **row} for row in new.to_dict("records")]
         yield from sorted(rows, key=lambda row: row["step"])
         if not live:

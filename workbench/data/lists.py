@@ -8,8 +8,8 @@ import codecs
 import json
 import os
 import re
-import unicodedata
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -38,9 +38,10 @@ def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFra
     raw = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     is_json = raw.lstrip().startswith(b"{")
     files, labels = _fast_rows(raw, is_json) or _slow_rows(str(path), raw.decode(), is_json)
-    paths, outside = _locate(files, str(root))
-    columns = {"file": pc.utf8_normalize(files, form="NFC"), "label": labels, "path": paths}
-    frame = pa.table(columns).to_pandas()
+    accents = _has_accents(files)
+    paths, outside = _locate(files, accents, str(root))
+    frame = pa.table({"file": files, "label": labels, "path": paths}).to_pandas()
+    frame.loc[accents, "file"] = [normalize("NFC", f) for f in frame.file[accents]]
     frame["list"], frame["outside"] = number, outside
     return frame
 
@@ -120,7 +121,15 @@ def _parse_custom_cls(line: str) -> tuple[str, int]:
     return file, label
 
 
-def _locate(files: pa.Array, root: str) -> tuple[pa.Array, np.ndarray]:
+def _has_accents(files: pa.Array) -> np.ndarray:
+    """Which names have two forms; pyarrow before 26 decomposes for "NFC", so Python compares."""
+    found = ~pc.string_is_ascii(files).to_numpy(zero_copy_only=False)
+    names = files.filter(found).to_pylist()
+    found[found] = [normalize("NFC", name) != normalize("NFD", name) for name in names]
+    return found
+
+
+def _locate(files: pa.Array, accents: np.ndarray, root: str) -> tuple[pa.Array, np.ndarray]:
     """The paths of a list's entries, and which of them are outside of its root."""
     join, end = (pa.scalar(part, pa.large_string()) for part in (os.path.join(root, ""), ""))
     absolute, inside = (
@@ -128,7 +137,6 @@ def _locate(files: pa.Array, root: str) -> tuple[pa.Array, np.ndarray]:
     )
     paths = pc.if_else(absolute, files, pc.binary_join_element_wise(join, files, end))
     # Entries with accents or dots, and absolute ones, are checked one by one.
-    accents = pc.not_equal(*(pc.utf8_normalize(files, form=form) for form in ("NFC", "NFD")))
     odd = pc.or_(accents, pc.and_not(absolute, inside))
     odd = pc.or_(odd, pc.or_(pc.ends_with(files, "."), pc.ends_with(files, "/")))
     odd = pc.or_(odd, pc.match_substring(files, ".."))
@@ -144,7 +152,7 @@ def on_disk(path: str) -> str:
         return path
     head, tail = os.path.split(path)
     head = on_disk(head) if tail else head
-    forms = (os.path.join(head, unicodedata.normalize(form, tail)) for form in ("NFC", "NFD"))
+    forms = (os.path.join(head, normalize(form, tail)) for form in ("NFC", "NFD"))
     return next(filter(os.path.lexists, forms), path)
 
 

@@ -268,8 +268,10 @@ def _exit_for(parent: int) -> None:
 
 def _exit_with(error: BaseException) -> NoReturn:
     """Ends this process with an exit code that `explain_worker_crash` knows."""
+    full = os.strerror(errno.ENOSPC)
+    text = str(error).replace("allocate shared memory", full)  # torch 2.11 names another errno
     for code in (errno.EMFILE, errno.ENOSPC):
-        if os.strerror(code) in str(error):
+        if os.strerror(code) in text:
             os._exit(code)
     traceback.print_exception(error)
     os._exit(1)
