@@ -144,7 +144,7 @@ def check_data(
     from workbench import data
 
     content = data.load_dataset(recipe, strict=False)
-    findings = data.report(content)
+    findings = data.check_data(content)
     counts = f"{len(content.train):,} training and {len(content.val):,} validation images"
     print(f"{counts}, {len(content.classes)} classes")
     if out:

@@ -48,4 +48,4 @@ def test_letters_have_26_classes_on_both_sides_and_no_font_in_common():
 
 @pytest.mark.parametrize("dataset", ["digits", "letters"])
 def test_the_embedded_sets_have_no_findings(dataset):
-    assert len(data.check_data(Recipe(dataset=dataset), progress=False)) == 0
+    assert len(data.check_data(data.load_dataset(Recipe(dataset=dataset)), progress=False)) == 0

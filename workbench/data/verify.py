@@ -12,9 +12,7 @@ import pandas as pd
 from workbench import CACHE, image_files
 from workbench.data import images
 from workbench.data.dataset import DataError, Dataset, text_digest
-from workbench.data.sources import load_dataset
 from workbench.progress import bar
-from workbench.recipe import Recipe
 
 STAT = ["path", "size", "time", "changed"]  # archives restore a file's time, not its last change
 FACTS = ["bytes", "width", "height", "digest", "problem", "detail"]
@@ -128,14 +126,10 @@ def drop_corrupt(frame: pd.DataFrame, side: str) -> tuple[pd.DataFrame, pd.DataF
     return frame[~bad].reset_index(drop=True), out[columns]
 
 
-def check_data(recipe: Recipe, *, progress: bool = True) -> pd.DataFrame:
-    """`report` for a recipe; entries that training would refuse are rows here, not errors."""
-    return report(load_dataset(recipe, strict=False), progress=progress)
+def check_data(data: Dataset, *, progress: bool = True) -> pd.DataFrame:
+    """What is wrong with the images, a row each: finding, side, file, label, detail.
 
-
-def report(data: Dataset, *, progress: bool = True) -> pd.DataFrame:
-    """Everything `check-data` finds, a row each: finding, side, file, label, detail.
-
+    Load `data` with strict=False: entries that training would refuse are then rows here.
     Findings: image_files.REASONS, "label out of range", "outside root", "class without images",
     "skipped" (detail says why), "duplicate" (the same bytes twice on a side) and "in train and
     validation". The details of the last two say where, and whether labels differ.

@@ -77,19 +77,15 @@ def predictions(recipe: Recipe, dataset: data.Dataset, model: nn.Module) -> pd.D
     return name_rows(frame, dataset.val)
 
 
-def initial_loss(
-    recipe: Recipe, dataset: data.Dataset, model: nn.Module, images: int = 64
-) -> float:
-    """The cross-entropy of a model on the first images of step 0, neither erased nor mixed.
+def initial_loss(recipe: Recipe, dataset: data.Dataset, model: nn.Module) -> float:
+    """The cross-entropy of a model on up to 64 images of step 0, neither erased nor mixed.
 
     Near ln(classes) for a model at its initial weights.
     """
     device = next(model.parameters()).device
     prepare = DeviceTransform(recipe, len(dataset.classes), device)
     prepare.erase = prepare.mix = None
-    inputs, labels = prepare(
-        next(train_batches(recipe, dataset, range(1), micro_batch_size=images))
-    )
+    inputs, labels = prepare(next(train_batches(recipe, dataset, range(1), micro_batch_size=64)))
     with torch.no_grad():
         logits = copy.deepcopy(model).train()(inputs)
     return F.cross_entropy(logits.float(), labels).item()
