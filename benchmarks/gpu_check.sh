@@ -20,14 +20,19 @@ export JUPYTER_PATH="$site/share/jupyter" OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PAS
 "$python" - "$site" <<'PY'
 import importlib.metadata as metadata
 import sys
+import tomllib
 
 from packaging.requirements import Requirement
 
 # Imported only where they are there: gpu_bundle.sh leaves them out.
-optional = {"widgetsnbextension", "jupyterlab_widgets", "debugpy", "jedi", "aiohttp"}
+optional = {"widgetsnbextension", "jupyterlab_widgets", "debugpy", "jedi", "aiohttp", "jupyterlab"}
 wrong = []
+with open("pyproject.toml", "rb") as file:
+    needs = {"workbench": tomllib.load(file)["project"]["dependencies"]}
 for found in metadata.distributions(path=[sys.argv[1]]):
-    for need in map(Requirement, found.requires or ()):
+    needs[found.name] = found.requires or ()
+for name in needs:
+    for need in map(Requirement, needs[name]):
         if need.name in optional:
             continue
         if need.marker is None or need.marker.evaluate({"extra": ""}):
@@ -36,7 +41,7 @@ for found in metadata.distributions(path=[sys.argv[1]]):
             except metadata.PackageNotFoundError:
                 version = None
             if version is None or not need.specifier.contains(version, prereleases=True):
-                wrong.append(f"{found.name} needs {need}, there is {version}")
+                wrong.append(f"{name} needs {need}, there is {version}")
 print("\n".join(wrong) or "all packages fit", file=sys.stderr)
 PY
 data=()

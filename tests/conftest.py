@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch is imported below, 
 os.environ.pop("VIRTUAL_ENV", None)  # of another environment IPython would warn
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("WORKBENCH_TEST_DEVICE") != "cuda":  # tests compare bits and float64 on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 atexit.register(shutil.rmtree, os.environ["WORKBENCH_CACHE"], ignore_errors=True)
 
 import numpy as np  # noqa: E402

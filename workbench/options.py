@@ -290,6 +290,6 @@ class Options(BaseModel):
     augment_on_device: bool = input_option(False, needs=ON_DEVICE,
         help="hflip, RandAugment and jitter on the batch; loaders only crop")
     workers: int | None = runtime_option(None, aka="num_workers", ge=0,
-        help="loader processes per device; None is one per core, at most 8")
+        help="loader processes per device; None is one per core, at most 16")
     runs_dir: str = runtime_option("runs", "folder of the run folders", min_length=1)
     # fmt: on

@@ -312,7 +312,7 @@ def test_no_value_comes_back_from_the_device():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs WORKBENCH_TEST_DEVICE=cuda")
 @pytest.mark.parametrize("kind", ["smooth", "noise"])
 def test_a_gpu_gives_the_same(kind):
     """And waits for nothing: copies of values back would raise."""

@@ -1,6 +1,7 @@
-"""What holds on a GPU: no wait between rows, exact resume, NCCL, export. `pytest -m gpu`.
+"""What holds on a GPU: no wait between rows, exact resume, NCCL, export.
 
-WORKBENCH_TEST_DEVICE=cpu runs the cases that do not need CUDA on the CPU, to test the tests.
+WORKBENCH_TEST_DEVICE=cuda pytest -m gpu; without it conftest.py hides the GPU, and these are
+skipped. WORKBENCH_TEST_DEVICE=cpu runs those that need no CUDA on the CPU, to test the tests.
 """
 
 import itertools
@@ -19,11 +20,11 @@ from helpers import train
 from workbench import data, export, runs, training
 from workbench.recipe import Recipe
 
-DEVICE = os.environ.get("WORKBENCH_TEST_DEVICE", "cuda")
+DEVICE = os.environ.get("WORKBENCH_TEST_DEVICE", "cuda")  # see conftest.py
 CUDA = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == "cuda" and not CUDA, reason="needs a CUDA device"),
+    pytest.mark.skipif(DEVICE == "cuda" and not CUDA, reason="needs WORKBENCH_TEST_DEVICE=cuda"),
 ]
 STRIKES = {
     "optimizer": "lamb", "lr": 0.008, "weight_decay": 0.02, "clip_grad_norm": 1.0, "loss": "bce",

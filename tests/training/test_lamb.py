@@ -344,7 +344,7 @@ def test_a_step_reads_no_number_from_the_device(options, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs WORKBENCH_TEST_DEVICE=cuda")
 def test_a_gpu_agrees_with_the_cpu_and_is_never_waited_for():
     ours, theirs = parameters(channels_last=True), parameters()
     ours = [torch.nn.Parameter(p.detach().cuda()) for p in ours]

@@ -44,7 +44,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 def pick_workers(workers: int | None, world: int = 1) -> int:
     """Loader processes for one of `world` training processes on this machine."""
-    return workers if workers is not None else max(1, min(8, data.available_cpus() // world))
+    return workers if workers is not None else max(1, min(16, data.available_cpus() // world))
 
 
 def is_main() -> bool:
