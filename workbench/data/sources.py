@@ -24,7 +24,7 @@ def load_dataset(recipe: Recipe, *, strict: bool = True) -> Dataset:
     """The images of a recipe, after checks of entries, labels and roots.
 
     Raises DataError. With `strict` off, entries outside of their root and labels out of range are
-    allowed, for `report` to list.
+    allowed, for `check_data` to list.
     """
     if recipe.dataset != "files":
         recipe = recipe.model_copy(update=toy.as_files(recipe.dataset))
