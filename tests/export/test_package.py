@@ -159,6 +159,7 @@ def test_the_script_and_workbench_predict_agree_for_files_of_every_kind(built, s
         else:
             assert name == row.class1 and float(p) == pytest.approx(row.p1, abs=1e-5), path
     failed = {Path(row[0]).name for row in rows if row[2].startswith("error: ")}
+    failed -= {"YCbCr.tif"}  # read by Pillow 13 and later
     assert failed == {*UNREADABLE, "missing.png", tmp_path.name}
 
 
