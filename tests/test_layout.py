@@ -26,7 +26,7 @@ PARTS = {
     "schedule": "recipe",
     "progress": "",
     "image_files": "",
-    "data": "image_files progress recipe schedule",
+    "data": "image_files progress recipe recipe_checks schedule",
     "augmentation": "data recipe",
     "models": "recipe runs",
     "evaluation": "data models recipe runs",
@@ -149,7 +149,7 @@ def test_threads_wait_without_spinning_unless_asked_otherwise(asked):
 
 # ---- size: the values reached, so that they do not grow again
 
-LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 13_180, 450, 60, 13
+LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 13_580, 450, 60, 13
 
 
 def source_files() -> list[Path]:

@@ -223,7 +223,9 @@ def test_text_that_only_begins_like_a_list_is_a_problem(text):
 # options, and the values of others that they need
 NEEDS = [
     ("data_dir train_list train_root val_list val_root val_fraction", {"dataset": "files"}),
-    ("class_names num_classes allow_outside_root", {"dataset": "files"}),
+    ("class_names num_classes allow_outside_root fold", {"dataset": "files"}),
+    ("file_column label_column", {"dataset": "files"}),
+    ("group_column", {"dataset": "files", "fold": "1/2"}),
     ("cache_dir", {"cache": True}),
     ("deep_stem avg_down", {"model": "resnet18"}),
     ("allow_partial_weights", {"weights": "a.pt"}),
@@ -252,11 +254,15 @@ NEEDED = {key: others for options, others in NEEDS for key in options.split()}
 BESIDE = {
     "image_size": {"val_resize": 64},
     "val_image_size": {"val_resize": 64},
+    "file_column": {"dataset": "files", "train_list": ["a.csv"]},
+    "label_column": {"dataset": "files", "train_list": ["a.csv"]},
+    "group_column": {"dataset": "files", "train_list": ["a.csv"], "fold": "1/2"},
     "gamma": {"schedule": "multistep", "milestones": [2]},
     "warmup": {"warmup_epochs": 1.0, "warmup_start_factor": 0.1},
 }
 # other values than the default where no rule of other_value gives one
 OTHER: dict[str, Any] = {
+    "fold": "2/5",
     "schedule": "constant",
     "mean": [0.1, 0.2, 0.3],
     "std": [0.1, 0.2, 0.3],

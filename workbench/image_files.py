@@ -7,12 +7,15 @@ reads files by the same rules: workbench.data.images imports them from here.
 """
 
 import errno
+import io
 import json
 import os
+import re
 import stat
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,7 +63,7 @@ def with_reason(path: str | Path, read: Callable[[], Any], attempts: int = 3) ->
     except ImageError:
         raise
     except UnidentifiedImageError:
-        reason, is_empty = "undecodable", Path(path).stat().st_size == 0
+        reason, is_empty = "undecodable", path and stored_in(path)[1] == 0
         detail = "empty file" if is_empty else "no known image format"
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):  # too many files: no error of the image
@@ -80,14 +83,43 @@ def with_reason(path: str | Path, read: Callable[[], Any], attempts: int = 3) ->
     raise ImageError(reason, detail)
 
 
+# An image inside of another file: ARCHIVE::START+SIZE:NAME, in bytes; z: a zip's header is at START
+_MEMBER = re.compile(r"(.+?)::(z?)(\d+)\+(\d+):.*", re.DOTALL)
+
+
+def stored_in(path: str | Path) -> tuple[str, int]:
+    """The file that holds an image, itself or an archive, and the bytes that the image takes."""
+    if member := _MEMBER.fullmatch(str(path)):
+        return member[1], int(member[4])
+    return str(path), os.path.getsize(path)
+
+
 def opened(path: str | Path) -> BinaryIO:
-    """A regular file; opening a pipe would block. Raises ImageError, OSError."""
+    """A regular file, or a member; opening a pipe would block. Raises ImageError, OSError."""
+    if member := _MEMBER.fullmatch(str(path)):
+        return io.BufferedReader(io.BytesIO(_read_member(*member.groups())))
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         raise ImageError("unreadable", "a folder" if stat.S_ISDIR(mode) else "no regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def _read_member(archive: str, is_zip: str, start: str, size: str) -> bytes:
+    with opened(archive) as file:  # each call its own, for processes and threads
+        file.seek(int(start))
+        deflated = False
+        if is_zip:
+            header = file.read(30)  # APPNOTE.TXT 4.3.7
+            if header[:4] != b"PK\3\4":
+                raise ImageError("unreadable", f"{archive} has changed since it was listed")
+            deflated, name, extra = (header[i] + 256 * header[i + 1] for i in (8, 26, 28))
+            file.seek(name + extra, os.SEEK_CUR)
+        content = file.read(int(size))
+    if len(content) < int(size):
+        raise ImageError("truncated", f"{archive} ends before it")
+    return zlib.decompress(content, -zlib.MAX_WBITS) if deflated else content
 
 
 def check_size(width: int, height: int) -> None:

@@ -82,13 +82,21 @@ class Options(BaseModel):
         help="digits and letters are embedded; files reads data_dir")
     data_dir: str = runtime_option("", "folder of the lists and roots below", needs=FILES)
     train_list: list[str] = option([], needs=FILES, aka="meta_file",
-        help="list files, imagenet or custom_cls format; none: class folders")
+        help="lists (imagenet, custom_cls) or tables (.csv .tsv .parquet); none: class folders")
     train_root: list[str] = option(["train"], needs=FILES, aka="image_dir", min_length=1,
         help="folders of the listed files, one for all lists or one each")
     val_list: list[str] = option([], "as train_list", needs=FILES)
     val_root: list[str] = option(["val"], "as train_root", needs=FILES, min_length=1)
+    file_column: str = option("", needs=FILES, aka="filename_col input_col image_column",
+        help="of tables: paths, or images in Parquet; empty: file, filename, path or image")
+    label_column: str = option("", needs=FILES, aka="target_col",
+        help="of tables: numbers or names; empty: label, target, class or class_name")
     val_fraction: float = option(0.0, needs=FILES, ge=0, lt=1,
         help="share of each class held out when there is no validation list")
+    fold: str = option("", needs=FILES, pattern=r"^([1-9]\d*/([2-9]|[1-9]\d+))?$",
+        help="2/5: validation is the second of five parts of training, stratified by class")
+    group_column: str = option("", needs={**FILES, "fold": True},
+        help="of tables: images with one value, such as a patient, are in one fold")
     class_names: str = option("", "text file with one class name a line", needs=FILES)
     num_classes: int | None = option(None, "None counts them in the data", needs=FILES, ge=2)
     train_fraction: float = input_option(1.0, "share of the training list that is used", gt=0, le=1)

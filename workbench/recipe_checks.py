@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 losses_with_temperature = ("kl", "ce", "dist", "dkd", "kl_standardized_logits")
 
 
@@ -129,6 +130,13 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
     ("name", lambda r: r.name in (".", ".."), "must be the name of a folder"),
     _count("train_root", "train_list"),
     _count("val_root", "val_list"),
+    ("file_column", lambda r: (r.file_column or r.label_column or r.group_column)
+     and not any(path.lower().endswith(TABLE_SUFFIXES) for path in r.train_list + r.val_list),
+     "like label_column and group_column, needs a table (.csv, .tsv, .parquet) as a list"),
+    ("fold", lambda r: r.fold and (r.val_fraction or r.val_list or r.val_root != ["val"]),
+     "validation images are given already; leave out val_fraction, val_list and val_root"),
+    ("fold", lambda r: r.fold and int.__gt__(*map(int, r.fold.split("/"))),
+     "{r.fold} is no fold; 2/5 is the second of five"),
     ("val_fraction", lambda r: r.val_fraction > 0 and (r.val_list or r.val_root != ["val"]),
      "there is a validation list or root already; leave out one of the two"),
     ("val_resize", lambda r: r.val_resize < (r.val_image_size or r.image_size),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 
 from workbench import data, evaluation
@@ -227,3 +228,16 @@ def test_shared_teacher_errors_are_counted():
     assert evaluation.shared_teacher_errors(student, teacher) == {"wrong": 4} | shares
     errors = evaluation.shared_teacher_errors(teacher, teacher.assign(class1=teacher.label))
     assert errors.pop("wrong") == 0 and np.isnan([*errors.values()]).all()
+
+
+def test_top1_by_the_values_of_a_column_has_the_interval_of_statsmodels():
+    camera = np.array(["left"] * 30 + ["right"] * 10 + [None] * 2, object)
+    label, predicted = np.zeros(42, int), np.repeat([0, 1, 0, 1], [24, 6, 10, 2])
+    frame = pd.DataFrame({"label": label, "class1": predicted, "camera": camera})
+    table = evaluation.by_column(frame, "camera")
+    assert table.images.tolist() == [30, 10, 2] and table.top1.tolist() == [80.0, 100.0, 0.0]
+    for row, correct in zip(table.itertuples(), (24, 10, 0), strict=True):
+        expected = proportion_confint(correct, row.images, method="wilson")
+        assert (row.low / 100, row.high / 100) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="no column 'site'; these predictions have .*'camera'"):
+        evaluation.by_column(frame, "site")

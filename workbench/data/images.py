@@ -189,7 +189,7 @@ def _open(path: str | Path) -> Pixels | Jpeg:
     with image_files.opened(path) as file:
         is_jpeg = file.raw.read(3) == b"\xff\xd8\xff"
         file.raw.seek(0)
-        if is_jpeg and (found := _jpeg(file.raw.readall())):
+        if is_jpeg and (found := _jpeg(file.raw.read())):
             return found
         file.raw.seek(0)
         return Pixels(image_files.decode(file))

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
+from workbench.data.archives import members
 from workbench.data.dataset import DataError
 
 _SCHEMA = pa.schema({"filename": pa.large_string(), "label": pa.int64()})
@@ -38,11 +39,19 @@ def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFra
     raw = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     is_json = raw.lstrip().startswith(b"{")
     files, labels = _fast_rows(raw, is_json) or _slow_rows(str(path), raw.decode(), is_json)
+    return located(files, labels, root, number)
+
+
+def located(files: pa.Array, labels: pa.Array, root: str | Path, number: int) -> pd.DataFrame:
+    """The columns of a Dataset for files below a root, a folder or an archive."""
     accents = _has_accents(files)
     paths, outside = _locate(files, accents, str(root))
     frame = pa.table({"file": files, "label": labels, "path": paths}).to_pandas()
     frame.loc[accents, "file"] = [normalize("NFC", f) for f in frame.file[accents]]
     frame["list"], frame["outside"] = number, outside
+    if Path(root).is_file():
+        places = frame.file.map(members(root))
+        frame["path"] = places.fillna(frame.path)
     return frame
 
 

@@ -6,17 +6,17 @@ No image is decoded; files without a known suffix are opened to find out whether
 import hashlib
 import os
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from workbench import ROOT
-from workbench.data import images, toy
+from workbench.data import archives, tables, toy
 from workbench.data.dataset import DataError, Dataset
-from workbench.data.lists import is_utf8, on_disk, read_list
+from workbench.data.lists import is_utf8, on_disk
 from workbench.recipe import Recipe
 
 
@@ -30,22 +30,29 @@ def load_dataset(recipe: Recipe, *, strict: bool = True) -> Dataset:
         recipe = recipe.model_copy(update=toy.as_files(recipe.dataset))
     frames: dict[str, pd.DataFrame] = {}
     folders, skipped = None, []
+    columns = recipe.file_column, recipe.label_column
     sources = _sources(recipe)
     for side, (lists, roots) in sources.items():
         if lists:
             pairs = enumerate(zip(lists, roots, strict=True))
-            parts = [read_list(path, root, i) for i, (path, root) in pairs]
+            parts = [tables.read(path, root, i, *columns) for i, (path, root) in pairs]
             frames[side] = pd.concat(parts, ignore_index=True)
         else:
             frames[side], folders, left = read_folders(roots, folders)
             skipped += [(side, *entry) for entry in left]
-    names = _class_names(recipe, folders)
+    names, by_name = _class_names(recipe, folders), None
+    if any(tables.is_table(path) for lists, _ in sources.values() for path in lists):
+        listed = {side: frames[side] for side, (lists, _) in sources.items() if lists}
+        by_name = tables.number_labels(listed, names)
+        names = by_name or names
     for side, (lists, _) in sources.items():
-        if lists and names:
+        if lists and names and not by_name:
             _check_names(side, frames[side], names)
         elif not lists:  # labels follow the file of class names
             index = {name: i for i, name in enumerate(names)}
             frames[side]["label"] = np.array([index[f] for f in folders])[frames[side].label]
+    if recipe.fold:
+        frames["train"], frames["val"] = k_fold(frames["train"], recipe.fold, recipe.group_column)
     if recipe.val_fraction:
         frames["train"], frames["val"] = stratified_split(frames["train"], recipe.val_fraction)
     count = _count_classes(recipe, frames, names)
@@ -66,16 +73,17 @@ def _sources(recipe: Recipe) -> dict[str, tuple[list[Path], list[Path]]]:
     if not base.is_dir():
         raise DataError(f"data_dir {str(base)!r} is no folder; set data_dir to that of the images")
     sources = {}
-    for side in ("train",) if recipe.val_fraction else ("train", "val"):
+    for side in ("train",) if recipe.val_fraction or recipe.fold else ("train", "val"):
         lists, roots = (
             [_in_data_dir(recipe, path) for path in getattr(recipe, f"{side}_{kind}")]
             for kind in ("list", "root")
         )
-        if missing := [str(root) for root in roots if not root.is_dir()]:
+        stored = lists and all(path.suffix.lower() == ".parquet" for path in lists)
+        if missing := [str(root) for root in roots if not root.exists() and not stored]:
             have = sorted(path.name for path in base.iterdir() if path.is_dir())[:8]
             raise DataError(
-                f"{side}_root {missing[0]!r} is no folder; data_dir holds {have}; without "
-                "validation images set val_fraction"
+                f"{side}_root {missing[0]!r} is no folder or archive; data_dir holds {have}; "
+                "without validation images set val_fraction"
             )
         sources[side] = (lists, roots * len(lists) if len(roots) == 1 and lists else roots)
     return sources
@@ -152,7 +160,6 @@ def _check_entries(side: str, frame: pd.DataFrame, classes: int, allow_outside_r
 
 # ---- class folders
 
-_JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -161,17 +168,24 @@ def read_folders(
 ) -> tuple[pd.DataFrame, list[str], list[tuple[str, str]]]:
     """Images in class folders (root/<class>/**), the sorted class names, and what is skipped.
 
-    With `classes` (those of training) labels follow them, and other folder names are an error.
+    A root may be an archive of class folders. With `classes` (those of training) labels follow
+    them, and other folder names are an error.
     """
     rows: list[tuple[str, str, str, int]] = []
     skipped: list[tuple[str, str]] = []
     names, seen = set(), set()
     for number, root in enumerate(map(Path, roots)):
+        if root.is_file():
+            inside, found, left = archives.class_images(root, classes or ())
+            rows += [(*image, number) for image in found]
+            names |= inside
+            skipped += left
+            continue
         top = root.resolve()
         for folder in sorted(root.iterdir()):
             real = folder.resolve()
             nested = real.is_relative_to(top) or top.is_relative_to(real)
-            if _is_hidden(folder.name):
+            if archives.is_hidden(folder.name):
                 skipped.append((folder.name, "hidden"))
             elif not folder.is_dir():
                 skipped.append((folder.name, "in no class folder"))
@@ -214,13 +228,13 @@ def image_files(top: str, root: str) -> tuple[list[str], list[tuple[str, str]]]:
         below.clear()  # os.walk goes on into what is put back
         for name in entries:
             path = os.path.join(folder, name)
-            if _is_hidden(name):
+            if archives.is_hidden(name):
                 skip(path, "hidden")
             elif name in folders and os.path.islink(path):
                 skip(path, "a link to a folder")
             elif name in folders:
                 below.append(name)
-            elif os.path.splitext(name)[1].lower() in images.SUFFIXES or _pillow_opens(path):
+            elif archives.is_image(name, path):
                 found.append(path)
             else:
                 skip(path, "no image")
@@ -236,23 +250,11 @@ def describe_skipped(skipped: Sequence[tuple]) -> str:
     return f"{len(skipped):,} files or folders skipped: {named}{more}"
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _JUNK
-
-
 def _entry(path: str, root: Path) -> str:
     """The name of a file in a frame. Raises DataError."""
     if not is_utf8(path):
         raise DataError(f"{os.fsencode(path)!r} is no UTF-8 file name; rename it")
     return unicodedata.normalize("NFC", os.path.relpath(path, root))
-
-
-def _pillow_opens(path: str) -> bool:
-    try:
-        with Image.open(path if os.path.isfile(path) else ""):
-            return True
-    except Exception:  # damaged files make decoders raise nearly anything
-        return False
 
 
 # ---- shares
@@ -263,13 +265,45 @@ def stratified_split(frame: pd.DataFrame, share: float) -> tuple[pd.DataFrame, p
 
     The images are chosen by hashes of their names, so a folder that grows keeps most of its split.
     """
-    rank = frame.file.map(lambda f: hashlib.sha256(f.encode("utf-8", "surrogateescape")).digest())
-    position = rank.groupby(frame.label).rank(method="first")
+    position = _hashes(frame.file).groupby(frame.label).rank(method="first")
     size = frame.groupby("label").label.transform("size")
     if single := sorted(set(frame.label[size < 2])):
         raise DataError(f"classes {single[:8]} have one image; val_fraction cannot split them")
     held_out = position <= np.clip((size * share).round(), 1, size - 1)
     return frame[~held_out].reset_index(drop=True), frame[held_out].reset_index(drop=True)
+
+
+def k_fold(frame: pd.DataFrame, fold: str, group_column: str = "") -> list[pd.DataFrame]:
+    """The frame without, and only with, fold "i/k" of a partition stratified by label.
+
+    It depends on names and labels alone; a file, or a value of `group_column`, is in one fold.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold  # takes a second
+
+    number, count = map(int, fold.split("/"))
+    rows = frame.assign(_hash=_hashes(frame.file)).sort_values(["label", "_hash"])
+    chosen = pd.factorize(rows.path)[0] % count == number - 1
+    if group_column:
+        if group_column not in (own := tables.own_columns(frame)):
+            raise DataError(f"group_column {group_column!r} is not in the tables, which have {own}")
+        groups = pd.factorize(rows[group_column].replace("", None))[0]
+        if groups.min() < 0 or groups.max() < count - 1:
+            text = f"has {groups.max() + 1} values and {(groups < 0).sum()} empty fields"
+            raise DataError(f"group_column {group_column!r} {text}; {fold} needs {count} values")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
+            folds = [*StratifiedGroupKFold(count).split(groups, rows.label, groups)]
+        chosen = np.isin(np.arange(len(rows)), folds[number - 1][1])
+    is_val = pd.Series(chosen, rows.index).reindex(frame.index)
+    sides = [frame[side].reset_index(drop=True) for side in (~is_val, is_val)]
+    if missing := sorted({*frame.label} - {*sides[0].label}):
+        text = f"has every image of classes {missing[:8]}"
+        raise DataError(f"fold {fold} {text}; they need more images or groups")
+    return sides
+
+
+def _hashes(files: pd.Series) -> pd.Series:
+    return files.map(lambda f: hashlib.sha256(f.encode("utf-8", "surrogateescape")).digest())
 
 
 def subset(frame: pd.DataFrame, fraction: float) -> pd.DataFrame:

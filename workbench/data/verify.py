@@ -73,7 +73,7 @@ def _facts(path: str) -> tuple:
     size, digest = 0, ""
     try:
         digest = image_files.with_reason(path, lambda: file_digest(path))
-        size = image_files.with_reason(path, lambda: os.path.getsize(path))
+        size = image_files.with_reason(path, lambda: image_files.stored_in(path)[1])
         image = images.open(path)
         image.pixels()
         return size, image.width, image.height, digest, "", ""
@@ -83,7 +83,7 @@ def _facts(path: str) -> tuple:
 
 def _stat(path: str) -> tuple[str, int, int, int] | None:
     try:
-        found = os.stat(path)
+        found = os.stat(image_files.stored_in(path)[0])
     except OSError:
         return None
     return path, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,6 +1,7 @@
 """Predictions of a model, their metrics, and comparisons of runs."""
 
 from workbench.evaluation.metrics import (
+    by_column,
     calibration_error,
     confusion,
     mistakes,

@@ -1,16 +1,19 @@
 """Metrics of a table of predictions, which has a row per validation image."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+
+from workbench.evaluation.statistics import wilson
 
 BINS = 15  # of the reliability diagram
 
 
 def top_k(predictions: pd.DataFrame) -> float:
     """Top-5 accuracy in percent; with fewer than five classes, top-k of all."""
-    ranks = [c for c in predictions.columns if c.startswith("class")]
+    ranks = [c for c in predictions.columns if re.fullmatch(r"class\d+", c)]
     hits = predictions[ranks].to_numpy() == predictions.label.to_numpy()[:, None]
     return 100 * float(hits.any(axis=1).mean())
 
@@ -72,6 +75,20 @@ def per_class(predictions: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
     correct = np.bincount(label[label == predictions.class1], minlength=len(classes))
     top1 = 100 * correct / np.where(images, images, np.nan)
     return pd.DataFrame({"class": classes, "images": images, "top1": top1, "mistaken for": names})
+
+
+def by_column(predictions: pd.DataFrame, column: str) -> pd.DataFrame:
+    """images, top1 and its Wilson interval (low, high) in percent, by the values of a column.
+
+    Raises ValueError where there is no such column.
+    """
+    if column not in predictions:
+        raise ValueError(f"no column {column!r}; these predictions have {[*predictions.columns]}")
+    correct = predictions.class1 == predictions.label
+    table = correct.groupby(predictions[column], dropna=False).agg(["size", "sum"])
+    rows = [[n, k / n, *wilson(k, n)] for n, k in table.itertuples(index=False)]
+    found = pd.DataFrame(rows, table.index, ["images", "top1", "low", "high"])
+    return found * [1, 100, 100, 100]
 
 
 def side_by_side(predictions: Mapping[str, pd.DataFrame], classes: list[str]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from workbench import data, evaluation
-from workbench.data import pixel_cache
+from workbench.data import pixel_cache, tables
 from workbench.evaluation import inference
 from workbench.progress import bar
 from workbench.recipe import Recipe
@@ -98,7 +98,9 @@ def eval_workers(workers: int, val: pd.DataFrame, cached: bool = False) -> int:
 
 
 def name_rows(frame: pd.DataFrame, val: pd.DataFrame) -> pd.DataFrame:
-    """A frame of predictions with the columns file and list before the others."""
+    """A frame of predictions with file and list before its columns, and those of a table after."""
+    for name in tables.own_columns(val):
+        frame[name] = val[name].to_numpy()[frame.row]
     frame.insert(0, "list", val.list.to_numpy()[frame.row])
     frame.insert(0, "file", val.file.to_numpy()[frame.row])
     return frame
