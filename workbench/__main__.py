@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,10 @@ def main() -> None:
 def _recipe(params: Path, overrides: list[str]) -> "Recipe":
     from workbench.recipe import Recipe
 
-    return Recipe.from_yaml(params, **_overrides(overrides))
+    recipe = Recipe.from_yaml(params, **_overrides(overrides))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes
+        print(*(f"note: {text}\n" for text in recipe.notes), sep="", end="", flush=True)
+    return recipe
 
 
 def _overrides(overrides: list[str]) -> dict[str, str]:
@@ -57,12 +61,26 @@ def _overrides(overrides: list[str]) -> dict[str, str]:
 
 
 @app.command()
-def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads it, never writes
+def train(
+    params: Params,
+    p: Overrides = [],  # noqa: B006  typer reads it, never writes
+    smoke: Annotated[
+        bool, typer.Option(help="two steps, an evaluation and an export on a few images, no run")
+    ] = False,
+) -> None:
     """Train a recipe, or resume it. Exit code 0 finished, 3 stopped and resumable.
 
     On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS
     """
     recipe = _recipe(params, p)
+    if smoke:
+        from workbench.smoke import smoke_test
+
+        if "RANK" in os.environ:
+            raise typer.BadParameter("--smoke runs in one process, without torchrun")
+        for line in smoke_test(recipe):
+            print(line, flush=True)
+        return
     from workbench import data, runs, training
     from workbench.doctor import teachers, throughput
     from workbench.ui import widgets
@@ -85,6 +103,30 @@ def train(params: Params, p: Overrides = []) -> None:  # noqa: B006  typer reads
         print(f"run folder: {run.path}")
     if run.status()["state"] == "stopped":
         raise typer.Exit(STOPPED)
+
+
+@app.command()
+def sweep(
+    params: Params,
+    axes: Annotated[list[str], typer.Argument(help="lr=0.03,0.1 seed=0-2: every combination")],
+    p: Overrides = [],  # noqa: B006
+) -> None:
+    """Train every combination of some values of options, and compare them over seeds.
+
+    The same command resumes. Exit code 0 all finished, 1 a run failed, 3 stopped.
+    """
+    recipe = _recipe(params, p)
+    from workbench import sweep as sweeping
+
+    options, states = sweeping.parse_axes(axes), set()
+    total = len(sweeping.combinations(recipe, options))
+    for number, row in enumerate(sweeping.sweep(recipe, options), 1):
+        print(f"{number}/{total} {row['run']}: {row['message']}", flush=True)
+        states.add(row["state"])
+    print(f"sweep folder: {(folder := sweeping.folder_of(recipe, options))}")
+    if "finished" in states and "stopped" not in states:
+        compare(sweeping.finished(folder), "raw")
+    raise typer.Exit(STOPPED if "stopped" in states else int("failed" in states))
 
 
 def _print_warnings(recipe: "Recipe", environment: dict) -> None:

@@ -21,6 +21,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator
 
 from workbench import ROOT, params_files
 from workbench.options import Options
+from workbench.overrides import resolve
 from workbench.recipe_checks import conflicts, unmet_needs
 
 # Options of earlier versions, and what they are called now: run folders with them still open.
@@ -90,10 +91,11 @@ class Recipe(Options):
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "Recipe":
         """The recipe in a params file; overrides may be text, as `-p` gives it.
 
+        What depended on a value of the file goes back to its default, or is scaled; see `notes`.
         Raises RecipeError for a file that is missing, is not a flat mapping or has a bad option.
         """
         try:
-            return cls(**{**params_files.read(path, TEXT), **overrides})
+            return cls._overridden(params_files.read(path, TEXT), overrides)
         except ValueError as error:
             raise RecipeError(getattr(error, "problems", [str(error)]), str(path)) from None
 
@@ -103,22 +105,52 @@ class Recipe(Options):
 
         In a notebook, every name assigned in the cells that begin with `# Parameters` counts (the
         tagged cell, and the one papermill injects), so a misspelt parameter is found; other
-        variables are ignored.
+        variables are ignored. Injected values are overrides of the tagged cell, as in `from_yaml`.
         """
         cells = [text for text in namespace.get("In") or [] if text.startswith("# Parameters")]
         # Of a cell that was corrected and run again, the last text counts.
-        cells = {text.partition("\n")[0]: text for text in cells}.values()
-        nodes = [node for text in cells for node in ast.walk(ast.parse(text))]
-        names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        if not cells:
+        cells = {text.partition("\n")[0]: text for text in cells}
+        names = [name for text in cells.values() for name in _assigned(text)]
+        if injected := _assigned(cells.pop("# Parameters", "")):
+            tagged = {k: v for text in cells.values() for k, v in _assigned(text).items()}
+            base = {k: namespace[k] for k in tagged if k in namespace and k not in injected}
+            for key in tagged.keys() & injected:  # the namespace has the injected value
+                with contextlib.suppress(ValueError):
+                    base[key] = ast.literal_eval(tagged[key])
+            return cls._overridden(base, {k: namespace[k] for k in injected if k in namespace})
+        if not names:
             plain = bool | int | float | str | list | tuple | None
             names = [k for k, v in namespace.items() if k[:1] != "_" and isinstance(v, plain)]
             names += FIELDS
         return cls(**{name: namespace[name] for name in names if name in namespace})
 
     def replace(self, **changes: Any) -> "Recipe":
-        """This recipe with other values, checked again."""
-        return Recipe(**{**self.non_default(), **changes})
+        """This recipe with other values, checked again; they are overrides as in `from_yaml`."""
+        recipe = self._overridden(self.non_default(), changes)
+        recipe.__dict__["_notes"] = (*self.notes, *recipe.notes)
+        return recipe
+
+    @classmethod
+    def _overridden(cls, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> "Recipe":
+        parts, kinds = [], {key: field.annotation for key, field in cls.model_fields.items()}
+        for part in (base, overrides):
+            known = {k: _coerced(v, kinds[k]) for k, v in part.items() if k in kinds}
+            try:
+                typed = Options(**known)
+            except ValidationError as error:  # reported below; what depends on it is not judged
+                bad = {item["loc"][0] for item in error.errors()}
+                typed = Options(**(known := {k: v for k, v in known.items() if k not in bad}))
+            parts.append({key: getattr(typed, key) for key in known})
+        values, notes = resolve(*parts, defaults(), {key: metadata(key)["needs"] for key in FIELDS})
+        changed = {key: values[key] for key in parts[0] if key not in overrides}
+        recipe = cls(**{**base, **changed, **overrides})
+        recipe.__dict__["_notes"] = tuple(notes)  # beside the options: no part of equality
+        return recipe
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What overrides changed beside themselves, a sentence each."""
+        return self.__dict__.get("_notes", ())
 
     def non_default(self) -> dict[str, Any]:
         """The options that differ from the defaults."""
@@ -191,6 +223,17 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(losses := new.get("kd_loss"), list):
         new["kd_loss"] = [RENAMED_VALUES.get(name, name) for name in losses]
     return new
+
+
+def _assigned(cell: str) -> dict[str, ast.expr | None]:
+    """The names that the source of a cell assigns, with the expressions of `name = value`."""
+    found: dict[str, ast.expr | None] = {}
+    for node in ast.walk(ast.parse(cell)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.setdefault(node.id)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node.value
+    return found
 
 
 def _unknown(key: str) -> str:

@@ -25,13 +25,20 @@ def unmet_needs(needs: Mapping | list[Mapping], recipe: Values) -> str:
     `needs` maps other options to the value they must have, or a tuple of such values; True and
     False mean set and not set. A list holds alternatives.
     """
-    unmet: dict[str, str] = {}
+    return " and ".join(
+        f"{key} is {getattr(recipe, key)!r}" for key in missing_needs(needs, recipe)
+    )
+
+
+def missing_needs(needs: Mapping | list[Mapping], recipe: Values) -> list[str]:
+    """The options whose values leave an option without effect, none where it has one."""
+    unmet: dict[str, None] = {}
     for alternative in needs if isinstance(needs, list) else [needs]:
         missing = [key for key, wanted in alternative.items() if not _has(recipe, key, wanted)]
         if not missing:
-            return ""
-        unmet |= {key: f"{key} is {getattr(recipe, key)!r}" for key in missing}
-    return " and ".join(unmet.values())
+            return []
+        unmet |= dict.fromkeys(missing)
+    return [*unmet]
 
 
 def _has(recipe: Values, key: str, wanted: Any) -> bool:

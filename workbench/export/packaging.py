@@ -66,6 +66,7 @@ def package(
     kestrel: Mapping[str, Any] | None = None,
     int8_points: float = 0.5,
     seconds: float = 1.0,
+    dataset: data.Dataset | None = None,
     **overrides: Any,
 ) -> Path:
     """Writes `<name>_<version>.tar` into the folder `out` and returns its path.
@@ -73,7 +74,7 @@ def package(
     Name and version default to those of the to_kestrel block `kestrel`, then to the run's and
     1.0.0. With `uint8_input` the network normalises its input. `int8` adds a quantised network,
     `with_preprocessing` one that also resizes and crops, `torch_export` a file for
-    torch.export.load. `overrides` are options of DATA_OPTIONS.
+    torch.export.load. `overrides` are options of DATA_OPTIONS; `dataset` replaces the recipe's.
 
     Raises ExportError and writes only the report if a prediction of a network, ties aside, or of
     predict.py differs from PyTorch's for a validation image. int8 and with_preprocessing are left
@@ -86,7 +87,7 @@ def package(
     network = Network(model, metadata.preprocess(recipe, uint8_input)).eval()
     environment = run.environment()
     train, val, val_data = load_lists(
-        recipe, overrides, classes, run.path, environment.get("val_data")
+        recipe, overrides, classes, run.path, environment.get("val_data"), dataset
     )
     names = {"model_name": name or block.get("model_name") or recipe.name}
     names |= {"version": version or str(block.get("version", "1.0.0"))}
@@ -136,7 +137,12 @@ def _new_path(path: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def load_lists(
-    recipe: Recipe, overrides: Mapping[str, Any], classes: list[str], source: Path, recorded: str
+    recipe: Recipe,
+    overrides: Mapping[str, Any],
+    classes: list[str],
+    source: Path,
+    recorded: str,
+    dataset: data.Dataset | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Training and validation list of a recipe, and the fingerprint of the validation images.
 
@@ -146,7 +152,7 @@ def load_lists(
         allowed = ", ".join(DATA_OPTIONS)
         raise ExportError(f"{unknown} cannot be changed after training; allowed are {allowed}")
     recipe = recipe.replace(**overrides)
-    dataset = data.load_dataset(recipe)
+    dataset = dataset or data.load_dataset(recipe)
     if dataset.classes != classes:
         raise ExportError(f"the data does not have the classes of {source}, in their order")
     val = dataset.val

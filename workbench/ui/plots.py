@@ -11,6 +11,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from PIL import Image
 
+from workbench.evaluation.comparison import Comparison
 from workbench.ui.figure import Figure
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -218,6 +219,22 @@ def intervals(table: pd.DataFrame, top1: Mapping[str, Sequence[float]]) -> Figur
     ax.invert_yaxis()
     ax.margins(x=0.35, y=0.15)
     _label(ax, "top-1 (%), 95 % interval", "recipe", grid="x")
+    return figure
+
+
+def top1_by_option(found: Comparison, option: str) -> Figure:
+    """Mean top-1 of compared recipes, with its interval, against the values of an option."""
+    table, values = found.table, [group.recipe[option] for group in found.groups]
+    numeric = all(type(value) in (int, float) for value in values)
+    ax = (figure := Figure(6)).subplots()
+    x = np.array(values if numeric else range(len(values)))
+    bars = np.abs(table[["low", "high"]].to_numpy().T - table.top1.to_numpy())
+    ax.errorbar(x, table.top1, bars, fmt="o", capsize=4, color=COLOURS[0])
+    if numeric and 0 < x.min() * 8 < x.max():
+        ax.set_xscale("log")
+        ax.minorticks_off()
+    ax.set_xticks(x, [_short(str(value)) for value in values])
+    _label(ax, option, "top-1 (%), 95 % interval", grid="y")
     return figure
 
 
