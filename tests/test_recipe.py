@@ -126,7 +126,10 @@ def test_a_whole_number_that_papermill_made_of_a_text_is_that_text():
         ("milestones", "[30"),
         ("train_list", [1.5]),
         ("mean", [0.5, 0.5]),
-        ("optimizer", "lion"),
+        ("precision", "fp8"),
+        ("optimizer_args", "0.9"),
+        ("optimizer_args", [0.9]),
+        ("optimizer_args", "{betas: [0.9"),
         ("teacher", True),
         ("teacher_mean", [0.5, "grey", 0.5]),
         ("kd_loss", "hinton"),
@@ -211,6 +214,51 @@ def test_lists_may_be_written_as_text_or_as_one_item():
     recipe = Recipe(teacher="runs/a-seed0", teacher_weight="2", kd_loss="kl")
     assert (recipe.teacher, recipe.teacher_weight) == (["runs/a-seed0"], [2.0])
     assert recipe.kd_loss == ["kl"]
+    assert Recipe(dataset="files", train_list="{a}.txt").train_list == ["{a}.txt"]
+
+
+ARGS = {"betas": [0.9, 0.99], "caution": True, "eps": 3e-4, "mode": "a: b # c"}
+
+
+def test_a_mapping_is_the_same_from_every_source(tmp_path):
+    mapping = "{mode: 'a: b # c', eps: 3e-4, betas: [0.9, 0.99], caution: true}"
+    block = (
+        "optimizer_args:\n  mode: 'a: b # c'\n  eps: 3e-4\n  betas: [0.9, 0.99]\n  caution: true\n"
+    )
+    recipe = Recipe(optimizer_args=mapping)
+    recipe.to_yaml(tmp_path / "again.yaml")
+    cell = f"# Parameters\noptimizer_args = {ARGS!r}"
+    namespace = {"In": ["", cell], "optimizer_args": ARGS}
+    for same in (
+        Recipe(optimizer_args=dict(reversed(ARGS.items()))),
+        Recipe(optimizer_args={**ARGS, "betas": (0.9, 0.99)}),
+        Recipe.from_yaml(written(tmp_path, f"optimizer_args: {mapping}\n")),
+        Recipe.from_yaml(written(tmp_path, block)),
+        Recipe.from_yaml(written(tmp_path, ""), optimizer_args=mapping),
+        Recipe.from_yaml(tmp_path / "again.yaml"),
+        Recipe.from_namespace(namespace),
+        Recipe.from_namespace({"optimizer_args": mapping}),
+    ):
+        assert same.optimizer_args == ARGS and same.fingerprint == recipe.fingerprint
+    assert yaml.safe_load((tmp_path / "again.yaml").read_text())["optimizer_args"] == ARGS
+    assert Recipe(optimizer_args={**ARGS, "eps": 1e-8}).fingerprint != recipe.fingerprint
+    with pytest.raises(RecipeError, match="'betas' is repeated"):
+        Recipe.from_yaml(written(tmp_path, "optimizer_args: {betas: [1.0], betas: [2.0]}\n"))
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        ({"betas": {"first": 0.9}}, "betas is {'first': 0.9}; an argument is a number, a text"),
+        ({"betas": [[0.9]]}, "an argument is a number"),
+        ({"eps": math.nan}, "eps is nan, which is not finite"),
+        ({"eps": "inf"}, "eps is inf, which is not finite"),
+        ({1: 2}, "valid string"),
+    ],
+)
+def test_an_argument_that_cannot_be_saved_is_refused(args, text):
+    [problem] = problems(optimizer_args=args)
+    assert problem.startswith("optimizer_args: ") and text in problem
 
 
 @pytest.mark.parametrize("text", ["[" * 2000, "[&a [x], *a]", "[!!int x]"])
@@ -237,6 +285,7 @@ NEEDS = [
     ("pct_start", {"schedule": "one_cycle"}),
     ("warmup warmup_start_factor", {"warmup_epochs": 1.0}),
     ("bce_threshold bce_sum bce_shift", {"loss": "bce"}),
+    ("focal_gamma", {"loss": "focal"}),
     ("up_smoothing", {"label_smoothing": 0.1, "mixup_alpha": 0.2}),
     ("randaug_m randaug_std randaug_increasing randaug_variant", {"randaug_n": 2}),
     ("switch_prob", {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}),
@@ -264,6 +313,7 @@ BESIDE = {
 OTHER: dict[str, Any] = {
     "fold": "2/5",
     "schedule": "constant",
+    "optimizer_args": {"dampening": 0.5},
     "mean": [0.1, 0.2, 0.3],
     "std": [0.1, 0.2, 0.3],
     "num_classes": 9,
@@ -277,6 +327,7 @@ OTHER: dict[str, Any] = {
     "clip_grad_norm": 1.0,
     "ema_decay": 0.9,
     "bce_threshold": 0.2,
+    "class_weights": ["balanced"],
     "crop_scale": [0.5, 1.0],
     "crop_ratio": [1.0, 1.0],
     "teacher_weight": [2.0],
@@ -452,7 +503,7 @@ def test_options_that_contradict_each_other_are_a_problem(key, values):
 
 def test_a_bad_value_is_not_judged_beside_others():
     assert len(problems(lr="fast", lr_min=0.2)) == 1
-    assert keys(problems(optimizer="lion", nesterov=True, lr_min=0.2)) == ["optimizer", "lr_min"]
+    assert keys(problems(dataset="lion", data_dir="x", lr_min=0.2)) == ["dataset", "lr_min"]
 
 
 # ---- files

@@ -121,6 +121,15 @@ def heads(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Recomputes activations in the backward pass. Raises ModelError for a model that cannot."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError, TypeError):
+        name = type(model).__name__
+        raise ModelError(f"timm's {name} has no gradient checkpointing; leave it out") from None
+
+
 def module(model: nn.Module, name: str) -> nn.Module:
     """The submodule of that name. Raises ModelError with close names."""
     names = [known for known, _ in model.named_modules() if known]

@@ -55,6 +55,7 @@ DECAYING = {"schedule": ("cosine", "polynomial")}
 BEFORE_PEAK = {"schedule": ("constant", "multistep", "step", "cosine", "polynomial")}
 WARMUP = [{"warmup_epochs": True}, {"warmup_steps": True}]
 BCE = {"loss": "bce", "task_weight": True}
+WEIGHTED = {"loss": ("ce", "focal"), "task_weight": True}
 TASK_LOSS = [{"teacher": False}, {"task_weight": True}]
 RANDAUG, ERASE, TEACHER = {"randaug_n": True}, {"erase_prob": True}, {"teacher": True}
 MIXED = [{"mixup_alpha": True}, {"cutmix_alpha": True}]
@@ -150,8 +151,10 @@ class Options(BaseModel):
     drop_last: bool = input_option(False, "leave out the incomplete last batch of an epoch")
     repeated_aug: int = input_option(1, aka="aug_repeats", ge=1, le=64,
         help="copies of an image in a batch, each augmented differently, arXiv 1902.05509")
-    optimizer: Literal["sgd", "adamw", "lamb"] = option("sgd", aka="optim opt",
-        help="sgd, adamw or lamb, arXiv 1904.00962")
+    optimizer: str = option("sgd", aka="optim opt", min_length=1,
+        help="sgd, adamw, lamb (arXiv 1904.00962), or a name of timm.optim: adan, lion, muon")
+    optimizer_args: dict[str, Any] = option({}, aka="opt_args opt_betas opt_eps betas eps",
+        help="more arguments of the optimizer, such as {betas: [0.9, 0.99], eps: 1.0e-6}")
     lr: float = option(0.1, aka="learning_rate", gt=0,
         help="peak learning rate, not scaled by the batch size")
     momentum: float = option(0.9, "of sgd", needs=SGD, ge=0, lt=1)
@@ -190,6 +193,8 @@ class Options(BaseModel):
         help="share of lr that the warm-up starts from")
     layer_decay: float | None = option(None, aka="layer_wise_decay", gt=0, lt=1,
         help="lr of a layer over that of the layer above it, arXiv 2106.08254")
+    head_lr_scale: float = option(1.0, aka="head_lr classifier_lr", gt=0,
+        help="lr of the classifier over that of the other layers")
     head_only_epochs: int = option(0, aka="linear_probe", ge=0,
         help="first epochs, in which only the classifier is trained")
     clip_grad_norm: float | None = option(None, aka="clip_grad max_grad_norm", gt=0,
@@ -198,8 +203,12 @@ class Options(BaseModel):
         help="share of the average kept per step, constant; both weights are evaluated")
 
     # loss
-    loss: Literal["ce", "bce"] = option("ce", needs=TASK_LOSS, aka="bce_loss",
-        help="cross-entropy, or binary cross-entropy of every class")
+    loss: Literal["ce", "bce", "focal"] = option("ce", needs=TASK_LOSS, aka="bce_loss",
+        help="cross-entropy, binary cross-entropy of every class, or softmax focal loss")
+    focal_gamma: float = option(2.0, needs={"loss": "focal", "task_weight": True}, ge=0,
+        help="power of 1 - p, arXiv 1708.02002; 0 is cross-entropy")
+    class_weights: list[float | Literal["balanced"]] = option([], needs=WEIGHTED,
+        help="of ce and focal, one per class, or balanced: images / (classes * images of a class)")
     bce_threshold: float | None = option(None, needs=BCE, aka="bce_target_thresh", ge=0, lt=1,
         help="targets above count as 1, others as 0; RSB 0.2")
     bce_sum: bool = option(False, needs=BCE,
@@ -290,11 +299,13 @@ class Options(BaseModel):
         help="between checkpoints inside an epoch; 0 is every step")
     log_every: int = runtime_option(10, "steps per row of steps.csv", ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = runtime_option("auto", "auto takes a GPU")
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", aka="amp fp16 bf16",
-        help="auto is bf16 where it is native")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", aka="amp",
+        help="auto is bf16 where it is native; fp16, with a scaled loss, is for older GPUs")
     channels_last: bool = input_option(True, "memory layout of images and weights")
     compile: bool = runtime_option(False, aka="torchcompile",
         help="torch.compile of the model; its first steps take longer")
+    grad_checkpointing: bool = runtime_option(False, aka="gradient_checkpointing checkpointing",
+        help="recompute activations in the backward pass: less memory, a third more time")
     augment_on_device: bool = input_option(False, needs=ON_DEVICE,
         help="hflip, RandAugment and jitter on the batch; loaders only crop")
     workers: int | None = runtime_option(None, aka="num_workers", ge=0,

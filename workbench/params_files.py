@@ -42,8 +42,11 @@ def parse_written(text: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-def parse_list(text: str, *, as_text: bool) -> Any:
-    """The list in `[a, b]`; with `as_text` numbers in it stay text. Raises ValueError."""
+def parse_flow(text: str, *, as_text: bool) -> Any:
+    """The list in `[a, b]` or the mapping in `{a: 1}`. Raises ValueError.
+
+    With `as_text` numbers in it stay text.
+    """
     return _parse(f"value: {text}", {"value"} if as_text else ())["value"]
 
 
@@ -51,6 +54,8 @@ def dump(value: Any) -> str:
     """A value as YAML on one line that YAML 1.1 and 1.2 read alike."""
     if isinstance(value, list):
         return "[" + ", ".join(map(dump, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{dump(key)}: {dump(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         # JSON is YAML but for these control characters, which YAML takes escaped only.
         escape = lambda match: f"\\x{ord(match[0]):02x}"

@@ -119,7 +119,7 @@ class Recipe(Options):
                     base[key] = ast.literal_eval(tagged[key])
             return cls._overridden(base, {k: namespace[k] for k in injected if k in namespace})
         if not names:
-            plain = bool | int | float | str | list | tuple | None
+            plain = bool | int | float | str | list | tuple | dict | None
             names = [k for k, v in namespace.items() if k[:1] != "_" and isinstance(v, plain)]
             names += FIELDS
         return cls(**{name: namespace[name] for name in names if name in namespace})
@@ -252,12 +252,14 @@ def _coerced(value: Any, annotation: Any) -> Any:
     text = value.strip().lower() if isinstance(value, str) else ""
     if text in ("none", "null") and type(None) in kinds:
         return None
+    if text.startswith({list: "[", dict: "{"}.get(get_origin(annotation), "\0")):
+        try:  # items of text options stay as they are written
+            value = params_files.parse_flow(value, as_text=annotation == list[str])
+        except ValueError:
+            return value
+    if get_origin(annotation) is dict:
+        return _plain(value)
     if get_origin(annotation) is list:
-        if text.startswith("["):
-            try:  # items of text options stay as they are written
-                value = params_files.parse_list(value, as_text=annotation == list[str])
-            except ValueError:
-                return value
         value = list(value) if isinstance(value, list | tuple) else [value]
         return [_coerced(item, kinds[0]) for item in value]
     if text in ("true", "false") and bool in kinds:
@@ -269,6 +271,18 @@ def _coerced(value: Any, annotation: Any) -> Any:
         return int(value)
     if annotation is str and type(value) is int:  # papermill's -p makes a number of 20261126
         return str(value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """A mapping in the order of its keys, with lists for tuples and numbers for their text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 gives 3e-4 as text
+            return float(value)
     return value
 
 

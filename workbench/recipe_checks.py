@@ -1,5 +1,6 @@
 """What contradicts what in a recipe, and which options have no effect beside the others."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -131,6 +132,17 @@ def _count(key: str, of: str, per: int = 1, may_be_empty: bool = False) -> tuple
     return key, wrong, ""
 
 
+def _bad_args(recipe: Values) -> str:
+    """Why optimizer_args cannot be saved and compared."""
+    for key, value in recipe.optimizer_args.items():
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, bool | int | float | str | None) for x in items):
+            return f"{key} is {value!r}; an argument is a number, a text, true, false or a list"
+        if not all(math.isfinite(x) for x in items if isinstance(x, float)):
+            return f"{key} is {value!r}, which is not finite"
+    return ""
+
+
 # (option, rule, sentence): what is wrong where the rule holds; a rule may return the sentence.
 # Rules of an option that has no effect are not judged.
 CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
@@ -164,6 +176,10 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
      "{r.repeated_aug} is above batch_size {r.batch_size}"),
     ("batch_size", lambda r: r.batch_size == 1 and mixes(r), "1 image has no other to mix with"),
     ("nesterov", lambda r: r.nesterov and r.momentum == 0, "needs momentum above 0"),
+    ("optimizer_args", _bad_args, ""),
+    ("class_weights", lambda r: r.class_weights != ["balanced"]
+     and not all(isinstance(w, float) and w > 0 for w in r.class_weights),
+     "{r.class_weights}; give balanced alone, or a number above 0 for each class"),
     ("milestones", lambda r: not r.milestones
      or sorted({m for m in r.milestones if 1 <= m < r.epochs}) != r.milestones,
      "{r.milestones}; multistep needs increasing epochs from 1, below epochs {r.epochs}"),
@@ -200,6 +216,11 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
     ("cache_teacher_logits", lambda r: r.cache_teacher_logits
      and not all(map(on_logits, r.distill_pairs)),
      "saves logits only; modules would need the teacher itself"),
+    ("grad_checkpointing", lambda r: r.grad_checkpointing and r.compile,
+     "compile decides itself what is recomputed; leave out one of the two"),
+    ("grad_checkpointing", lambda r: r.grad_checkpointing and r.teacher
+     and not all(map(on_logits, r.distill_pairs)),
+     "modules compared by distill_pairs would be computed twice; leave out one of the two"),
     ("eval_every", lambda r: r.eval_every > r.epochs,
      "{r.eval_every} has no effect, since epochs is {r.epochs}"),
 ]  # fmt: skip

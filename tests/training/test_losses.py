@@ -2,11 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
-from workbench.training import losses
+from workbench.recipe import Recipe, RecipeError
+from workbench.training import TrainingError, losses
 
 N, C = 7, 11
 LOGITS = 3 * torch.randn(N, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -126,3 +131,74 @@ def test_each_image_has_its_own_loss_and_gradient(loss, targets):
     assert value.shape == (N,)
     value[2].backward()
     assert z.grad[2].any() and not z.grad[[0, 1, 3, 4, 5, 6]].any()
+
+
+# ---- focal loss and class weights
+
+
+def test_focal_loss_is_its_formula_and_that_of_torchvision_for_two_classes():
+    logits = torch.randn(8, 5, dtype=torch.float64) * 3
+    hard = torch.arange(8) % 5
+    p = logits.softmax(1)
+    expected = [-((1 - row[t]) ** 2.5) * row[t].log() for row, t in zip(p, hard, strict=True)]
+    ours = losses.focal(logits, hard, gamma=2.5)
+    torch.testing.assert_close(ours, torch.stack(expected))
+    # The softmax of (0, z) is the sigmoid of z.
+    z = logits[:, 0]
+    theirs = sigmoid_focal_loss(z, torch.ones_like(z), alpha=-1, gamma=2.5)
+    both = torch.stack([torch.zeros_like(z), z], 1)
+    torch.testing.assert_close(losses.focal(both, torch.ones_like(hard), gamma=2.5), theirs)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 1.0, 2.0, 4.0, 0.1]).double()])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_without_gamma_focal_loss_is_weighted_cross_entropy_for_hard_and_mixed_labels(
+    weight, smoothing
+):
+    logits = torch.randn(8, 5, dtype=torch.float64) * 3
+    hard = torch.arange(8) % 5
+    mixed = 0.3 * F.one_hot(hard, 5).double() + 0.7 * F.one_hot(hard.flip(0), 5).double()
+    for t in (hard, mixed):
+        theirs = F.cross_entropy(logits, t, weight, label_smoothing=smoothing, reduction="none")
+        torch.testing.assert_close(
+            losses.cross_entropy(logits, t, smoothing, weight=weight), theirs
+        )
+        ours = losses.focal(logits, t, smoothing, gamma=0.0, weight=weight)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_focal_loss_has_finite_gradients_where_the_prediction_is_certain():
+    for gamma in (0.5, 1.0, 2.0):
+        logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
+        losses.focal(logits, torch.tensor([0, 0]), gamma=gamma).sum().backward()
+        assert torch.isfinite(logits.grad).all() and logits.grad[1].abs().min() > 0.9
+
+
+def test_balanced_weights_are_those_of_scikit_learn_and_average_to_one():
+    labels = np.array([0, 0, 0, 0, 1, 2, 2])
+    ours = losses.class_weights(Recipe(class_weights="balanced"), labels, ["a", "b", "c"])
+    theirs = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert ours.tolist() == pytest.approx(theirs) and ours[labels].mean() == pytest.approx(1.0)
+    given = losses.class_weights(Recipe(class_weights="[1, 2.5, 3e-1]"), labels, ["a", "b", "c"])
+    assert given.tolist() == pytest.approx([1.0, 2.5, 0.3])
+    with pytest.raises(TrainingError, match="'d' has no training image"):
+        losses.class_weights(Recipe(class_weights="balanced"), labels, ["a", "b", "c", "d"])
+    with pytest.raises(TrainingError, match="3 numbers for 2 classes"):
+        losses.class_weights(Recipe(class_weights=[1, 2, 3]), labels, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "values, key",
+    [
+        (dict(class_weights=[1.0, 0.0]), "class_weights"),
+        (dict(class_weights=["balanced", 1.0]), "class_weights"),
+        (dict(class_weights="equal"), "class_weights"),
+        (dict(class_weights="balanced", loss="bce"), "class_weights"),
+        (dict(focal_gamma=1.0), "focal_gamma"),
+        (dict(focal_gamma=-1.0, loss="focal"), "focal_gamma"),
+    ],
+)
+def test_weights_and_gamma_that_mean_nothing_are_refused(values, key):
+    with pytest.raises(RecipeError) as caught:
+        Recipe(**values)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [key]

@@ -49,6 +49,10 @@ def examine(
     than two classes, ModelError for an unknown model.
     """
     _check_name(recipe.model)
+    if recipe.optimizer_args or recipe.optimizer not in ("sgd", "adamw", "lamb"):
+        from workbench import training
+
+        training.check_optimizer(recipe)
     if classes < 2:
         from workbench import data
 

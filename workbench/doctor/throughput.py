@@ -143,7 +143,6 @@ def _model_speed(recipe: Recipe, classes: int, device: torch.device, seconds: fl
     size = min(recipe.micro_batch_size or recipe.batch_size, 256)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     criterion = training.loss_function(recipe)
-    bf16 = training.pick_precision(recipe.precision, device) == "bf16"
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = training.create_model(recipe, classes).train().to(device, memory_format=layout)
         optimizer = training.create_optimizer(recipe, model)
@@ -152,7 +151,7 @@ def _model_speed(recipe: Recipe, classes: int, device: torch.device, seconds: fl
         targets = torch.arange(size, device=device) % classes
 
         def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with training.autocast(recipe.precision, device):
                 logits = model(batch)
             criterion(logits.float(), targets).mean().backward()
             optimizer.step()

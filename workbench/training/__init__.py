@@ -7,7 +7,13 @@ from workbench.training.build import (
     load_run_model,
     other_normalization,
 )
-from workbench.training.distributed import is_main, pick_device, pick_precision, pick_workers
+from workbench.training.distributed import (
+    autocast,
+    is_main,
+    pick_device,
+    pick_precision,
+    pick_workers,
+)
 from workbench.training.environment import processor
 from workbench.training.inputs import (
     DeviceTransform,
@@ -20,6 +26,6 @@ from workbench.training.inputs import (
 )
 from workbench.training.loop import fit
 from workbench.training.losses import loss_function
-from workbench.training.optim import create_optimizer, ema_update, lr_scales
+from workbench.training.optim import check_optimizer, create_optimizer, ema_update, lr_scales
 from workbench.training.setup import resumed_state
 from workbench.training.validation import eval_workers, initial_loss, predictions

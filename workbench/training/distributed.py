@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16: `auto` takes bf16 where the processor computes in it."""
+    """fp32, bf16 or fp16: `auto` takes bf16 where the processor computes in it."""
     if name != "auto":
         return name
     native = False
@@ -40,6 +40,13 @@ def pick_precision(name: str, device: torch.device) -> str:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return "bf16" if native else "fp32"
+
+
+def autocast(name: str, device: torch.device) -> torch.autocast:
+    """The context of a forward in a recipe's `precision`."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(pick_precision(name, device))
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def pick_workers(workers: int | None, world: int = 1) -> int:

@@ -163,7 +163,7 @@ def train_step(
             else:
                 total = state.zero_loss()
             # The mean over the step's images; DDP divides by the number of processes.
-            (total * (state.dist.world / batch.global_size)).backward()
+            state.backward(total * (state.dist.world / batch.global_size))
     state.optimizer_step()
 
 

@@ -8,11 +8,13 @@ import functools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from workbench.recipe import Recipe
+from workbench.schedule import TrainingError
 
 
 def soft(targets: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,15 +41,43 @@ def smooth_up(targets: Tensor, smoothing: float) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, smoothing: float = 0.0, *, up_smoothing: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    *,
+    up_smoothing: bool = False,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """-sum_c t_c * log softmax(z)_c, shape (n,), in nats; t smoothed as `smooth` has it.
+    """-sum_c w_c * t_c * log softmax(z)_c, shape (n,), in nats; t smoothed as `smooth` has it.
 
-    `up_smoothing` smooths as `smooth_up` instead, which differs for soft labels alone.
+    `up_smoothing` smooths as `smooth_up` instead, which differs for soft labels alone. `weight` w
+    is (C,), 1 for None; torch's mean reduction would also divide by the sum of the weights.
     """
     if up_smoothing and targets.ndim == 2:
         targets, smoothing = smooth_up(targets, smoothing), 0.0
-    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    how = {"reduction": "none", "label_smoothing": smoothing}
+    return F.cross_entropy(logits, targets, weight, **how)
+
+
+def focal(
+    logits: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """-sum_c w_c * t_c * (1 - p_c)^gamma * log p_c with p = softmax(z), shape (n,).
+
+    Lin et al., arXiv 1708.02002, equation 5, with the softmax of exclusive classes in place of the
+    sigmoid, so that gamma 0 gives `cross_entropy`. t is smoothed as `smooth` has it.
+    """
+    log_p = F.log_softmax(logits, 1)
+    targets = smooth(soft(targets, logits.shape[1], logits.dtype), smoothing)
+    # 1 - p as -expm1(log p): exact where p is near 1. The clamp keeps its gradient finite there.
+    others = (-torch.expm1(log_p)).clamp(min=torch.finfo(logits.dtype).tiny)
+    terms = targets * others**gamma * log_p
+    return -(terms if weight is None else terms * weight).sum(1)
 
 
 def binary_cross_entropy(
@@ -77,10 +107,36 @@ def binary_cross_entropy(
     return loss.sum(1) if sum_classes else loss.mean(1)
 
 
-def loss_function(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
+def class_weights(recipe: Recipe, labels: np.ndarray, classes: list[str]) -> Tensor | None:
+    """The recipe's weights (C,); None where it has none. Raises TrainingError.
+
+    Balanced weights are scikit-learn's: their mean over the training images is 1.
+    """
+    given = recipe.class_weights
+    if not given:
+        return None
+    if given == ["balanced"]:
+        counts = np.bincount(labels, minlength=len(classes))
+        if missing := [name for name, n in zip(classes, counts, strict=True) if n == 0]:
+            raise TrainingError(
+                f"class_weights balanced: {missing[0]!r} has no training image; leave the class "
+                "out, or give one number for each class"
+            )
+        given = len(labels) / (len(classes) * counts)
+    if len(given) != len(classes):
+        raise TrainingError(f"class_weights has {len(given)} numbers for {len(classes)} classes")
+    return torch.tensor(given, dtype=torch.float32)
+
+
+def loss_function(
+    recipe: Recipe, weight: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """(logits (n, classes), targets (n,) or soft (n, classes)) -> losses (n,) of training."""
     options = {"smoothing": recipe.label_smoothing}
     if recipe.loss == "bce":
         options |= {"threshold": recipe.bce_threshold, "sum_classes": recipe.bce_sum}
         return functools.partial(binary_cross_entropy, shift=recipe.bce_shift, **options)
+    options["weight"] = weight
+    if recipe.loss == "focal":
+        return functools.partial(focal, gamma=recipe.focal_gamma, **options)
     return functools.partial(cross_entropy, up_smoothing=recipe.up_smoothing, **options)

@@ -1,12 +1,31 @@
 """The optimizer, its parameter groups, and the average of the weights."""
 
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import timm.optim
 import torch
 from timm.models import group_parameters
 from torch import nn
 
 from workbench import models
 from workbench.recipe import Recipe
+from workbench.schedule import TrainingError
 from workbench.training.lamb import LAMB
+
+# Arguments of optimizers that options of the recipe set, or that are not for a training here.
+_TAKEN = set("params lr adamw_lr weight_decay max_grad_norm".split())
+_TAKEN |= set("fused foreach capturable differentiable maximize verbose".split())
+_OPTIONS = {"sgd": {"momentum", "nesterov"}, "lamb": {"trust_clip", "always_adapt"}}
+# What of timm.optim cannot be used, and why.
+_REFUSED = {
+    "adahessian": "needs second derivatives, which a step here does not compute",
+    "kron": "draws random numbers that a checkpoint does not contain, so no run could resume",
+    "bnb": "needs bitsandbytes and a GPU; its resume is not tested",
+    "fused": "needs apex and a GPU; its resume is not tested",
+}
 
 
 def create_optimizer(
@@ -24,33 +43,106 @@ def create_optimizer(
     undecayed = getattr(model, "no_weight_decay", set)()
     # Parameters that are trained later are in other groups: torch's fused SGD needs all momenta
     # of a group to be initialised in the same step.
-    head = models.heads(model) if recipe.head_only_epochs else ("",)
+    classifier = models.heads(model)
+    head = classifier if recipe.head_only_epochs else ("",)
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, p in named:
         no_decay = not recipe.decay_norm_and_bias and (
             p.ndim <= 1 or any(part in name for part in undecayed)
         )
-        key = no_decay, name.startswith((*head, "adapters.")), scales.get(name, 1.0)
+        scale = scales.get(name, 1.0) * (recipe.head_lr_scale if name.startswith(classifier) else 1)
+        key = no_decay, name.startswith((*head, "adapters.")), scale
         groups.setdefault(key, []).append(p)
     decayed_first = sorted(groups.items(), key=lambda group: group[0][0])
     params = [
         {"params": ps, "lr_scale": scale, "weight_decay": 0.0 if no_decay else recipe.weight_decay}
         for (no_decay, _, scale), ps in decayed_first
     ]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return _optimizer(recipe, params, next(model.parameters()).device)
+
+
+def _optimizer(
+    recipe: Recipe, params: list[dict[str, Any]], device: torch.device
+) -> torch.optim.Optimizer:
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.optimizer_args.items()}
+    args["lr"] = recipe.lr
+    fused = {"fused": device.type in ("cpu", "cuda")}
     match recipe.optimizer:
         case "adamw":
-            return torch.optim.AdamW(params, lr=recipe.lr, fused=fused)
+            return torch.optim.AdamW(params, **args, **fused)
         case "lamb":  # clips inside its step
-            return LAMB(
-                params,
-                lr=recipe.lr,
-                max_grad_norm=recipe.clip_grad_norm,
-                trust_clip=recipe.trust_clip,
-                always_adapt=recipe.always_adapt,
+            options = recipe.model_dump(include=_OPTIONS["lamb"])
+            return LAMB(params, max_grad_norm=recipe.clip_grad_norm, **options, **args)
+        case "sgd":
+            options = recipe.model_dump(include=_OPTIONS["sgd"])
+            return torch.optim.SGD(params, **options, **args, **fused)
+    if "max_grad_norm" in _signature(recipe.optimizer):  # its default clips
+        args["max_grad_norm"] = recipe.clip_grad_norm
+    # Each group has its own weight decay.
+    return timm.optim.create_optimizer_v2(params, opt=recipe.optimizer, weight_decay=0.0, **args)
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Raises TrainingError for a name or an argument that the optimizer does not take.
+
+    Makes a step with weights of one to four dimensions, which takes milliseconds.
+    """
+    name, args = recipe.optimizer, recipe.optimizer_args
+    names = ["sgd", "adamw", "lamb", *timm.optim.list_optimizers()]
+    if name not in names:
+        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+        names = [n for n in names if not n.startswith(tuple(_REFUSED))]
+        hint = f"the nearest is {near[0]!r}" if near else f"it has {', '.join(names)}"
+        raise TrainingError(f"optimizer {name!r} is not in timm.optim; {hint}")
+    if why := [text for start, text in _REFUSED.items() if name.startswith(start)]:
+        raise TrainingError(f"optimizer {name} {why[0]}; use another one, such as adamw")
+    known = _arguments(name)
+    for key, value in args.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"the nearest is {near[0]!r}; " if near else ""
+            if key in Recipe.model_fields:
+                hint = f"{key} is an option of the recipe; "
+            raise TrainingError(
+                f"optimizer_args: {name} takes no {key!r} here; {hint}it takes {', '.join(known)}"
             )
-    sgd = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-    return torch.optim.SGD(params, lr=recipe.lr, **sgd, fused=fused)
+        if _kind(value) != _kind(known[key]) and known[key] is not None:
+            raise TrainingError(
+                f"optimizer_args: {key} of {name} is {value!r}; give a value such as {known[key]!r}"
+            )
+    weights = [nn.Parameter(torch.full(shape, 0.5)) for shape in ((4,), (4, 3), (4, 3, 3, 3))]
+    try:
+        groups = [{"params": weights, "weight_decay": recipe.weight_decay}]
+        optimizer = _optimizer(recipe, groups, torch.device("cpu"))
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.linspace(-1, 1, weight.numel()).reshape(weight.shape)
+            optimizer.step()
+    except Exception as error:  # of any type: what an optimizer does with a wrong argument
+        text = " ".join(str(error).split())[:200]
+        raise TrainingError(f"optimizer {name} with optimizer_args {args} fails: {text}") from None
+    if not all(torch.isfinite(weight).all() for weight in weights):
+        raise TrainingError(f"optimizer {name} with optimizer_args {args} makes weights infinite")
+
+
+def _arguments(name: str) -> dict[str, Any]:
+    """The arguments of an optimizer that no option of the recipe sets, with their defaults."""
+    taken, known = _TAKEN | _OPTIONS.get(name, set()), _signature(name)
+    return {k: v for k, v in known.items() if k not in taken and not isinstance(v, torch.dtype)}
+
+
+def _signature(name: str) -> dict[str, Any]:
+    ours: dict[str, Callable] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lamb": LAMB}
+    kind = ours.get(name) or timm.optim.get_optimizer_class(name, bind_defaults=False)
+    defaults = {} if name in ours else timm.optim.get_optimizer_info(name).defaults or {}
+    return {k: p.default for k, p in inspect.signature(kind).parameters.items()} | defaults
+
+
+def _kind(value: Any) -> Any:
+    """What an argument must have in common with its default: the type, and the length of a list."""
+    if isinstance(value, list | tuple):
+        return len(value)
+    return float if type(value) is int else type(value)
 
 
 def lr_scales(model: nn.Module, layer_decay: float | None) -> dict[str, float]:

@@ -11,6 +11,7 @@ from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model, create_model
 from workbench.training.distributed import DistContext, is_main
 from workbench.training.environment import code_digest, environment
+from workbench.training.optim import check_optimizer
 from workbench.training.run_writer import RunWriter
 from workbench.training.state import TrainState
 
@@ -22,6 +23,7 @@ def set_up(
 
     Raises RunError, DataError, ModelError, DistillationError or TrainingError.
     """
+    check_optimizer(recipe)
     dataset = dataset or data.load_dataset(recipe)
     # The model first: whether it can be trained is known before every image is read.
     checkpoint, source = run.load_checkpoint(), run
@@ -32,6 +34,8 @@ def set_up(
     else:  # the files of `weights` may be gone
         _check_classes(source, dataset)
         model, report = create_model(recipe, len(dataset.classes)), None
+    if recipe.grad_checkpointing:
+        models.checkpoint_gradients(model)
     with dist.main_first():  # the others find what rank 0 cached
         dataset, quarantined = verified(recipe, dataset)
     state = TrainState(recipe, model, dataset, dist)

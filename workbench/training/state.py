@@ -11,10 +11,12 @@ from workbench import data, distillation, models, runs
 from workbench.data import Batch
 from workbench.recipe import Recipe
 from workbench.schedule import TrainingError, lr_schedule
-from workbench.training.distributed import DistContext, pick_precision
-from workbench.training.losses import loss_function
+from workbench.training.distributed import DistContext, autocast
+from workbench.training.losses import class_weights, loss_function
 from workbench.training.meter import Loss, Meter
 from workbench.training.optim import create_optimizer, ema_update
+
+MIN_SCALE = 1e-4  # of the loss in fp16, as fairseq's min-loss-scale
 
 
 class TrainState:
@@ -34,7 +36,8 @@ class TrainState:
             )
         set_trainable(model, recipe.freeze)
         norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        self.has_batch_norm = any(norm.training for norm in norms)
+        self._norms = [norm for norm in norms if norm.track_running_stats]
+        self.has_batch_norm = any(norm.training for norm in self._norms)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(dist.device, memory_format=layout)
         self.ema, self.networks = None, {"raw": self.model}
@@ -55,8 +58,10 @@ class TrainState:
         self._forward: nn.Module | None = None  # the student, under DDP and torch.compile
         self._head_only: bool | None = None
         self._lr_at = lr_schedule(recipe, self.steps_per_epoch)
-        self._criterion = loss_function(recipe)
-        self._bf16 = pick_precision(recipe.precision, dist.device) == "bf16"
+        weight = class_weights(recipe, dataset.train.label.to_numpy(), dataset.classes)
+        self._criterion = loss_function(recipe, None if weight is None else weight.to(dist.device))
+        fp16 = recipe.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(dist.device.type, enabled=fp16)
 
     @property
     def steps(self) -> int:
@@ -99,11 +104,11 @@ class TrainState:
 
     def loss(self, images: torch.Tensor, targets: torch.Tensor, batch: Batch) -> Loss:
         """Forward of the student, and of the teachers where there are some."""
-        device, kd = self.dist.device.type, self.distiller
+        kd = self.distiller
         # One image left of a part whose others could not be read has no batch statistics.
         single = self.has_batch_norm and len(images) == 1
         mode = models.eval_mode(self.model) if single else contextlib.nullcontext()
-        with mode, torch.autocast(device, torch.bfloat16, enabled=self._bf16):
+        with mode, autocast(self.recipe.precision, self.dist.device):
             logits, features = self._forward(images) if kd else (self._forward(images), {})
             teacher_outputs = kd.teacher_outputs(images, batch) if kd else None
         logits = logits.float()
@@ -125,13 +130,36 @@ class TrainState:
             logits, features = outputs if self.distiller else (outputs, {})
             return sum(out.float().sum() for out in (logits, *features.values())) * 0.0
 
+    def backward(self, total: torch.Tensor) -> None:
+        """Gradients of a part of the step, multiplied by the scale of fp16."""
+        # What is computed again must not count twice in the statistics of batch norm.
+        for norm in self._norms if self.recipe.grad_checkpointing else ():
+            norm.track_running_stats = False
+        self._scaler.scale(total).backward()
+        for norm in self._norms:
+            norm.track_running_stats = True
+
     def optimizer_step(self) -> None:
-        """Clips, steps, averages the weights and counts."""
+        """Clips, steps, averages the weights and counts.
+
+        In fp16 a step with infinite gradients changes neither the weights nor their average; the
+        next loss is scaled less. Raises TrainingError when that does not help.
+        """
+        scaler, before = self._scaler, self._scaler.get_scale()
+        if scaler.is_enabled():
+            scaler.unscale_(self.optimizer)
         if self.recipe.clip_grad_norm and self.recipe.optimizer != "lamb":
             nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip_grad_norm)
-        self.optimizer.step()
+        scaler.step(self.optimizer)
+        scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
+        skipped = scaler.get_scale() < before
+        if skipped and before < MIN_SCALE:
+            raise TrainingError(
+                f"precision fp16: the gradients of step {self.step} are not finite at any scale; "
+                "try a smaller lr, a longer warm-up, or precision: fp32, under another name"
+            )
+        if self.ema is not None and not skipped:
             ema_update(self.ema, self.model, self.recipe.ema_decay)
         self.step += 1
 
@@ -148,6 +176,7 @@ class TrainState:
             "ema": self.ema.state_dict() if self.ema else None,
             "adapters": self.adapters.state_dict() if self.distiller else None,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
             "progress": {"step": self.step, "best": self.best, **self.meter.state_dict()},
             "steps_per_epoch": self.steps_per_epoch,
         }
@@ -163,6 +192,8 @@ class TrainState:
             if self.distiller:
                 self.adapters.load_state_dict(checkpoint.get("adapters") or {})
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if scaler := checkpoint.get("scaler"):
+                self._scaler.load_state_dict(scaler)
             progress = checkpoint["progress"]
             self.step, self.best = progress["step"], progress["best"]
             self.meter.load_state_dict(progress)
