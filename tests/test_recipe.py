@@ -301,6 +301,9 @@ NEEDS = [
 NEEDED = {key: others for options, others in NEEDS for key in options.split()}
 # what is set beside these options so that they contradict nothing
 BESIDE = {
+    "model_args": {"model": "mine.py:model"},
+    "loss_args": {"loss": "mine.py:loss"},
+    "transform_args": {"transform": "mine.py:transform"},
     "image_size": {"val_resize": 64},
     "val_image_size": {"val_resize": 64},
     "file_column": {"dataset": "files", "train_list": ["a.csv"]},
@@ -312,6 +315,12 @@ BESIDE = {
 # other values than the default where no rule of other_value gives one
 OTHER: dict[str, Any] = {
     "fold": "2/5",
+    "loss": "bce",
+    "model_args": {"width": 8},
+    "loss_args": {"gamma": 1.0},
+    "transform": "mine.py:transform",
+    "transform_args": {"sigma": 3.0},
+    "metrics": ["mine.py:metric"],
     "schedule": "constant",
     "optimizer_args": {"dampening": 0.5},
     "mean": [0.1, 0.2, 0.3],
@@ -659,7 +668,7 @@ def test_papermill_sees_every_option_of_a_notebook(path):
 def test_papermill_sees_the_parameters_of_the_comparison_with_help():
     path = ROOT / "notebooks" / "05_compare.ipynb"
     seen = papermill.inspect_notebook(str(path))
-    names = {"runs_dir", "names", "baseline", "weights", "unfinished", "export_dir"}
+    names = {"runs_dir", "sweep", "names", "baseline", "weights", "unfinished", "export_dir"}
     assert set(seen) == names == set(parameters(path))
     assert all(option["help"] for option in seen.values())
 

@@ -91,7 +91,7 @@ def test_the_runs_of_a_sweep_are_those_of_separate_trainings(recipe):
     assert table.recipe.tolist() == ["lr=0.05", "lr=0.2"] and table.seeds.tolist() == [2, 2]
     assert table.top1[0] == pytest.approx((rows[0]["top1"] + rows[1]["top1"]) / 2)
     assert (folder / "top1.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(runs.RunError, match=r"sweep of another recipe \(\['hflip'\]\)"):
+    with pytest.raises(runs.RunError, match=r"sweep of another recipe \(\['hflip'\] differ\)"):
         next(sweep(recipe.replace(hflip=0.5), AXES))
 
 

@@ -12,7 +12,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from workbench import ROOT, runs
+from workbench import ROOT, parts, runs
+from workbench.recipe_checks import is_part
 
 hub = huggingface_hub.constants
 
@@ -49,13 +50,25 @@ def create(
     dropout: float = 0.0,
     pretrained: bool = False,
     seed: int = 0,
+    model_args: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> nn.Module:
     """A timm model with initial weights drawn from `seed`; the global generator is unchanged.
+
+    Or a custom one, called with `model_args`, of the run `folder` if it is in one.
 
     num_classes None means that of the published weights. deep_stem and avg_down are UP's flags for
     resnet18 to resnet152; both together are timm's resnet*d (BoT, section 4, "ResNet-D", stem width
     32). Raises ModelError.
     """
+    if is_part(name):
+        return _custom(
+            name,
+            num_classes,
+            image_size,
+            seed,
+            parts.load("model", name, folder, **model_args or {}),
+        )
     check_name(name)
     published = timm.get_pretrained_cfg(name)
     options = {  # None is not passed on
@@ -79,6 +92,25 @@ def create(
                 text = f"the weights {published and published.hf_hub_id} of {name} are neither in "
                 text += f"{hub.HF_HUB_CACHE} nor online; download them and name the file in weights"
             raise ModelError(f"{text} ({_first_sentence(error)})") from None
+
+
+def _custom(
+    name: str, num_classes: int, size: int, seed: int, factory: Callable[[int], nn.Module]
+) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            model = factory(num_classes)
+            with eval_mode(model), torch.no_grad():
+                shape = tuple(model(torch.zeros(2, 3, size, size)).shape)
+        except Exception as error:
+            raise parts.PartError(f"model {name!r} failed: {_first_sentence(error)}") from error
+    if shape != (2, num_classes):
+        raise parts.PartError(
+            f"model {name!r} gives {shape} for 2 images of {size} pixels and {num_classes} "
+            f"classes; it must give logits (2, {num_classes})"
+        )
+    return model
 
 
 def _online() -> bool:
@@ -106,7 +138,8 @@ def check_size(model: nn.Module, size: int, option: str, takes: int) -> None:
         with eval_mode(model), torch.no_grad():
             model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     except Exception as error:
-        text = f"{model.default_cfg['architecture']} does not take {option} {size}"
+        name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
+        text = f"{name} does not take {option} {size}"
         raise ModelError(f"{text} ({_first_sentence(error)}); set it to {takes}") from None
 
 
@@ -121,13 +154,14 @@ def heads(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
-def checkpoint_gradients(model: nn.Module) -> None:
+def checkpoint_gradients(model: nn.Module, on: bool) -> None:
     """Recomputes activations in the backward pass. Raises ModelError for a model that cannot."""
+    if not on:
+        return
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError, TypeError):
-        name = type(model).__name__
-        raise ModelError(f"timm's {name} has no gradient checkpointing; leave it out") from None
+        raise ModelError(f"{type(model).__name__} has no gradient checkpointing") from None
 
 
 def module(model: nn.Module, name: str) -> nn.Module:

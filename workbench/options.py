@@ -16,6 +16,9 @@ Positive = Annotated[float, Field(gt=0)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Schedule = Literal["constant", "multistep", "step", "cosine", "polynomial", "one_cycle"]
+# Code of the user's: file.py:name or package.module:name, in a run with its SHA-256.
+PART = r"(?P<where>[^:@]+):(?P<name>[A-Za-z_]\w*)(@(?P<digest>[0-9a-f]{12}))?"
+Part = Annotated[str, Field(pattern=f"^{PART}$")]
 KDLoss = Literal[
     "kl", "ce", "l2", "l2_normalized", "up_kl", "dist", "dkd", "kl_standardized_logits"
 ]
@@ -125,7 +128,8 @@ class Options(BaseModel):
 
     # model
     model: str = option("test_resnet", aka="arch backbone", min_length=1,
-        help="timm name, or resnet18 to resnet152")
+        help="timm name, resnet18 to resnet152, or file.py:name")
+    model_args: dict[str, Any] = option({}, "of a model that is a custom part")
     deep_stem: bool = option(False, needs=RESNET,
         help="three 3x3 convolutions instead of the 7x7; with avg_down a ResNet-D")
     avg_down: bool = option(False, needs=RESNET,
@@ -203,12 +207,13 @@ class Options(BaseModel):
         help="share of the average kept per step, constant; both weights are evaluated")
 
     # loss
-    loss: Literal["ce", "bce", "focal"] = option("ce", needs=TASK_LOSS, aka="bce_loss",
-        help="cross-entropy, binary cross-entropy of every class, or softmax focal loss")
+    loss: Literal["ce", "bce", "focal"] | Part = option("ce", needs=TASK_LOSS, aka="bce_loss",
+        help="cross-entropy, binary cross-entropy of every class, softmax focal loss, file.py:name")
+    loss_args: dict[str, Any] = option({}, "of a loss that is a custom part", needs=TASK_LOSS)
     focal_gamma: float = option(2.0, needs={"loss": "focal", "task_weight": True}, ge=0,
         help="power of 1 - p, arXiv 1708.02002; 0 is cross-entropy")
     class_weights: list[float | Literal["balanced"]] = option([], needs=WEIGHTED,
-        help="of ce and focal, one per class, or balanced: images / (classes * images of a class)")
+        help="of ce and focal, one per class; balanced: inverse to the images of a class")
     bce_threshold: float | None = option(None, needs=BCE, aka="bce_target_thresh", ge=0, lt=1,
         help="targets above count as 1, others as 0; RSB 0.2")
     bce_sum: bool = option(False, needs=BCE,
@@ -221,6 +226,10 @@ class Options(BaseModel):
         help="UP's smoothing of mixed labels, sum below 1; to reproduce it")
 
     # augmentation
+    transform: Literal[""] | Part = input_option("",
+        help="file.py:name, applied to a training image after all other augmentation")
+    transform_args: dict[str, Any] = input_option({}, needs={"transform": True},
+        help="of the transform")
     crop_scale: list[PositiveFraction] = input_option([1.0, 1.0], min_length=2, max_length=2,
         help="share of the area a crop keeps, arXiv 1409.4842; ImageNet 0.08 to 1")
     crop_ratio: list[Positive] = input_option(
@@ -294,6 +303,7 @@ class Options(BaseModel):
         help="of the order, augmentation and initial weights")
     resume_from: str = option("", "run folder whose last.pt is continued here", aka="resume")
     auto_resume: bool = runtime_option(True, "continue where this run folder stopped")
+    metrics: list[Part] = option([], "file.py:name, columns of metrics.csv from the predictions")
     eval_every: int = option(1, "epochs between evaluations; the last is always evaluated", ge=1)
     checkpoint_minutes: float = runtime_option(10.0, ge=0,
         help="between checkpoints inside an epoch; 0 is every step")
@@ -305,7 +315,7 @@ class Options(BaseModel):
     compile: bool = runtime_option(False, aka="torchcompile",
         help="torch.compile of the model; its first steps take longer")
     grad_checkpointing: bool = runtime_option(False, aka="gradient_checkpointing checkpointing",
-        help="recompute activations in the backward pass: less memory, a third more time")
+        help="recompute activations in the backward pass: less memory, more time")
     augment_on_device: bool = input_option(False, needs=ON_DEVICE,
         help="hflip, RandAugment and jitter on the batch; loaders only crop")
     workers: int | None = runtime_option(None, aka="num_workers", ge=0,

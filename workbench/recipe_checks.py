@@ -100,6 +100,19 @@ def one_each(values: list, count: int) -> list:
     return values * count if len(values) == 1 else values
 
 
+def is_part(value: str) -> bool:
+    """Whether a value of an option names code of the user's: losses.py:focal."""
+    return ":" in value
+
+
+def _timm_only(recipe: Values) -> str:
+    if is_part(recipe.model):
+        for key in ("pretrained", "drop_path", "dropout", "layer_decay"):
+            if getattr(recipe, key):
+                return f"{recipe.model!r} is a custom part, and {key} is for timm's models"
+    return ""
+
+
 def mixes(recipe: Values) -> bool:
     """Whether labels are mixed, by Mixup or CutMix."""
     return recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0
@@ -132,9 +145,9 @@ def _count(key: str, of: str, per: int = 1, may_be_empty: bool = False) -> tuple
     return key, wrong, ""
 
 
-def _bad_args(recipe: Values) -> str:
-    """Why optimizer_args cannot be saved and compared."""
-    for key, value in recipe.optimizer_args.items():
+def _bad_args(option: str, recipe: Values) -> str:
+    """Why arguments cannot be saved and compared."""
+    for key, value in getattr(recipe, option).items():
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(x, bool | int | float | str | None) for x in items):
             return f"{key} is {value!r}; an argument is a number, a text, true, false or a list"
@@ -164,6 +177,15 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
      "{r.train_resize} is below image_size {r.image_size}, every crop would be enlarged"),
     ("cache", lambda r: r.cache and not r.verify_data,
      "identifies images by their bytes, which verify_data: false does not read"),
+    ("model_args", lambda r: r.model_args and not is_part(r.model),
+     "{r.model_args} is for a model that is a custom part, not for {r.model!r}"),
+    ("model", _timm_only, ""),
+    ("loss_args", lambda r: r.loss_args and not is_part(r.loss),
+     "{r.loss_args} is for a loss that is a custom part, not for {r.loss!r}"),
+    ("loss", lambda r: is_part(r.loss) and r.label_smoothing,
+     "{r.loss!r} is a custom part, which label_smoothing does not reach; use loss_args"),
+    ("transform", lambda r: r.transform and r.augment_on_device,
+     "{r.transform!r} works on single images; switch augment_on_device off"),
     ("weights", lambda r: r.weights and r.pretrained, "pretrained asks for other weights"),
     ("resume_from", lambda r: r.resume_from and (r.weights or r.pretrained),
      "a resumed run has its own weights; leave out weights and pretrained"),
@@ -176,10 +198,11 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
      "{r.repeated_aug} is above batch_size {r.batch_size}"),
     ("batch_size", lambda r: r.batch_size == 1 and mixes(r), "1 image has no other to mix with"),
     ("nesterov", lambda r: r.nesterov and r.momentum == 0, "needs momentum above 0"),
-    ("optimizer_args", _bad_args, ""),
     ("class_weights", lambda r: r.class_weights != ["balanced"]
      and not all(isinstance(w, float) and w > 0 for w in r.class_weights),
      "{r.class_weights}; give balanced alone, or a number above 0 for each class"),
+    *((key, partial(_bad_args, key), "")
+      for key in ("optimizer_args", "model_args", "loss_args", "transform_args")),
     ("milestones", lambda r: not r.milestones
      or sorted({m for m in r.milestones if 1 <= m < r.epochs}) != r.milestones,
      "{r.milestones}; multistep needs increasing epochs from 1, below epochs {r.epochs}"),

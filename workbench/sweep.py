@@ -108,7 +108,7 @@ def _write_sweep_file(folder: Path, recipe: Recipe, axes: Mapping[str, list]) ->
         keys = [k for k in FIELDS if k not in runtime_only and k not in axes]
         if other := [key for key in keys if getattr(there, key) != getattr(recipe, key)]:
             raise runs.RunError(
-                f"{folder} has a sweep of another recipe ({other} differ); rename it"
+                f"{folder} has a sweep of another recipe ({other} differ); rename this one"
             )
     lines = [f"  {key}: {params_files.dump(values)}" for key, values in axes.items()]
     lines = ["axes:", *lines, "recipe:", *(f"  {x}" for x in recipe.yaml(FIELDS).splitlines())]

@@ -200,7 +200,7 @@ def test_unreadable_files_are_computed_again(few, monkeypatch):
 # ---- what a cache is valid for
 
 OF_THE_DATA = """dataset data_dir train_list train_root val_list val_root val_fraction class_names
- num_classes allow_outside_root verify_data""".split()
+ num_classes allow_outside_root verify_data file_column label_column fold group_column""".split()
 OF_THE_TEACHER = "teacher teacher_model teacher_image_size teacher_mean teacher_std".split()
 OTHERS = sorted({*Recipe.model_fields} - input_options - {*OF_THE_DATA, *OF_THE_TEACHER})
 
@@ -219,6 +219,8 @@ def another(recipe: Recipe, key: str):
             return [0.7 * v + 0.1 for v in value]
         case None:
             return 4
+        case dict():
+            return {"other": 1}
     return [3] if key == "milestones" else ["other"]
 
 

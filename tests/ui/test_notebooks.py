@@ -469,7 +469,7 @@ def test_after_a_stop_before_the_first_epoch_every_later_cell_says_so(tmp_path, 
         run_cells(names, [cell])
         printed[cell.id] = capsys.readouterr().out
     expected = {"result", "why", "both-curves", "gains", "shared-errors", "copied", "confusion"}
-    expected |= {"per-class", "worst", "alone", "rivals"}
+    expected |= {"per-class", "worst", "alone", "rivals", "columns"}
     silent = {name for name, text in printed.items() if "nothing to show yet" in text}
     assert silent == expected & set(printed)
     assert "nothing to show yet: stopped by the stop event after step" in printed["result"]
@@ -507,3 +507,18 @@ def test_the_newest_run_that_can_be_exported_is_exported(tmp_path):
     shutil.rmtree(run.path)
     with pytest.raises(export.ExportError, match="no finished run in .* can be exported"):
         export.newest(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_notebook_are_compared_and_open_without_it(tmp_path, monkeypatch):
+    words = ["-p", "epochs", "1", "-p", "device", "cpu", "-y", "seeds: [0]"]
+    done = Executed("07_custom_parts.ipynb", tmp_path, *words)
+    [table] = done.shown("compare", "text/html")
+    assert "loss notebook:focal@" in table and "import torch.nn.functional as F" in done.text
+    run = runs.Run(tmp_path / "runs" / "parts_focal-seed0")
+    own = run.predictions("raw").set_index("file")
+    assert 100 * (own.class1 == own.label).mean() == pytest.approx(run.metrics().top1.iloc[-1])
+    monkeypatch.setenv("WORKBENCH_TRUST_CODE", "1")  # the model is read from the run folder
+    content = data.load_dataset(Recipe(**run.recipe()))
+    table = export.predict(run.path, content.val.path.head(8).tolist())
+    assert table.class1.astype(int).tolist() == own.class1[content.val.file.head(8)].tolist()

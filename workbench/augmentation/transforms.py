@@ -6,6 +6,7 @@ stream: switching one on leaves those of the others unchanged.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ class ResizeShortSide:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """`resize`, random crop, flip, AutoAugment, RandAugment, colour jitter, in this order.
+    """`resize`, crop, flip, AutoAugment, RandAugment, colour jitter, `custom`, in this order.
 
     UP's T-std is crop 0.08-1, hflip 0.5, jitter 0.2/0.2/0.2/0.1. The crop is that of Szegedy et
     al., arXiv 1409.4842, section 6; crop, flip and jitter are torchvision's. With `on_device` the
@@ -74,12 +75,13 @@ class TrainTransform:
     randaug: RandAugment | None = None
     resize: ResizeShortSide = ResizeShortSide()
     on_device: bool = False
+    custom: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
 
     def sample_params(self, rng: np.random.Generator, width: int, height: int) -> Params:
         """The crop (left, top, width, height in pixels), `flip`, and the rest where it is on.
 
-        `autoaugment` is a seed, `randaug` a list of (operation, value, interpolation), jitter a
-        factor by name, in random order.
+        `autoaugment` and `custom` are seeds, `randaug` a list of (operation, value, interpolation),
+        jitter a factor by name, in random order.
         """
         crops, rest = rng.random((_ATTEMPTS, 4)), rng.random(5)
         order, jitter = rng.permutation(len(JITTER)), list(JITTER.items())
@@ -94,6 +96,8 @@ class TrainTransform:
             params["autoaugment"] = seed
         if self.randaug is not None:
             params["randaug"] = self.randaug.sample_params(rng, self.size)
+        if self.custom:
+            params["custom"] = int(rng.integers(2**31))
         return params
 
     def apply(self, image: AnyImage, params: Params) -> np.ndarray:
@@ -108,6 +112,8 @@ class TrainTransform:
         for name, value in params.items():
             if name in JITTER:
                 pixels = pixel_ops.COLOURS[name](pixels, value)
+        if "custom" in params:
+            pixels = self.custom(np.array(pixels), np.random.default_rng(params["custom"]))
         return pixels
 
     def crop(self, image: AnyImage, params: Params) -> np.ndarray:

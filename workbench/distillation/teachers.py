@@ -151,7 +151,9 @@ def _read_run(path: Path, classes: list[str]) -> tuple[str, dict, dict]:
         last, kind = metrics.iloc[-1], run.choose_weights()[0]  # the same choice as models.load
         top1 = last.get("ema_top1" if kind == "ema" else "top1", last.get("top1"))
         facts["top1"] = None if pd.isna(top1) else float(top1)
-    return recipe["model"], facts, {key: recipe[key] for key in ("deep_stem", "avg_down")}
+    options = {key: recipe[key] for key in ("deep_stem", "avg_down")}
+    custom = {"model_args": recipe.get("model_args"), "folder": path}
+    return recipe["model"], facts, options | custom
 
 
 def _published(source: str, classes: list[str]) -> dict[str, Any]:

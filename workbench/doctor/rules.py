@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from workbench import schedule
 from workbench.recipe import Recipe
-from workbench.recipe_checks import mixes, on_logits, one_each
+from workbench.recipe_checks import is_part, mixes, on_logits, one_each
 
 Warnings = Iterator[tuple[str, str]]  # text, source
 SMALL_MODELS = ("resnet10", "resnet14", "resnet18", "test_", "mobilenet", "regnetx_002")
@@ -48,9 +48,10 @@ def examine(
     weights, which takes seconds. Raises TrainingError if no step is possible, DataError for fewer
     than two classes, ModelError for an unknown model.
     """
-    _check_name(recipe.model)
+    if not is_part(recipe.model):
+        _check_name(recipe.model)
     if recipe.optimizer_args or recipe.optimizer not in ("sgd", "adamw", "lamb"):
-        from workbench import training
+        from workbench import training  # slow to import
 
         training.check_optimizer(recipe)
     if classes < 2:

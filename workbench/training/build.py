@@ -8,16 +8,22 @@ from torch import nn
 
 from workbench import ROOT, models, runs
 from workbench.recipe import Recipe
+from workbench.recipe_checks import is_part
 
-ARCHITECTURE = {"image_size", "deep_stem", "avg_down"}
+ARCHITECTURE = {"image_size", "deep_stem", "avg_down", "model_args"}
 
 
-def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model at its seed's initial weights. Raises ModelError, also for its sizes."""
+def create_model(recipe: Recipe, num_classes: int, folder: Path | None = None) -> nn.Module:
+    """The recipe's model at its seed's initial weights; a custom one from a run's `folder`.
+
+    Raises ModelError, also for its sizes, and PartError.
+    """
     options = {"drop_path": recipe.drop_path, "dropout": recipe.dropout, "seed": recipe.seed}
-    options |= recipe.model_dump(include=ARCHITECTURE)
+    options |= recipe.model_dump(include=ARCHITECTURE) | {"folder": folder}
     model = models.create(recipe.model, num_classes, **options)
-    models.check_size(model, recipe.image_size, "image_size", model.default_cfg["input_size"][-1])
+    if not is_part(recipe.model):
+        takes = model.default_cfg["input_size"][-1]
+        models.check_size(model, recipe.image_size, "image_size", takes)
     if recipe.val_image_size:
         models.check_size(model, recipe.val_image_size, "val_image_size", recipe.image_size)
     return model
@@ -47,7 +53,7 @@ def load_run_model(
     if kind not in saved:
         have = " and ".join(saved) or "none"
         raise runs.RunError(f"{run.file(file)} has no {kind} weights, only {have}")
-    model = create_model(recipe, num_classes)
+    model = create_model(recipe, num_classes, run.path)
     try:
         model.load_state_dict(saved[kind])
     except (RuntimeError, TypeError, AttributeError) as error:

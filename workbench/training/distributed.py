@@ -44,8 +44,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 def autocast(name: str, device: torch.device) -> torch.autocast:
     """The context of a forward in a recipe's `precision`."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes.get(pick_precision(name, device))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_precision(name, device))
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 

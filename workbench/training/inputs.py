@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench import CACHE, ROOT, augmentation, data
+from workbench import CACHE, ROOT, augmentation, data, parts
 from workbench.augmentation import device_ops
 from workbench.data import pixel_cache
 from workbench.recipe import Recipe
@@ -27,6 +27,9 @@ def train_transform(recipe: Recipe) -> augmentation.TrainTransform:
         strength = recipe.randaug_n, recipe.randaug_m, recipe.randaug_std
         timm = recipe.randaug_variant == "timm"
         randaug = kind.timm(*strength, recipe.mean) if timm else kind(*strength)
+    custom = None
+    if recipe.transform:
+        custom = parts.load("transform", recipe.transform, **recipe.transform_args)
     names = set("interpolation hflip brightness contrast saturation hue autoaugment".split())
     return augmentation.TrainTransform(
         size=recipe.image_size,
@@ -35,6 +38,7 @@ def train_transform(recipe: Recipe) -> augmentation.TrainTransform:
         randaug=randaug,
         resize=augmentation.ResizeShortSide(recipe.train_resize, recipe.interpolation),
         on_device=recipe.augment_on_device,
+        custom=custom,
         **recipe.model_dump(include=names),
     )
 

@@ -11,8 +11,9 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
-from workbench import data, runs
+from workbench import data, parts, runs
 from workbench.recipe import Recipe
 from workbench.schedule import TrainingError
 from workbench.training.distributed import DistContext
@@ -35,6 +36,7 @@ def fit(
     *,
     dataset: data.Dataset | None = None,
     stop: threading.Event | None = None,
+    **custom: Any,
 ) -> Iterator[Row]:
     """Trains a recipe into a run folder and yields flat rows; resumes the run of the folder.
 
@@ -55,10 +57,13 @@ def fit(
 
     Ctrl-C, SIGTERM, a STOP file in the folder, `stop` and leaving the loop end it at the next
     step: last.pt is written, the state is "stopped", and fit returns. A second Ctrl-C interrupts
-    at once. `dataset` saves reading the lists again. Raises RunError, DataError, ModelError,
-    DistillationError or TrainingError, mostly before the first step.
+    at once. `dataset` saves reading the lists again. `custom` are the user's own model, loss,
+    transform, metrics and their model_args, loss_args, transform_args, in place of those that the
+    recipe names (workbench.parts). Raises
+    RunError, DataError, ModelError, PartError, DistillationError or TrainingError, mostly before
+    the first step.
     """
-    key = str(run.path.resolve())
+    recipe, key = parts.pin(recipe, **custom), str(run.path.resolve())
     if previous := _live.get(key):  # a loop over this run that an error left open in this process
         try:
             previous.close()

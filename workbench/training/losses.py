@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from workbench import parts
 from workbench.recipe import Recipe
+from workbench.recipe_checks import is_part
 from workbench.schedule import TrainingError
 
 
@@ -70,13 +72,13 @@ def focal(
     """-sum_c w_c * t_c * (1 - p_c)^gamma * log p_c with p = softmax(z), shape (n,).
 
     Lin et al., arXiv 1708.02002, equation 5, with the softmax of exclusive classes in place of the
-    sigmoid, so that gamma 0 gives `cross_entropy`. t is smoothed as `smooth` has it.
+    sigmoid; gamma 0 gives `cross_entropy`, with its `smoothing`.
     """
     log_p = F.log_softmax(logits, 1)
     targets = smooth(soft(targets, logits.shape[1], logits.dtype), smoothing)
-    # 1 - p as -expm1(log p): exact where p is near 1. The clamp keeps its gradient finite there.
-    others = (-torch.expm1(log_p)).clamp(min=torch.finfo(logits.dtype).tiny)
-    terms = targets * others**gamma * log_p
+    # 1 - p, exact where p is near 1; the clamp keeps its gradient finite there.
+    others = (-torch.expm1(log_p)).clamp(min=torch.finfo(logits.dtype).tiny) ** gamma
+    terms = targets * others * log_p
     return -(terms if weight is None else terms * weight).sum(1)
 
 
@@ -112,8 +114,7 @@ def class_weights(recipe: Recipe, labels: np.ndarray, classes: list[str]) -> Ten
 
     Balanced weights are scikit-learn's: their mean over the training images is 1.
     """
-    given = recipe.class_weights
-    if not given:
+    if not (given := recipe.class_weights):
         return None
     if given == ["balanced"]:
         counts = np.bincount(labels, minlength=len(classes))
@@ -132,6 +133,8 @@ def loss_function(
     recipe: Recipe, weight: Tensor | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(logits (n, classes), targets (n,) or soft (n, classes)) -> losses (n,) of training."""
+    if is_part(recipe.loss):
+        return parts.load("loss", recipe.loss, **recipe.loss_args)
     options = {"smoothing": recipe.label_smoothing}
     if recipe.loss == "bce":
         options |= {"threshold": recipe.bce_threshold, "sum_classes": recipe.bce_sum}

@@ -83,11 +83,10 @@ def _optimizer(
 
 
 def check_optimizer(recipe: Recipe) -> None:
-    """Raises TrainingError for a name or an argument that the optimizer does not take.
-
-    Makes a step with weights of one to four dimensions, which takes milliseconds.
-    """
-    name, args = recipe.optimizer, recipe.optimizer_args
+    """Raises TrainingError for a name or an argument that the optimizer does not take."""
+    name = recipe.optimizer
+    if name in ("sgd", "adamw", "lamb") and not recipe.optimizer_args:
+        return
     names = ["sgd", "adamw", "lamb", *timm.optim.list_optimizers()]
     if name not in names:
         near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
@@ -97,7 +96,7 @@ def check_optimizer(recipe: Recipe) -> None:
     if why := [text for start, text in _REFUSED.items() if name.startswith(start)]:
         raise TrainingError(f"optimizer {name} {why[0]}; use another one, such as adamw")
     known = _arguments(name)
-    for key, value in args.items():
+    for key, value in recipe.optimizer_args.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"the nearest is {near[0]!r}; " if near else ""
@@ -110,6 +109,12 @@ def check_optimizer(recipe: Recipe) -> None:
             raise TrainingError(
                 f"optimizer_args: {key} of {name} is {value!r}; give a value such as {known[key]!r}"
             )
+    _try_step(recipe)
+
+
+def _try_step(recipe: Recipe) -> None:
+    """Raises TrainingError if two steps of small weights fail; takes milliseconds."""
+    what = f"optimizer {recipe.optimizer} with optimizer_args {recipe.optimizer_args}"
     weights = [nn.Parameter(torch.full(shape, 0.5)) for shape in ((4,), (4, 3), (4, 3, 3, 3))]
     try:
         groups = [{"params": weights, "weight_decay": recipe.weight_decay}]
@@ -120,9 +125,9 @@ def check_optimizer(recipe: Recipe) -> None:
             optimizer.step()
     except Exception as error:  # of any type: what an optimizer does with a wrong argument
         text = " ".join(str(error).split())[:200]
-        raise TrainingError(f"optimizer {name} with optimizer_args {args} fails: {text}") from None
+        raise TrainingError(f"{what} fails: {text}") from None
     if not all(torch.isfinite(weight).all() for weight in weights):
-        raise TrainingError(f"optimizer {name} with optimizer_args {args} makes weights infinite")
+        raise TrainingError(f"{what} makes weights infinite")
 
 
 def _arguments(name: str) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from workbench import ROOT, data, models, runs
+from workbench import ROOT, data, models, parts, runs
 from workbench.recipe import Recipe, runtime_only
 from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model, create_model
 from workbench.training.distributed import DistContext, is_main
+from workbench.training.dry_run import dry_run
 from workbench.training.environment import code_digest, environment
 from workbench.training.optim import check_optimizer
 from workbench.training.run_writer import RunWriter
@@ -34,13 +35,13 @@ def set_up(
     else:  # the files of `weights` may be gone
         _check_classes(source, dataset)
         model, report = create_model(recipe, len(dataset.classes)), None
-    if recipe.grad_checkpointing:
-        models.checkpoint_gradients(model)
+    models.checkpoint_gradients(model, recipe.grad_checkpointing)
     with dist.main_first():  # the others find what rank 0 cached
         dataset, quarantined = verified(recipe, dataset)
     state = TrainState(recipe, model, dataset, dist)
     if state.has_batch_norm:
         _check_batch_norm(recipe, len(dataset.train), dist.world)
+    state.metrics = dry_run(state, dataset)
     start = f"initialised from seed {recipe.seed}" if report is None else str(report)
     if checkpoint is not None:
         state.load_state_dict(checkpoint)
@@ -66,6 +67,7 @@ def set_up(
             run.truncate_after(state.step)
             with run.atomic_write("recipe.yaml") as temporary:
                 recipe.to_yaml(temporary)
+            parts.save(recipe, run.path)
             if not run.file("quarantine.csv").exists():
                 run.save_frame("quarantine.csv", quarantined)
             if report is not None:

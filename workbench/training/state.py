@@ -60,8 +60,7 @@ class TrainState:
         self._lr_at = lr_schedule(recipe, self.steps_per_epoch)
         weight = class_weights(recipe, dataset.train.label.to_numpy(), dataset.classes)
         self._criterion = loss_function(recipe, None if weight is None else weight.to(dist.device))
-        fp16 = recipe.precision == "fp16"
-        self._scaler = torch.amp.GradScaler(dist.device.type, enabled=fp16)
+        self._scaler = torch.amp.GradScaler(dist.device.type, enabled=recipe.precision == "fp16")
 
     @property
     def steps(self) -> int:
@@ -133,11 +132,13 @@ class TrainState:
     def backward(self, total: torch.Tensor) -> None:
         """Gradients of a part of the step, multiplied by the scale of fp16."""
         # What is computed again must not count twice in the statistics of batch norm.
-        for norm in self._norms if self.recipe.grad_checkpointing else ():
-            norm.track_running_stats = False
+        norms = self._norms if self.recipe.grad_checkpointing else ()
+        kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
         self._scaler.scale(total).backward()
-        for norm in self._norms:
-            norm.track_running_stats = True
+        for norm, norm.momentum, count in kept:
+            norm.num_batches_tracked.copy_(count)
 
     def optimizer_step(self) -> None:
         """Clips, steps, averages the weights and counts.

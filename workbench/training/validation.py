@@ -43,6 +43,7 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None) -> Row:
         prefix = "ema_" if weights == "ema" else ""
         found = {prefix + key: value for key, value in evaluation.summary(frame).items()}
         columns |= {key: value for key, value in found.items() if key in columns}
+        columns |= {prefix + key: value for key, value in state.metrics(frame).items()}
         frame.insert(0, "weights", weights)
         frames.append(frame)
     if dist.is_main:
@@ -60,7 +61,10 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None) -> Row:
 def no_validation(state: TrainState) -> Row:
     """The columns of an epoch without validation."""
     columns = ["val_loss", "top1", "top5", "val_images"]
-    return dict.fromkeys(columns + ["ema_val_loss", "ema_top1", "ema_top5"] * bool(state.ema))
+    columns += ["ema_val_loss", "ema_top1", "ema_top5"] * bool(state.ema)
+    prefixes = ["", "ema_"] if state.ema else [""]
+    columns += [prefix + name for prefix in prefixes for name in state.metrics.names]
+    return dict.fromkeys(columns)
 
 
 def predictions(recipe: Recipe, dataset: data.Dataset, model: nn.Module) -> pd.DataFrame:

@@ -1,0 +1,230 @@
+"""Custom parts: a model, loss, transform or metric of the user's, in place of a built-in one.
+
+    fit(recipe, run, loss=focal, loss_args={"gamma": 2})    # a function of a notebook or module
+    loss: losses.py:focal                     # in a params file: a file, or package.module:name
+    loss_args: {gamma: 2}
+
+The contracts, with `**args` from model_args, loss_args and transform_args:
+
+- model: (num_classes, **args) -> nn.Module; images (n, 3, h, w) -> logits (n, C). Its classifier is
+  called `fc`, or named by `default_cfg["classifier"]`.
+- loss: (logits (n, C), targets, **args) -> (n,), one value per image; targets are class numbers
+  (n,), or soft labels (n, C) with mixing.
+- transform: (image, rng, **args) -> image; uint8 (h, w, 3), cropped and augmented, and a
+  numpy.random.Generator, the only source of random numbers.
+- metrics, a list: (predictions) -> {name: number}; a DataFrame as in predictions.parquet.
+
+A run folder has the source of its parts, and their SHA-256 is part of the recipe's fingerprint. A
+part that is named in text runs only with --trust-code or WORKBENCH_TRUST_CODE=1.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from workbench import ROOT
+from workbench.options import PART
+from workbench.recipe import Recipe
+from workbench.recipe_checks import is_part
+
+OPTIONS = ("model", "loss", "transform", "metrics")
+
+# By pinned reference: what was loaded, or given to fit, in this process, and its source.
+LOADED: dict[str, Callable] = {}
+SOURCES: dict[str, str] = {}
+
+
+class PartError(ValueError):
+    """A custom part cannot be used; the message names it."""
+
+
+def named(recipe: Recipe) -> list[tuple[str, str]]:
+    """The (option, reference) of every custom part of a recipe."""
+    values = [(key, getattr(recipe, key)) for key in OPTIONS]
+    pairs = [(k, v) for k, value in values for v in (value if isinstance(value, list) else [value])]
+    return [(key, value) for key, value in pairs if is_part(value)]
+
+
+def pin(recipe: Recipe, **given: Any) -> Recipe:
+    """The recipe with the SHA-256 of its parts in their references: losses.py:focal@0123456789ab.
+
+    `given` are functions or classes that replace what the options name, a list of them as metrics,
+    and model_args, loss_args and transform_args. Raises PartError.
+    """
+    changes: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in (*OPTIONS, "model_args", "loss_args", "transform_args"):
+            raise PartError(f"{key} is no custom part; there are {', '.join(OPTIONS)}")
+        if key not in OPTIONS:
+            changes[key] = value
+        elif value is not None:
+            many = isinstance(value, list | tuple)
+            changes[key] = [_register(key, one) for one in value] if many else _register(key, value)
+    for key in OPTIONS:
+        value = changes.get(key, getattr(recipe, key))
+        pinned = [_pinned(key, one) for one in (value if isinstance(value, list) else [value])]
+        changes[key] = pinned if isinstance(value, list) else pinned[0]
+    changes = {key: value for key, value in changes.items() if value != getattr(recipe, key)}
+    return recipe.replace(**changes) if changes else recipe
+
+
+def load(option: str, reference: str, folder: Path | None = None, **args: Any) -> Callable:
+    """The object that a reference names, with its arguments bound.
+
+    A pinned one is that of this process, of the run folder `folder`, or of its file if that is
+    unchanged. Raises PartError, also where code is not trusted.
+    """
+    pinned = _pinned(option, reference, folder)
+    if pinned not in LOADED:
+        found = re.fullmatch(PART, pinned)
+        if found["where"].endswith(".py") or found["where"] == "notebook":
+            module = _module(option, reference, SOURCES[pinned], found["digest"])
+        else:
+            module = importlib.import_module(found["where"])
+        if not callable(getattr(module, found["name"], None)):
+            raise PartError(f"{option} {reference!r}: {found['where']} has no {found['name']}")
+        LOADED[pinned] = getattr(module, found["name"])
+    function = LOADED[pinned]
+    return functools.partial(function, **args) if args else function
+
+
+def save(recipe: Recipe, folder: Path) -> None:
+    """Writes the source of every part of a pinned recipe to parts/<digest>.py of a run folder."""
+    for option, reference in named(recipe):
+        path = folder / "parts" / f"{re.fullmatch(PART, reference)['digest']}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(SOURCES[_pinned(option, reference, folder)], encoding="utf-8")
+
+
+def _pinned(option: str, reference: str, folder: Path | None = None) -> str:
+    """The reference with its digest; its source is in SOURCES afterwards."""
+    found = re.fullmatch(PART, reference)
+    if not found or reference in SOURCES:
+        return reference
+    if os.environ.get("WORKBENCH_TRUST_CODE") != "1":
+        raise PartError(
+            f"{option} {reference!r} is code and was not run; if you trust it, add --trust-code "
+            "(or set WORKBENCH_TRUST_CODE=1)"
+        )
+    where, digest = found["where"], found["digest"]
+    saved = folder / "parts" / f"{digest}.py" if folder and digest else None
+    path = saved if saved and saved.is_file() else _file(option, reference, where)
+    source = path.read_text(encoding="utf-8")
+    now = _digest(source)
+    if digest and digest != now:
+        raise PartError(
+            f"{option} {reference!r}: {path} changed since (it is {now} now); put it back, or "
+            "name it without its digest, for another run"
+        )
+    pinned = f"{where}:{found['name']}@{now}"
+    SOURCES[pinned] = source
+    return pinned
+
+
+def _file(option: str, reference: str, where: str) -> Path:
+    if where.endswith(".py"):
+        path = ROOT / Path(where).expanduser()
+    else:
+        try:
+            spec = importlib.util.find_spec(where)
+        except (ImportError, ValueError):
+            spec = None
+        path = Path(spec.origin) if spec and spec.has_location else Path(where)
+    if not path.is_file():
+        raise PartError(
+            f"{option} {reference!r}: there is no {where}; name a file (losses.py:focal) or a "
+            "module (package.module:focal), and not a function of a notebook that has ended"
+        )
+    return path
+
+
+def _module(option: str, reference: str, source: str, digest: str) -> Any:
+    name = f"workbench_part_{digest}"
+    if name not in sys.modules:
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, None))
+        sys.modules[name] = module  # dataclasses and pickle look it up
+        try:
+            exec(compile(source, reference, "exec"), module.__dict__)
+        except Exception as error:
+            del sys.modules[name]
+            text = f"{type(error).__name__}: {error}"
+            raise PartError(f"{option} {reference!r} cannot be imported: {text}") from error
+    return sys.modules[name]
+
+
+def _register(option: str, given: Callable) -> str:
+    """A reference to an object, with its source."""
+    name = getattr(given, "__name__", "")
+    if not name.isidentifier() or getattr(given, "__closure__", None):
+        raise PartError(
+            f"{option} {given!r}: give a function or class with a name, from the top level of a "
+            f"notebook or module; values go to {option}_args"
+        )
+    module = sys.modules[given.__module__]
+    if given.__module__ == "__main__" or not getattr(module, "__file__", None):
+        where, source = "notebook", _cell_source(option, given)
+    else:
+        path = Path(module.__file__).resolve()
+        where = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+        source = path.read_text(encoding="utf-8")
+    pinned = f"{where}:{name}@{_digest(source)}"
+    LOADED[pinned], SOURCES[pinned] = given, source
+    return pinned
+
+
+def _cell_source(option: str, given: Callable) -> str:
+    """The source of a function or class of a notebook, after all that it uses there."""
+    scope, lines, seen = vars(sys.modules[given.__module__]), [], set()
+
+    def add(name: str, value: Any) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        here = getattr(value, "__module__", None)
+        if inspect.ismodule(value):
+            lines.append(f"import {value.__name__} as {name}")
+        elif here == given.__module__ and (inspect.isfunction(value) or inspect.isclass(value)):
+            source = textwrap.dedent(inspect.getsource(value))
+            for used in _globals_of(source):
+                if used in scope:
+                    add(used, scope[used])
+            lines.append(source)
+        elif callable(value) and here:
+            lines.append(f"from {here} import {value.__qualname__} as {name}")
+        elif json.loads(json.dumps(value, default=lambda _: 0)) == value:
+            lines.append(f"{name} = {value!r}")
+        else:
+            raise PartError(
+                f"{option} {given.__name__} uses {name} of the notebook, a {type(value).__name__}; "
+                f"only functions, classes, modules and plain values can be saved with a run"
+            )
+
+    try:
+        add(given.__name__, given)
+    except (OSError, TypeError) as error:
+        raise PartError(f"{option} {given.__name__} has no source: {error}") from None
+    return "\n".join(lines)
+
+
+def _globals_of(source: str) -> list[str]:
+    """The names that a function or class reads and does not assign."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    own = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return sorted({node.id for node in names} - own)
+
+
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
