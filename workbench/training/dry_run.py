@@ -44,7 +44,7 @@ def dry_run(state: TrainState, dataset: data.Dataset) -> Metrics:
     """Checks shapes, types and random numbers of the custom parts. Raises PartError."""
     recipe = state.recipe
     if recipe.transform:
-        _check_transform(state, dataset)
+        _check_transform(state)
     if is_part(recipe.loss):
         _check_loss(state, dataset)
     if not recipe.metrics:
@@ -56,7 +56,7 @@ def dry_run(state: TrainState, dataset: data.Dataset) -> Metrics:
     return Metrics(recipe.metrics, frame.join(val[["file", "list"]], on="row"))
 
 
-def _check_transform(state: TrainState, dataset: data.Dataset) -> None:
+def _check_transform(state: TrainState) -> None:
     recipe, size = state.recipe, state.recipe.image_size
     function = parts.load("transform", recipe.transform, **recipe.transform_args)
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)

@@ -59,9 +59,8 @@ def fit(
     step: last.pt is written, the state is "stopped", and fit returns. A second Ctrl-C interrupts
     at once. `dataset` saves reading the lists again. `custom` are the user's own model, loss,
     transform, metrics and their model_args, loss_args, transform_args, in place of those that the
-    recipe names (workbench.parts). Raises
-    RunError, DataError, ModelError, PartError, DistillationError or TrainingError, mostly before
-    the first step.
+    recipe names (workbench.parts). Raises RunError, DataError, ModelError, PartError,
+    DistillationError or TrainingError, mostly before the first step.
     """
     recipe, key = parts.pin(recipe, **custom), str(run.path.resolve())
     if previous := _live.get(key):  # a loop over this run that an error left open in this process
