@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import train
+from torch.nn import functional as F
 
 from workbench import data, export, runs, training
 from workbench.recipe import Recipe
@@ -78,10 +79,11 @@ def strikes(tmp_path_factory) -> runs.Run:
     return train(recipe_for(tmp_path_factory.mktemp("strikes"), name="strikes", **STRIKES))
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA reports synchronisation")
-@pytest.mark.parametrize("options", [{}, STRIKES, ADAMW], ids=["plain", "strikes", "adamw"])
-def test_no_step_between_two_rows_waits_for_the_device(tmp_path, monkeypatch, options):
-    """From the batch of one step to the batch of the next, nothing may synchronise."""
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA reports synchronisation")
+
+
+def assert_no_wait(recipe: Recipe, monkeypatch, **custom) -> None:
+    """From the batch of one step to the batch of the next, nothing synchronises in 40 steps."""
     batches = data.train_loader
 
     def watched(*arguments, **settings):
@@ -92,13 +94,41 @@ def test_no_step_between_two_rows_waits_for_the_device(tmp_path, monkeypatch, op
         torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(data, "train_loader", watched)
-    recipe = recipe_for(tmp_path, log_every=10, epochs=2, checkpoint_minutes=60.0, **options)
-    rows = training.fit(recipe, runs.Run(recipe.folder))
+    recipe = recipe.replace(log_every=10, epochs=2, checkpoint_minutes=60.0)
+    rows = training.fit(recipe, runs.Run(recipe.folder), **custom)
     try:
         assert [row["step"] for row in itertools.islice(rows, 4)] == [10, 20, 30, 40]
     finally:
         torch.cuda.set_sync_debug_mode("default")
         rows.close()
+
+
+def cross_entropy(logits, targets):
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@needs_cuda
+@pytest.mark.parametrize("options", [{}, STRIKES, ADAMW], ids=["plain", "strikes", "adamw"])
+def test_no_step_between_two_rows_waits_for_the_device(tmp_path, monkeypatch, options):
+    assert_no_wait(recipe_for(tmp_path, **options), monkeypatch)
+
+
+@needs_cuda
+def test_no_step_with_a_custom_loss_waits_for_the_device(tmp_path, monkeypatch):
+    assert_no_wait(recipe_for(tmp_path), monkeypatch, loss=cross_entropy)
+
+
+@needs_cuda
+@pytest.mark.parametrize("cached", [False, True], ids=["features", "cached logits"])
+def test_no_step_of_a_student_waits_for_the_device(strikes, tmp_path, monkeypatch, cached):
+    options = {"distill_pairs": ["layer4 -> layer4"], "kd_loss": ["l2_normalized"]}
+    if cached:
+        monkeypatch.setattr("workbench.distillation.logit_cache.CACHE", tmp_path / "cache")
+        options = {"kd_loss": ["kl"], "cache_teacher_logits": True}
+    student = recipe_for(tmp_path, teacher=[str(strikes.path)], **options)
+    if cached:  # writing logits waits
+        train(student.replace(name="first", epochs=2))
+    assert_no_wait(student, monkeypatch)
 
 
 def test_strikes_learns(strikes):
@@ -123,12 +153,17 @@ def test_a_student_learns_from_features_and_from_cached_logits(strikes, tmp_path
     np.testing.assert_allclose(first.steps().loss[:3], again.steps().loss[:3], rtol=1e-2)
 
 
-# A CPU has deterministic kernels alone.
-@pytest.mark.parametrize("mode", ["deterministic", "default"][: 2 if DEVICE == "cuda" else 1])
-def test_a_killed_run_resumes(tmp_path, record, mode):
+# A CPU has deterministic kernels alone, and trains in fp32 where it is asked for fp16.
+@pytest.mark.parametrize(
+    "mode, precision",
+    [("deterministic", "auto"), ("default", "auto"), ("deterministic", "fp16")][
+        : 3 if DEVICE == "cuda" else 1
+    ],
+)
+def test_a_killed_run_resumes(tmp_path, record, mode, precision):
     """The largest difference of a weight is recorded; deterministic kernels leave none."""
     options = {"checkpoint_minutes": 0.0, "log_every": 1, "epochs": 2, "train_fraction": 0.25}
-    options |= {"batch_size": 32, **STRIKES}  # 22 steps
+    options |= {"batch_size": 32, "precision": precision, **STRIKES}  # 22 steps
     whole = recipe_for(tmp_path / "whole", **options)
     killed = recipe_for(tmp_path / "killed", **options)
     with (
@@ -153,6 +188,25 @@ def test_a_killed_run_resumes(tmp_path, record, mode):
         assert largest == 0 and equal
     else:
         assert abs(one.metrics().top1.iloc[-1] - other.metrics().top1.iloc[-1]) < 5
+
+
+def test_a_custom_loss_trains_as_the_one_built_in(tmp_path):
+    plain = train(recipe_for(tmp_path / "plain", epochs=1, log_every=5))
+    recipe = recipe_for(tmp_path / "own", epochs=1, log_every=5)
+    own = train(recipe, loss=cross_entropy)
+    np.testing.assert_allclose(own.steps().loss, plain.steps().loss, rtol=2e-2)
+
+
+def test_gradient_checkpointing_changes_memory_alone(tmp_path, record):
+    """The same first losses; on a GPU the peak of memory is recorded."""
+    options = {"epochs": 1, "log_every": 2, "model": "resnet10t", "train_fraction": 0.5}
+    plain, saved = (
+        train(recipe_for(tmp_path / str(on), grad_checkpointing=on, **options))
+        for on in (False, True)
+    )
+    for name, run in (("plain", plain), ("checkpointing", saved)):
+        record(f"MB, {name}", run.environment().get("peak_gpu_memory_mb"))
+    np.testing.assert_allclose(plain.steps().loss[:3], saved.steps().loss[:3], rtol=1e-2)
 
 
 def test_one_process_under_torchrun_trains_as_one_without(tmp_path, record):
