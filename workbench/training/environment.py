@@ -91,7 +91,7 @@ def code_digest() -> str:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak memory of this process, and of its GPU, in MB."""
+    """Peak memory in MB: of this process since its start, of the GPU in this training."""
     unit = 1024 if platform.system() == "Linux" else 1024**2  # macOS counts bytes
     peak = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)}
     if device.type == "cuda":
