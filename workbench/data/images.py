@@ -204,24 +204,26 @@ def _jpeg(raw: bytes) -> Jpeg | None:
     if space not in ("YCbCr", "Gray"):
         return None
     image_files.check_size(width, height)
-    orientation = 1
-    if b"\xff\xe1" in raw:  # an APP1 segment, which may have EXIF
+    (height_offset, has_app1), orientation = _markers(raw), 1
+    if has_app1:  # which may have EXIF
         with Image.open(io.BytesIO(raw)) as image:
             orientation = image_files.orientation(image)
-    return Jpeg(raw, width, height, _height_offset(raw), orientation)
+    return Jpeg(raw, width, height, height_offset, orientation)
 
 
-def _height_offset(raw: bytes) -> int:
-    """Where the header has the height of a JPEG whose last rows can be cut off; else 0.
+def _markers(raw: bytes) -> tuple[int, bool]:
+    """Where the header has the height of a JPEG whose last rows can be cut off, else 0; and
+    whether it may have an APP1 segment.
 
-    That is one without restarts (DRI), in which one scan has all components. ITU-T T.81, B.1:
+    The first is one without restarts (DRI), in which one scan has all components. ITU-T T.81, B.1:
     marker segments up to the first scan (SOS); SOF0 and SOF1 head a sequential image.
     """
-    at, frame = 2, 0
+    at, frame, has_app1 = 2, 0, False
     while at + 9 < len(raw) and raw[at] == 0xFF and raw[at + 1] != 0xDD:
+        has_app1 |= raw[at + 1] == 0xE1
         if raw[at + 1] in (0xC0, 0xC1):
             frame = at + 5
         elif raw[at + 1] == 0xDA:
-            return frame if frame and raw[at + 4] == raw[frame + 4] else 0
+            return (frame if frame and raw[at + 4] == raw[frame + 4] else 0), has_app1
         at += 2 + int.from_bytes(raw[at + 2 : at + 4])
-    return 0
+    return 0, True

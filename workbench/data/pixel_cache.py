@@ -65,11 +65,16 @@ class Cache:
         names = (hashlib.sha256(f"{form!r} {' '.join(part)}".encode()) for part in parts)
         self.files = [self.folder / f"{name.hexdigest()[:32]}.pixels" for name in names]
         # Rows whose checksum was compared, shared by the workers.
-        self._checked = torch.zeros(len(frame), dtype=torch.uint8).share_memory_()
+        self._shared = torch.zeros(len(frame), dtype=torch.uint8).share_memory_()
+        self._checked = self._shared.numpy()  # is indexed in a hundredth of the time
         self._maps: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}  # None: not usable
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_maps": {}}  # every process maps for itself
+        return {**vars(self), "_maps": {}, "_checked": None}  # every process maps for itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._checked = self._shared.numpy()
 
     def rows(self, part: int) -> range:
         """The rows of the frame in a part."""
