@@ -240,7 +240,8 @@ class Options(BaseModel):
     contrast: Fraction = input_option(0.0, "factor 1 - x to 1 + x")
     saturation: Fraction = input_option(0.0, "factor 1 - x to 1 + x")
     hue: float = input_option(0.0, "shift -x to x, in turns of the colour circle", ge=0, le=0.5)
-    autoaugment: bool = input_option(False, "torchvision's ImageNet policy, arXiv 1805.09501")
+    autoaugment: bool | Literal["trivialaugment", "augmix"] = input_option(False,
+        help="torchvision's: True, ImageNet's policy, arXiv 1805.09501; 2103.10158; 1912.02781")
     randaug_n: int = input_option(0, aka="aa", ge=0, le=16,
         help="RandAugment operations per image, arXiv 1909.13719; 0 is off")
     randaug_m: float = input_option(7.0, "mean magnitude, 0 to 10", needs=RANDAUG, ge=0, le=10)
@@ -304,6 +305,8 @@ class Options(BaseModel):
     resume_from: str = option("", "run folder whose last.pt is continued here", aka="resume")
     auto_resume: bool = runtime_option(True, "continue where this run folder stopped")
     metrics: list[Part] = option([], "file.py:name, columns of metrics.csv from the predictions")
+    early_stopping: int | None = option(None, aka="patience early_stopping_patience", ge=1,
+        help="evaluations without a higher top-1 after which the run is finished; None: never")
     eval_every: int = option(1, "epochs between evaluations; the last is always evaluated", ge=1)
     checkpoint_minutes: float = runtime_option(10.0, ge=0,
         help="between checkpoints inside an epoch; 0 is every step")

@@ -8,7 +8,7 @@ from scipy import stats
 from timm.data import auto_augment
 from torchvision.transforms import v2
 
-from workbench.augmentation import RandAugment, RandAugmentIncreasing, TrainTransform
+from workbench.augmentation import RandAugment, RandAugmentIncreasing, TrainTransform, describe
 
 TIMM = {
     "autocontrast": "AutoContrast",
@@ -127,17 +127,28 @@ def test_the_timm_variant_uses_both_interpolations_and_shares_of_the_side():
     assert INC1.at("translate_x", 10, 200)[1] == pytest.approx(90)
 
 
-def test_autoaugment_is_torchvisions_depends_on_its_seed_alone_and_keeps_torchs_state():
-    transform, image, seen = TrainTransform(48, autoaugment=True), noise_image(48, 48), set()
+@pytest.mark.parametrize(
+    "option, name, policy",
+    [
+        (True, "autoaugment", v2.AutoAugment()),
+        ("trivialaugment", "trivialaugment", v2.TrivialAugmentWide()),
+        ("augmix", "augmix", v2.AugMix()),
+    ],
+)
+def test_a_policy_is_torchvisions_depends_on_its_seed_alone_and_keeps_torchs_state(
+    option, name, policy
+):
+    transform, image, seen = TrainTransform(48, autoaugment=option), noise_image(48, 48), set()
     for seed in range(20):
         box = {"left": 0, "top": 0, "width": 48, "height": 48, "flip": False}
         torch.manual_seed(seed)
-        wanted = np.asarray(v2.AutoAugment()(image))
+        wanted = np.asarray(policy(image))
         state = torch.get_rng_state()
-        ours = transform.apply(image, {**box, "autoaugment": seed})
+        ours = transform.apply(image, {**box, name: seed})
         np.testing.assert_array_equal(ours, wanted)
         assert torch.equal(torch.get_rng_state(), state)
         seen.add(ours.tobytes())
     assert len(seen) > 10
     params = [transform.sample_params(np.random.default_rng(i), 48, 48) for i in (0, 0, 1)]
-    assert params[0]["autoaugment"] == params[1]["autoaugment"] != params[2]["autoaugment"]
+    assert params[0][name] == params[1][name] != params[2][name]
+    assert name in describe(params[0])

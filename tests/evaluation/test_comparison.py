@@ -233,7 +233,7 @@ def test_unequal_conditions_are_cautions(tmp_path):
     edit_json(other, "environment.json", data="e")
     result = compare([first, other])
     assert str(result.verdicts[0]).startswith("preliminary, not all runs are finished: ")
-    assert result.table.epochs.tolist() == [8, "2 of 20"]
+    assert result.table.epochs.tolist() == ["2 of 8", "2 of 20"]
     assert result.sentences()[1:] == [
         "caution: other-seed0 is stopped, evaluated at epoch 2 of 20",
         "caution: other has image_size 64, plain 32",

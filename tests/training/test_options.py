@@ -4,16 +4,18 @@ import io
 import os
 import signal
 
+import pandas as pd
 import pytest
 import timm
 import timm.optim
 import torch
 from helpers import assert_same_run, assert_same_tensors, fork_server, train
+from safetensors import safe_open
 from torch.nn import functional as F
 from training_helpers import left_after, small
 
 from workbench import data, models, runs, training
-from workbench.recipe import Recipe
+from workbench.recipe import Recipe, RecipeError
 from workbench.training.distributed import DistContext
 from workbench.training.state import TrainState
 
@@ -288,3 +290,56 @@ def test_a_class_of_more_weight_is_predicted_more_often(tmp_path):
     ours = train(small(tmp_path / "nine", class_weights=weights)).predictions()
     plain = train(small(tmp_path / "plain")).predictions()
     assert (ours.class1 == 9).sum() > 1.5 * (plain.class1 == 9).sum()
+
+
+# ---- policies of torchvision and early stopping
+
+
+@pytest.mark.parametrize("policy", ["trivialaugment", "augmix"])
+def test_a_policy_changes_the_training_and_resumes_exactly(tmp_path, policy):
+    run = check_resume(tmp_path, autoaugment=policy)
+    plain = train(small(tmp_path / "plain"))
+    assert run.steps().loss[0] != plain.steps().loss[0]
+
+
+def first_stop(top1: list[float], patience: int) -> int:
+    """The epoch after which `patience` evaluations in a row were not above the best before."""
+    for epoch in range(1, len(top1) + 1):
+        best = max(range(epoch), key=lambda i: (top1[i], -i))
+        if epoch - 1 - best >= patience:
+            return epoch
+    return len(top1)
+
+
+EARLY = {"lr": 0.8, "schedule": "constant", "epochs": 12, "warmup_epochs": 0.0, "ema_decay": None}
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_early_stopping_ends_where_the_metrics_of_a_whole_run_say(tmp_path, patience):
+    whole = train(small(tmp_path / "whole", **EARLY))
+    epochs = first_stop(whole.metrics().top1.tolist(), patience)
+    assert epochs < 12 or patience == 2  # by the bits of the processor
+    early = check_resume(tmp_path, early_stopping=patience, **EARLY)
+    pd.testing.assert_frame_equal(early.metrics(), whole.metrics()[:epochs])
+    status = early.status()
+    assert status["state"] == "finished" and f"after {epochs} epochs" in status["message"]
+    assert f"after {patience} evaluation(s) without" in status["message"]
+    best = early.metrics().top1.max()
+    with safe_open(early.file("best.safetensors"), "pt") as file:
+        assert float(file.metadata()["top1"]) == best
+    assert not list(
+        training.fit(small(tmp_path / "undisturbed", early_stopping=patience, **EARLY), early)
+    )
+
+
+def test_a_run_that_stopped_early_continues_under_another_name(tmp_path):
+    first = train(small(tmp_path, early_stopping=1, **EARLY))
+    more = small(tmp_path, name="more", resume_from=str(first.path), **EARLY)
+    assert len(train(more).metrics()) > 0
+    assert runs.Run(more.folder).metrics().epoch.iloc[-1] == 12
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "two", True])
+def test_a_wrong_patience_is_refused(value):
+    with pytest.raises(RecipeError, match="early_stopping"):
+        Recipe(early_stopping=value)

@@ -1,4 +1,4 @@
-"""RandAugment in timm's variant and United Perception's, and torchvision's AutoAugment."""
+"""RandAugment in timm's variant and United Perception's, and torchvision's policies."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,12 +133,15 @@ class RandAugmentIncreasing(RandAugment):
         return _LEVELS[self.variant, True]
 
 
-# torchvision's 25 sub-policies for ImageNet, Cubuk et al., arXiv 1805.09501
-_AUTOAUGMENT = v2.AutoAugment()
+POLICIES = {
+    "autoaugment": v2.AutoAugment(),  # 25 sub-policies for ImageNet, arXiv 1805.09501
+    "trivialaugment": v2.TrivialAugmentWide(),  # one operation of any strength, arXiv 2103.10158
+    "augmix": v2.AugMix(),  # a mixture of three chains, arXiv 1912.02781, without its loss
+}
 
 
-def autoaugment(pixels: np.ndarray, seed: int) -> np.ndarray:
-    """AutoAugment of pixels (h, w, 3) with a seed; torch's own state is unchanged."""
+def apply_policy(name: str, pixels: np.ndarray, seed: int) -> np.ndarray:
+    """A policy of torchvision's on pixels (h, w, 3) with a seed; torch's own state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return np.asarray(_AUTOAUGMENT(Image.fromarray(pixels)))
+        return np.asarray(POLICIES[name](Image.fromarray(pixels)))

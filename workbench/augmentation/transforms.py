@@ -15,7 +15,7 @@ import numpy as np
 
 from workbench.augmentation import pixel_ops
 from workbench.augmentation.pixel_ops import JITTER
-from workbench.augmentation.randaugment import UNITS, RandAugment, autoaugment
+from workbench.augmentation.randaugment import POLICIES, UNITS, RandAugment, apply_policy
 from workbench.data import images
 from workbench.data.images import AnyImage
 
@@ -71,7 +71,7 @@ class TrainTransform:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
-    autoaugment: bool = False
+    autoaugment: bool | str = False  # True, or another name in POLICIES
     randaug: RandAugment | None = None
     resize: ResizeShortSide = ResizeShortSide()
     on_device: bool = False
@@ -80,7 +80,7 @@ class TrainTransform:
     def sample_params(self, rng: np.random.Generator, width: int, height: int) -> Params:
         """The crop (left, top, width, height in pixels), `flip`, and the rest where it is on.
 
-        `autoaugment` and `custom` are seeds, `randaug` a list of (operation, value, interpolation),
+        A policy and `custom` are seeds, `randaug` a list of (operation, value, interpolation),
         jitter a factor by name, in random order.
         """
         crops, rest = rng.random((_ATTEMPTS, 4)), rng.random(5)
@@ -93,7 +93,7 @@ class TrainTransform:
                 params[name] = neutral + strength * float(2 * rest[i] - 1)
         seed = int(rng.integers(2**31))
         if self.autoaugment:
-            params["autoaugment"] = seed
+            params["autoaugment" if self.autoaugment is True else self.autoaugment] = seed
         if self.randaug is not None:
             params["randaug"] = self.randaug.sample_params(rng, self.size)
         if self.custom:
@@ -105,8 +105,8 @@ class TrainTransform:
         pixels = self.crop(image, params)
         if params["flip"]:
             pixels = cv2.flip(pixels, 1)
-        if "autoaugment" in params:
-            pixels = autoaugment(pixels, params["autoaugment"])
+        for name in POLICIES.keys() & params.keys():
+            pixels = apply_policy(name, pixels, params[name])
         if "randaug" in params:
             pixels = self.randaug.apply(pixels, params["randaug"])
         for name, value in params.items():
@@ -218,7 +218,7 @@ def describe(params: Params) -> str:
     """Parameters beside the crop, in a few words: "flip, rotate -21°, posterize 2 bits"."""
     short = {"degrees": "°", "bits": " bits", "pixels": " px", "of the side": " px"}
     words = ["flip"] if params.get("flip") else []
-    words += ["autoaugment"] if "autoaugment" in params else []
+    words += [name for name in POLICIES if name in params]
     for name, value, _ in params.get("randaug", []):
         words.append(name if value is None else f"{name} {value:.3g}{short.get(UNITS[name], '')}")
     words += [f"{name} {params[name]:.2f}" for name in params if name in JITTER]

@@ -294,9 +294,9 @@ def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
     """A row of Comparison.table."""
     runs, top1, several = group.runs, group.top1, len(group.runs) > 1
     low, high = top1_interval(group.correct)
-    epochs = group.recipe["epochs"]
-    if group.unfinished:
-        epochs = f"{min(run.epoch for run in runs)} of {epochs}"
+    epochs, trained = group.recipe["epochs"], min(run.epoch for run in runs)
+    if trained < epochs:  # unfinished, or stopped early
+        epochs = f"{trained} of {epochs}"
     speeds = [run.steps.get("images_per_second", pd.Series(dtype=float)).median() for run in runs]
     minutes = [run.environment.get("seconds", math.nan) / 60 for run in runs]
     return {

@@ -109,7 +109,9 @@ class RunWriter:
             ema = f", EMA {last.ema_top1:.2f} %" if "ema_top1" in last else ""
             message = (
                 f"finished: top-1 {last.top1:.2f} %{ema} of {int(last.val_images)} validation "
-                f"images after {state.recipe.epochs} epochs"
+                f"images after {state.epoch} epochs"
             )
+            if state.stopped_early:
+                message += f", stopped after {state.worse} evaluation(s) without a higher top-1"
         self.run.file("STOP").unlink(missing_ok=True)
         self.run.set_status(status, step=state.step, steps=state.steps, message=message)

@@ -48,6 +48,7 @@ def set_up(
         start = f"resumes after step {state.step}"
         if source is not run:
             start += f" of {recipe.resume_from}"
+            state.worse = 0
             if state.finished:
                 raise runs.RunError(
                     f"resume_from {recipe.resume_from!r} is at step {state.step}, and this recipe "

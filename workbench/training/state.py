@@ -57,6 +57,7 @@ class TrainState:
         self.meter = Meter(recipe, dist)
         self.step, self.lr = 0, 0.0
         self.best = -1.0  # top-1 of the best evaluation, percent
+        self.worse = 0  # evaluations since then
         self._forward: nn.Module | None = None  # the student, under DDP and torch.compile
         self._head_only: bool | None = None
         self._lr_at = lr_schedule(recipe, self.steps_per_epoch)
@@ -75,7 +76,11 @@ class TrainState:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.steps
+        return self.step >= self.steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.recipe.early_stopping is not None and self.worse >= self.recipe.early_stopping
 
     # ---- a step
 
@@ -180,7 +185,8 @@ class TrainState:
             "adapters": self.adapters.state_dict() if self.distiller else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "progress": {"step": self.step, "best": self.best, **self.meter.state_dict()},
+            "progress": {key: getattr(self, key) for key in ("step", "best", "worse")}
+            | self.meter.state_dict(),
             "steps_per_epoch": self.steps_per_epoch,
         }
 
@@ -199,6 +205,7 @@ class TrainState:
                 self._scaler.load_state_dict(scaler)
             progress = checkpoint["progress"]
             self.step, self.best = progress["step"], progress["best"]
+            self.worse = progress.get("worse", 0)
             self.meter.load_state_dict(progress)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise runs.RunError(

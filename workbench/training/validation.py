@@ -50,11 +50,13 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None) -> Row:
         writer.run.save_frame("predictions.parquet", pd.concat(frames, ignore_index=True))
         top1 = {"raw": columns["top1"], "ema": columns.get("ema_top1", -1.0)}
         best = max(state.networks, key=lambda weights: (top1[weights], weights))  # raw, if equal
+        state.worse += 1
         if top1[best] > state.best:
-            state.best = top1[best]
+            state.best, state.worse = top1[best], 0
             metadata = {"weights": best, "top1": state.best, "step": state.step}
             tensors = state.networks[best].state_dict()
             writer.run.save_weights("best.safetensors", tensors, metadata)
+    state.worse = dist.max(state.worse if dist.is_main else 0)
     return columns
 
 
