@@ -347,6 +347,7 @@ OTHER: dict[str, Any] = {
     "kd_loss": ["kl"],
     "kd_weight": [2.0],
     "workers": 3,
+    "early_stopping": 2,
 }
 
 
