@@ -232,7 +232,9 @@ def test_the_comparison_follows_the_picked_runs_and_moved_controls(page, lab, ro
         run.set_status("finished")
 
 
-def test_a_screenshot_of_the_comparison_shows_picker_table_and_curves(page, lab, root, tmp_path):
+def test_a_screenshot_of_the_comparison_shows_verdict_table_and_intervals(
+    page, lab, root, tmp_path
+):
     """SCREENSHOT=FILE keeps it, SCREENSHOT_RUNS=FOLDER takes real runs, all of that folder."""
     file = Path(os.environ.get("SCREENSHOT", tmp_path / "05_compare.png"))
     notebook = nbformat.read(root / "notebooks" / "05_compare.ipynb", as_version=4)
@@ -243,13 +245,14 @@ def test_a_screenshot_of_the_comparison_shows_picker_table_and_curves(page, lab,
     nbformat.write(notebook, root / "notebooks" / "screenshot.ipynb")
     open_and_run(page, lab, "screenshot.ipynb")
     wait_for_all_cells(page)
-    page.set_viewport_size({"width": 1300, "height": 1500})
+    page.set_viewport_size({"width": 1300, "height": 1250})
     page.evaluate("() => { window.jupyterapp.commands.execute('application:toggle-left-area'); }")
     cell(page, "intervals")
+    cell(page, "picker").evaluate("element => element.scrollIntoView()")
     page.wait_for_timeout(1000)
     page.screenshot(path=file)
     shown = np.asarray(Image.open(file).convert("L"))
-    assert shown.shape == (1500, 1300) and shown.std() > 20
+    assert shown.shape == (1250, 1300) and shown.std() > 20
 
 
 def test_a_control_of_an_augmentation_changes_the_image_and_its_value_is_copied(page, lab):
