@@ -185,7 +185,7 @@ def test_step_shares_follow_the_seconds_of_each_forward(trained, monkeypatch):
                                 strict=True):  # fmt: skip
         network.register_forward_hook(lambda *_, s=seconds: clock.__setitem__(0, clock[0] + s))
     images, labels = torch.zeros(2, 3, 32, 32), torch.tensor([1, 2])
-    assert teachers.step_shares(recipe, kd, images, labels, False) == pytest.approx([3 / 8, 1 / 8])
+    assert teachers.step_shares(recipe, kd, images, labels) == pytest.approx([3 / 8, 1 / 8])
 
 
 @pytest.mark.parametrize("option", ["weights", "resume_from"])
@@ -268,3 +268,11 @@ def test_warning_names_its_evidence_and_disappears_with_its_cure(words, row, opt
         assert warnings(row, cured) == []
     else:
         assert warnings({**row, **cure}, {**KL, **options}) == []
+
+
+def test_teachers_run_in_the_precision_of_the_recipe(trained, reported):
+    _, content, exact = reported
+    for precision in ("bf16", "fp16"):
+        report = teacher_report(student(trained, precision=precision), content, max_images=100)
+        assert (report.entropy != exact.entropy).all()
+        assert report.entropy.to_numpy() == pytest.approx(exact.entropy.to_numpy(), rel=0.02)

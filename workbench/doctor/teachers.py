@@ -37,14 +37,13 @@ def teacher_report(
     ModelError.
     """
     device = training.pick_device(recipe.device)
-    bf16 = training.pick_precision(recipe.precision, device) == "bf16"
     student, _ = training.build_initial_model(recipe, content.classes)
     if recipe.resume_from:
         student.load_state_dict(training.resumed_state(recipe)["model"])
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     student.to(device, memory_format=layout)
     kd = distillation.Distillation(recipe, student, content.classes, device)
-    teachers = [(distillation.TeacherAdapter(t, recipe), bf16) for t in kd.teachers]
+    teachers = [(distillation.TeacherAdapter(t, recipe), recipe.precision) for t in kd.teachers]
     step = math.ceil(len(content.val) / (max_val_images or len(content.val)))
     val = content.val.iloc[::step].reset_index(drop=True)
     total = min(max_images, len(content.train)) + len(val)
@@ -52,13 +51,13 @@ def teacher_report(
         crops = _crops(recipe, content, device, max_images)
         targets, *crop_logits = _logits(teachers, crops, progress)
         batches = _validation_batches(recipe, val, device)
-        labels, start, *val_logits = _logits([(student, False), *teachers], batches, progress)
+        labels, start, *val_logits = _logits([(student, "fp32"), *teachers], batches, progress)
     rows = [
         _row(teacher, (targets, crop), (labels, z, start.argmax(1)))
         for teacher, crop, z in zip(kd.teachers, crop_logits, val_logits, strict=True)
     ]
     first = next(_crops(recipe, content, device, 1))
-    shares = 100 * np.array(step_shares(recipe, kd, *first, bf16))
+    shares = 100 * np.array(step_shares(recipe, kd, *first))
     return pd.DataFrame(rows).assign(step_share=shares)
 
 
@@ -90,15 +89,15 @@ def _validation_batches(recipe: Recipe, val: pd.DataFrame, device: torch.device)
 
 @torch.no_grad()
 def _logits(
-    networks: list[tuple[nn.Module, bool]], batches: Batches, progress: Any
+    networks: list[tuple[nn.Module, str]], batches: Batches, progress: Any
 ) -> list[np.ndarray]:
-    """Labels (n,), then logits (n, C) of each network, which runs in bf16 if the flag is set."""
+    """Labels (n,), then logits (n, C) of each network in its precision."""
     parts = []
     for images, labels in batches:
         hard = labels if labels.ndim == 1 else labels.argmax(1)
         parts.append([hard.cpu().numpy()])
-        for network, bf16 in networks:
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        for network, precision in networks:
+            with training.autocast(precision, images.device):
                 parts[-1].append(network(images).float().cpu().numpy())
         progress.update(len(images))
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
@@ -144,13 +143,13 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def step_shares(
-    recipe: Recipe, kd: distillation.Distillation, images: Tensor, targets: Tensor, bf16: bool
+    recipe: Recipe, kd: distillation.Distillation, images: Tensor, targets: Tensor
 ) -> list[float]:
     """The share of the time of a step (forward and backward) that each teacher takes."""
     device, criterion = images.device, training.loss_function(recipe)
 
     def forward(network: nn.Module) -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with training.autocast(recipe.precision, device):
             return network(images)
 
     def student_step() -> None:
