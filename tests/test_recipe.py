@@ -271,7 +271,7 @@ def test_text_that_only_begins_like_a_list_is_a_problem(text):
 # options, and the values of others that they need
 NEEDS = [
     ("data_dir train_list train_root val_list val_root val_fraction", {"dataset": "files"}),
-    ("class_names num_classes allow_outside_root fold", {"dataset": "files"}),
+    ("class_names num_classes allow_outside_root", {"dataset": "files"}),
     ("file_column label_column", {"dataset": "files"}),
     ("group_column", {"dataset": "files", "fold": "1/2"}),
     ("cache_dir", {"cache": True}),
@@ -297,12 +297,14 @@ NEEDS = [
     ("cache_teacher_logits", {"teacher": "a"}),
     ("distill_pairs", {"teacher": "a", "kd_loss": "l2"}),
     ("dkd_beta", {"teacher": "a", "kd_loss": "dkd"}),
+    ("dataset_args", {"dataset": "mine.py:frames"}),
+    ("model_args", {"model": "mine.py:model"}),
+    ("loss_args", {"loss": "mine.py:loss"}),
+    ("kd_loss_args", {"teacher": "a", "kd_loss": "mine.py:kd"}),
 ]
 NEEDED = {key: others for options, others in NEEDS for key in options.split()}
 # what is set beside these options so that they contradict nothing
 BESIDE = {
-    "model_args": {"model": "mine.py:model"},
-    "loss_args": {"loss": "mine.py:loss"},
     "transform_args": {"transform": "mine.py:transform"},
     "image_size": {"val_resize": 64},
     "val_image_size": {"val_resize": 64},
@@ -314,6 +316,9 @@ BESIDE = {
 }
 # other values than the default where no rule of other_value gives one
 OTHER: dict[str, Any] = {
+    "dataset": "letters",
+    "dataset_args": {"part": 1},
+    "kd_loss_args": {"temperature": 2.0},
     "fold": "2/5",
     "loss": "bce",
     "model_args": {"width": 8},

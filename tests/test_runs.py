@@ -312,13 +312,12 @@ def test_names_with_commas_quotes_and_line_ends_are_read_as_they_were_written(wr
     assert writer.quarantine().file.tolist() == names[:5]
 
 
-def test_other_columns_are_refused_and_the_table_stays(writer):
-    writer.append("metrics.csv", {"step": 1, "loss": 0.5})
-    before = writer.file("metrics.csv").read_bytes()
-    for row in ({"step": 2}, {"step": 2, "loss": 0.1, "top1": 3.0}, {"step": 2, "top1": 3.0}):
-        with pytest.raises(RunError, match="metrics.csv.*under columns"):
-            writer.append("metrics.csv", row)
-    assert writer.file("metrics.csv").read_bytes() == before
+def test_a_new_column_is_empty_in_the_rows_before_and_a_missing_one_in_those_after(writer):
+    rows = [{"step": 1, "name": "a,b"}, {"step": 2, "top1": 0.1, "name": "c"}, {"step": 3}]
+    for row in rows:
+        writer.append("metrics.csv", row)
+    assert writer.file("metrics.csv").read_text() == 'step,name,top1\n1,"a,b",\n2,c,0.1\n3,,\n'
+    pd.testing.assert_frame_equal(writer.metrics(), pd.DataFrame(rows))
 
 
 @pytest.mark.parametrize("half", ["3,0", "3,0.125,", "step,lo"])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,21 +117,35 @@ def sweep(
     params: Params,
     axes: Annotated[list[str], typer.Argument(help="lr=0.03,0.1 seed=0-2: every combination")],
     p: Overrides = [],  # noqa: B006
+    jobs: Annotated[int, typer.Option(min=1, help="processes, which share the cores")] = 1,
+    trials: Annotated[int, typer.Option(min=0, help="Optuna: lr=0.001:0.3:log or lists")] = 0,
 ) -> None:
     """Train every combination of some values of options, and compare them over seeds.
 
     The same command resumes. Exit code 0 all finished, 1 a run failed, 3 stopped.
     """
     recipe = _recipe(params, p)
+    from workbench import evaluation
     from workbench import sweep as sweeping
 
     options, states = sweeping.parse_axes(axes), set()
-    total = len(sweeping.combinations(recipe, options))
-    for number, row in enumerate(sweeping.sweep(recipe, options), 1):
-        print(f"{number}/{total} {row['run']}: {row['message']}", flush=True)
-        states.add(row["state"])
+    recipes = [] if trials else sweeping.combinations(recipe, options)
+    print(*(f"note: {text}\n" for text in sweeping.notes(recipe, recipes)), sep="", end="")
+    rows = sweeping.sweep(recipe, options, jobs=jobs, trials=trials)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, between runs too
+    try:
+        for number, row in enumerate(rows, 1):
+            print(f"{number}/{trials or len(recipes)} {row['run']}: {row['message']}", flush=True)
+            states.add(row["state"])
+    except KeyboardInterrupt:
+        states.add("stopped")
     print(f"sweep folder: {(folder := sweeping.folder_of(recipe, options))}")
-    if "finished" in states and "stopped" not in states:
+    if "stopped" in states:
+        print("stopped; the same command resumes")
+    elif "fold" in options and states == {"finished"}:
+        table = evaluation.by_column(evaluation.out_of_fold(sweeping.finished(folder)), "recipe")
+        print(f"out of fold:\n{table.to_string(float_format='{:.2f}'.format)}")
+    elif "finished" in states:
         compare(sweeping.finished(folder), "raw")
     raise typer.Exit(STOPPED if "stopped" in states else int("failed" in states))
 

@@ -62,13 +62,8 @@ def create(
     32). Raises ModelError.
     """
     if is_part(name):
-        return _custom(
-            name,
-            num_classes,
-            image_size,
-            seed,
-            parts.load("model", name, folder, **model_args or {}),
-        )
+        factory = parts.load("model", name, folder, **model_args or {})
+        return _custom(name, num_classes, image_size, seed, factory)
     check_name(name)
     published = timm.get_pretrained_cfg(name)
     options = {  # None is not passed on

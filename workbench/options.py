@@ -9,15 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from workbench.recipe_checks import RESNETS, losses_with_temperature
+from workbench.recipe_checks import A_PART, PART, RESNETS, losses_with_temperature
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Schedule = Literal["constant", "multistep", "step", "cosine", "polynomial", "one_cycle"]
-# Code of the user's: file.py:name or package.module:name, in a run with its SHA-256.
-PART = r"(?P<where>[^:@]+):(?P<name>[A-Za-z_]\w*)(@(?P<digest>[0-9a-f]{12}))?"
 Part = Annotated[str, Field(pattern=f"^{PART}$")]
 KDLoss = Literal[
     "kl", "ce", "l2", "l2_normalized", "up_kl", "dist", "dkd", "kl_standardized_logits"
@@ -50,7 +48,7 @@ def option(
 input_option = functools.partial(option, affects="inputs")
 runtime_option = functools.partial(option, affects="runtime")
 
-FILES = {"dataset": "files"}
+LISTED, FILES = {"dataset": "files"}, {"dataset": ("files", A_PART)}
 RESNET = {"model": RESNETS}
 SGD, LAMB, DECAY = {"optimizer": "sgd"}, {"optimizer": "lamb"}, {"weight_decay": True}
 STEPPED = {"schedule": ("multistep", "step")}
@@ -82,22 +80,23 @@ class Options(BaseModel):
         help="the run folder is runs_dir/<name>-seed<seed>")
 
     # data
-    dataset: Literal["digits", "letters", "files"] = option("digits",
-        help="digits and letters are embedded; files reads data_dir")
+    dataset: Literal["digits", "letters", "files"] | Part = option("digits",
+        help="embedded digits, letters; files: data_dir, load_dataset(x).save_to_disk(dir); a part")
+    dataset_args: dict[str, Any] = option({}, "of a custom dataset", needs={"dataset": A_PART})
     data_dir: str = runtime_option("", "folder of the lists and roots below", needs=FILES)
-    train_list: list[str] = option([], needs=FILES, aka="meta_file",
+    train_list: list[str] = option([], needs=LISTED, aka="meta_file",
         help="lists (imagenet, custom_cls) or tables (.csv .tsv .parquet); none: class folders")
-    train_root: list[str] = option(["train"], needs=FILES, aka="image_dir", min_length=1,
+    train_root: list[str] = option(["train"], needs=LISTED, aka="image_dir", min_length=1,
         help="folders of the listed files, one for all lists or one each")
-    val_list: list[str] = option([], "as train_list", needs=FILES)
-    val_root: list[str] = option(["val"], "as train_root", needs=FILES, min_length=1)
+    val_list: list[str] = option([], "as train_list", needs=LISTED)
+    val_root: list[str] = option(["val"], "as train_root", needs=LISTED, min_length=1)
     file_column: str = option("", needs=FILES, aka="filename_col input_col image_column",
         help="of tables: paths, or images in Parquet; empty: file, filename, path or image")
     label_column: str = option("", needs=FILES, aka="target_col",
         help="of tables: numbers or names; empty: label, target, class or class_name")
     val_fraction: float = option(0.0, needs=FILES, ge=0, lt=1,
         help="share of each class held out when there is no validation list")
-    fold: str = option("", needs=FILES, pattern=r"^([1-9]\d*/([2-9]|[1-9]\d+))?$",
+    fold: str = option("", pattern=r"^([1-9]\d*/([2-9]|[1-9]\d+))?$",
         help="2/5: validation is the second of five parts of training, stratified by class")
     group_column: str = option("", needs={**FILES, "fold": True},
         help="of tables: images with one value, such as a patient, are in one fold")
@@ -106,7 +105,7 @@ class Options(BaseModel):
     train_fraction: float = input_option(1.0, "share of the training list that is used", gt=0, le=1)
     class_balanced_sampling: Fraction = input_option(0.0, aka="balanced",
         help="0: each image once an epoch; 1: each class equally often")
-    allow_outside_root: bool = option(False, "list entries may leave their root", needs=FILES)
+    allow_outside_root: bool = option(False, "list entries may leave their root", needs=LISTED)
     verify_data: bool = option(True, "decode every image once before training; remembered")
     cache: bool = runtime_option(False,
         help="save pixels on disk for the next epochs and runs; batches are the same bytes")
@@ -129,7 +128,7 @@ class Options(BaseModel):
     # model
     model: str = option("test_resnet", aka="arch backbone", min_length=1,
         help="timm name, resnet18 to resnet152, or file.py:name")
-    model_args: dict[str, Any] = option({}, "of a model that is a custom part")
+    model_args: dict[str, Any] = option({}, "of a custom model", needs={"model": A_PART})
     deep_stem: bool = option(False, needs=RESNET,
         help="three 3x3 convolutions instead of the 7x7; with avg_down a ResNet-D")
     avg_down: bool = option(False, needs=RESNET,
@@ -156,7 +155,7 @@ class Options(BaseModel):
     repeated_aug: int = input_option(1, aka="aug_repeats", ge=1, le=64,
         help="copies of an image in a batch, each augmented differently, arXiv 1902.05509")
     optimizer: str = option("sgd", aka="optim opt", min_length=1,
-        help="sgd, adamw, lamb (arXiv 1904.00962), or a name of timm.optim: adan, lion, muon")
+        help="sgd, adamw, lamb (arXiv 1904.00962), a name of timm.optim: adan, lion; file.py:name")
     optimizer_args: dict[str, Any] = option({}, aka="opt_args opt_betas opt_eps betas eps",
         help="more arguments of the optimizer, such as {betas: [0.9, 0.99], eps: 1.0e-6}")
     lr: float = option(0.1, aka="learning_rate", gt=0,
@@ -209,7 +208,7 @@ class Options(BaseModel):
     # loss
     loss: Literal["ce", "bce", "focal"] | Part = option("ce", needs=TASK_LOSS, aka="bce_loss",
         help="cross-entropy, binary cross-entropy of every class, softmax focal loss, file.py:name")
-    loss_args: dict[str, Any] = option({}, "of a loss that is a custom part", needs=TASK_LOSS)
+    loss_args: dict[str, Any] = option({}, "of a custom loss", needs={"loss": A_PART})
     focal_gamma: float = option(2.0, needs={"loss": "focal", "task_weight": True}, ge=0,
         help="power of 1 - p, arXiv 1708.02002; 0 is cross-entropy")
     class_weights: list[float | Literal["balanced"]] = option([], needs=WEIGHTED,
@@ -283,8 +282,9 @@ class Options(BaseModel):
     teacher_std: list[PositiveFraction] = option([], "as teacher_mean", needs=TEACHER)
     distill_pairs: list[str] = option(["logits"], needs=TEACHER, aka="mimic_name", min_length=1,
         help="logits, or modules: layer4 -> layer4, layer4 -> teacher2:layer4")
-    kd_loss: list[KDLoss] = option(["dist"], needs=TEACHER, aka="mimic_type", min_length=1,
-        help="one for all pairs or one each; modules take l2 or l2_normalized")
+    kd_loss: list[KDLoss | Part] = option(["dist"], needs=TEACHER, aka="mimic_type", min_length=1,
+        help="one for all pairs or one each; modules take l2, l2_normalized or file.py:name")
+    kd_loss_args: dict[str, Any] = option({}, "of a custom kd_loss", needs={"kd_loss": A_PART})
     kd_weight: list[Positive] = option([1.0], needs=TEACHER, aka="distill_weight", min_length=1,
         help="one for all pairs or one each")
     temperature: Positive = option(

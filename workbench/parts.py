@@ -1,18 +1,24 @@
-"""Custom parts: a model, loss, transform or metric of the user's, in place of a built-in one.
+"""Custom parts: a model, loss, optimizer or other function of the user's, for a built-in one.
 
     fit(recipe, run, loss=focal, loss_args={"gamma": 2})    # a function of a notebook or module
     loss: losses.py:focal                     # in a params file: a file, or package.module:name
     loss_args: {gamma: 2}
 
-The contracts, with `**args` from model_args, loss_args and transform_args:
+The contracts, with `**args` from the mapping of that name, such as loss_args:
 
 - model: (num_classes, **args) -> nn.Module; images (n, 3, h, w) -> logits (n, C). Its classifier is
   called `fc`, or named by `default_cfg["classifier"]`.
 - loss: (logits (n, C), targets, **args) -> (n,), one value per image; targets are class numbers
   (n,), or soft labels (n, C) with mixing.
+- optimizer: (groups, lr, **args) -> torch.optim.Optimizer, all that it needs in its `state`. Groups
+  have params, weight_decay (0 without decay_norm_and_bias) and lr_scale (of head_lr_scale and
+  layer_decay); each step sets their lr to that of the schedule times lr_scale.
+- kd_loss, a list: (student, teacher, targets, **args) -> 0-d, a mean; logits or features (n, ...).
 - transform: (image, rng, **args) -> image; uint8 (h, w, 3), cropped and augmented, and a
   numpy.random.Generator, the only source of random numbers.
 - metrics, a list: (predictions) -> {name: number}; a DataFrame as in predictions.parquet.
+- dataset: (data_dir, **args) -> (train, val), or one frame with fold or val_fraction. DataFrames
+  as workbench.data.tables reads them: file (below data_dir) or image (bytes), label, and others.
 
 A run folder has the source of its parts, and their SHA-256 is part of the recipe's fingerprint. A
 part that is named in text runs only with --trust-code or WORKBENCH_TRUST_CODE=1.
@@ -26,6 +32,8 @@ import importlib.util
 import inspect
 import json
 import os
+import pickle
+import random
 import re
 import sys
 import textwrap
@@ -34,11 +42,11 @@ from pathlib import Path
 from typing import Any
 
 from workbench import ROOT
-from workbench.options import PART
-from workbench.recipe import Recipe
-from workbench.recipe_checks import is_part
+from workbench.recipe import FIELDS, Recipe
+from workbench.recipe_checks import PART, is_part
 
-OPTIONS = ("model", "loss", "transform", "metrics")
+OPTIONS = ("dataset", "model", "optimizer", "loss", "kd_loss", "transform", "metrics")
+FROM_SOURCE = re.compile(r"notebook|.*\.py").fullmatch  # else imported
 
 # By pinned reference: what was loaded, or given to fit, in this process, and its source.
 LOADED: dict[str, Callable] = {}
@@ -49,37 +57,44 @@ class PartError(ValueError):
     """A custom part cannot be used; the message names it."""
 
 
-def named(recipe: Recipe) -> list[tuple[str, str]]:
-    """The (option, reference) of every custom part of a recipe."""
-    values = [(key, getattr(recipe, key)) for key in OPTIONS]
-    pairs = [(k, v) for k, value in values for v in (value if isinstance(value, list) else [value])]
-    return [(key, value) for key, value in pairs if is_part(value)]
-
-
 def pin(recipe: Recipe, **given: Any) -> Recipe:
     """The recipe with the SHA-256 of its parts in their references: losses.py:focal@0123456789ab.
 
-    `given` are functions or classes that replace what the options name, a list of them as metrics,
-    and model_args, loss_args and transform_args. Raises PartError.
+    `given` are functions or classes that replace what the options name, lists of them as metrics
+    or kd_loss, and their arguments as model_args. Raises PartError.
     """
-    changes: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in (*OPTIONS, "model_args", "loss_args", "transform_args"):
-            raise PartError(f"{key} is no custom part; there are {', '.join(OPTIONS)}")
+
+    def pinned(key: str, value: Any) -> Any:
         if key not in OPTIONS:
-            changes[key] = value
-        elif value is not None:
-            many = isinstance(value, list | tuple)
-            changes[key] = [_register(key, one) for one in value] if many else _register(key, value)
-    for key in OPTIONS:
-        value = changes.get(key, getattr(recipe, key))
-        pinned = [_pinned(key, one) for one in (value if isinstance(value, list) else [value])]
-        changes[key] = pinned if isinstance(value, list) else pinned[0]
-    changes = {key: value for key, value in changes.items() if value != getattr(recipe, key)}
+            return value
+        if isinstance(value, list | tuple):
+            return [pinned(key, one) for one in value]
+        reference = value if isinstance(value, str) else _register(key, value)
+        return _pinned(key, reference, recipe.folder)
+
+    for key in given:
+        if key.removesuffix("_args") not in OPTIONS or key not in FIELDS:
+            raise PartError(f"{key} is no custom part; there are {', '.join(OPTIONS)}")
+    values = {key: getattr(recipe, key) for key in OPTIONS}
+    values |= {key: value for key, value in given.items() if value is not None}
+    values = {key: pinned(key, value) for key, value in values.items()}
+    changes = {key: value for key, value in values.items() if value != getattr(recipe, key)}
     return recipe.replace(**changes) if changes else recipe
 
 
-def load(option: str, reference: str, folder: Path | None = None, **args: Any) -> Callable:
+class Part(functools.partial):
+    """A loaded part with its arguments, which a process started by spawn builds again."""
+
+    def __reduce__(self) -> tuple:
+        return _unpickled, (self.origin, SOURCES[self.origin[1]], self.keywords)
+
+
+def _unpickled(origin: tuple[str, str], source: str, args: dict[str, Any]) -> Part:
+    SOURCES[origin[1]] = source
+    return load(*origin, **args)
+
+
+def load(option: str, reference: str, folder: Path | None = None, /, **args: Any) -> Part:
     """The object that a reference names, with its arguments bound.
 
     A pinned one is that of this process, of the run folder `folder`, or of its file if that is
@@ -88,23 +103,41 @@ def load(option: str, reference: str, folder: Path | None = None, **args: Any) -
     pinned = _pinned(option, reference, folder)
     if pinned not in LOADED:
         found = re.fullmatch(PART, pinned)
-        if found["where"].endswith(".py") or found["where"] == "notebook":
-            module = _module(option, reference, SOURCES[pinned], found["digest"])
-        else:
-            module = importlib.import_module(found["where"])
+        module = _module(option, reference, found, SOURCES[pinned])
         if not callable(getattr(module, found["name"], None)):
             raise PartError(f"{option} {reference!r}: {found['where']} has no {found['name']}")
         LOADED[pinned] = getattr(module, found["name"])
-    function = LOADED[pinned]
-    return functools.partial(function, **args) if args else function
+    part = Part(LOADED[pinned], **args)
+    part.origin = option, pinned
+    return part
+
+
+def run(option: str, reference: str, function: Callable, /, *arguments: Any) -> Any:
+    """What a part gives. Raises PartError where it fails, or draws from a global generator."""
+    import numpy as np  # only where there is a part
+    import torch
+
+    drawn = lambda: (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy())  # noqa: NPY002
+    before = pickle.dumps(drawn())
+    try:
+        found = function(*arguments)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split()).split(". ")[0]
+        raise PartError(f"{option} {reference!r} failed: {text}") from error
+    if pickle.dumps(drawn()) != before:
+        text = "only a transform may be random, by the generator it is given"
+        raise PartError(f"{option} {reference!r} draws from a global random generator; {text}")
+    return found
 
 
 def save(recipe: Recipe, folder: Path) -> None:
     """Writes the source of every part of a pinned recipe to parts/<digest>.py of a run folder."""
-    for option, reference in named(recipe):
-        path = folder / "parts" / f"{re.fullmatch(PART, reference)['digest']}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(SOURCES[_pinned(option, reference, folder)], encoding="utf-8")
+    for option in OPTIONS:
+        value = getattr(recipe, option)
+        for reference in filter(is_part, value if isinstance(value, list) else [value]):
+            path = folder / "parts" / f"{re.fullmatch(PART, reference)['digest']}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(SOURCES[_pinned(option, reference, folder)], encoding="utf-8")
 
 
 def _pinned(option: str, reference: str, folder: Path | None = None) -> str:
@@ -118,8 +151,11 @@ def _pinned(option: str, reference: str, folder: Path | None = None) -> str:
             "(or set WORKBENCH_TRUST_CODE=1)"
         )
     where, digest = found["where"], found["digest"]
-    saved = folder / "parts" / f"{digest}.py" if folder and digest else None
-    path = saved if saved and saved.is_file() else _file(option, reference, where)
+    saved = Path(folder or "", "parts", f"{digest}.py")
+    is_saved = folder and digest and FROM_SOURCE(where) and saved.is_file()
+    path = saved if is_saved else _file(option, reference, where)
+    if where.endswith(".py"):
+        where = _shown(ROOT / Path(where).expanduser())
     source = path.read_text(encoding="utf-8")
     now = _digest(source)
     if digest and digest != now:
@@ -130,6 +166,12 @@ def _pinned(option: str, reference: str, folder: Path | None = None) -> str:
     pinned = f"{where}:{found['name']}@{now}"
     SOURCES[pinned] = source
     return pinned
+
+
+def _shown(path: Path) -> str:
+    """A file below the checkout, or the name of another: runs and packages have no private path."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def _file(option: str, reference: str, where: str) -> Path:
@@ -149,18 +191,21 @@ def _file(option: str, reference: str, where: str) -> Path:
     return path
 
 
-def _module(option: str, reference: str, source: str, digest: str) -> Any:
-    name = f"workbench_part_{digest}"
-    if name not in sys.modules:
+def _module(option: str, reference: str, found: re.Match, source: str) -> Any:
+    name = f"workbench_part_{found['digest']}"
+    if name in sys.modules:
+        return sys.modules[name]
+    try:
+        if not FROM_SOURCE(found["where"]):
+            return importlib.import_module(found["where"])
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, None))
         sys.modules[name] = module  # dataclasses and pickle look it up
-        try:
-            exec(compile(source, reference, "exec"), module.__dict__)
-        except Exception as error:
-            del sys.modules[name]
-            text = f"{type(error).__name__}: {error}"
-            raise PartError(f"{option} {reference!r} cannot be imported: {text}") from error
-    return sys.modules[name]
+        exec(compile(source, reference, "exec"), module.__dict__)
+    except Exception as error:
+        sys.modules.pop(name, None)
+        text = f"{type(error).__name__}: {error}"
+        raise PartError(f"{option} {reference!r} cannot be imported: {text}") from error
+    return module
 
 
 def _register(option: str, given: Callable) -> str:
@@ -175,8 +220,8 @@ def _register(option: str, given: Callable) -> str:
     if given.__module__ == "__main__" or not getattr(module, "__file__", None):
         where, source = "notebook", _cell_source(option, given)
     else:
-        path = Path(module.__file__).resolve()
-        where = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+        path = Path(module.__file__)
+        where = given.__module__ if "." in given.__module__ else _shown(path)
         source = path.read_text(encoding="utf-8")
     pinned = f"{where}:{name}@{_digest(source)}"
     LOADED[pinned], SOURCES[pinned] = given, source

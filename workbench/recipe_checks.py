@@ -11,6 +11,9 @@ from pydantic import BaseModel
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+# Code of the user's: file.py:name or package.module:name, in a run with its SHA-256.
+PART = r"(?P<where>[^:@]+):(?P<name>[A-Za-z_]\w*)(@(?P<digest>[0-9a-f]{12}))?"
+A_PART = "file.py:name"  # as a value in `needs`: any part
 losses_with_temperature = ("kl", "ce", "dist", "dkd", "kl_standardized_logits")
 
 
@@ -47,7 +50,8 @@ def _has(recipe: Values, key: str, wanted: Any) -> bool:
     if isinstance(wanted, bool):
         return bool(value) == wanted
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-    return any(one in wanted for one in (value if isinstance(value, list) else [value]))
+    values = value if isinstance(value, list) else [value]
+    return any(one in wanted or (A_PART in wanted and is_part(one)) for one in values)
 
 
 def conflicts(recipe: BaseModel, bad: set[str]) -> Iterator[str]:
@@ -102,7 +106,7 @@ def one_each(values: list, count: int) -> list:
 
 def is_part(value: str) -> bool:
     """Whether a value of an option names code of the user's: losses.py:focal."""
-    return ":" in value
+    return bool(re.fullmatch(PART, str(value)))
 
 
 def _timm_only(recipe: Values) -> str:
@@ -130,7 +134,8 @@ def _bad_pair(recipe: Values) -> str:
 def _module_by_logits_loss(recipe: Values) -> bool:
     losses = one_each(recipe.kd_loss, len(recipe.distill_pairs))
     pairs = zip(recipe.distill_pairs, losses, strict=False)
-    return any(not on_logits(pair) and not loss.startswith("l2") for pair, loss in pairs)
+    fits = lambda loss: loss.startswith("l2") or is_part(loss)
+    return any(not on_logits(pair) and not fits(loss) for pair, loss in pairs)
 
 
 def _count(key: str, of: str, per: int = 1, may_be_empty: bool = False) -> tuple:
@@ -163,7 +168,8 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
     _count("train_root", "train_list"),
     _count("val_root", "val_list"),
     ("file_column", lambda r: (r.file_column or r.label_column or r.group_column)
-     and not any(path.lower().endswith(TABLE_SUFFIXES) for path in r.train_list + r.val_list),
+     and r.dataset == "files"
+     and {p.lower().endswith(TABLE_SUFFIXES) for p in r.train_list + r.val_list} == {False},
      "like label_column and group_column, needs a table (.csv, .tsv, .parquet) as a list"),
     ("fold", lambda r: r.fold and (r.val_fraction or r.val_list or r.val_root != ["val"]),
      "validation images are given already; leave out val_fraction, val_list and val_root"),
@@ -177,11 +183,7 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
      "{r.train_resize} is below image_size {r.image_size}, every crop would be enlarged"),
     ("cache", lambda r: r.cache and not r.verify_data,
      "identifies images by their bytes, which verify_data: false does not read"),
-    ("model_args", lambda r: r.model_args and not is_part(r.model),
-     "{r.model_args} is for a model that is a custom part, not for {r.model!r}"),
     ("model", _timm_only, ""),
-    ("loss_args", lambda r: r.loss_args and not is_part(r.loss),
-     "{r.loss_args} is for a loss that is a custom part, not for {r.loss!r}"),
     ("loss", lambda r: is_part(r.loss) and r.label_smoothing,
      "{r.loss!r} is a custom part, which label_smoothing does not reach; use loss_args"),
     ("transform", lambda r: r.transform and r.augment_on_device,
@@ -201,8 +203,8 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
     ("class_weights", lambda r: r.class_weights != ["balanced"]
      and not all(isinstance(w, float) and w > 0 for w in r.class_weights),
      "{r.class_weights}; give balanced alone, or a number above 0 for each class"),
-    *((key, partial(_bad_args, key), "")
-      for key in ("optimizer_args", "model_args", "loss_args", "transform_args")),
+    *((f"{key}_args", partial(_bad_args, f"{key}_args"), "")
+      for key in "dataset model optimizer loss kd_loss transform".split()),
     ("milestones", lambda r: not r.milestones
      or sorted({m for m in r.milestones if 1 <= m < r.epochs}) != r.milestones,
      "{r.milestones}; multistep needs increasing epochs from 1, below epochs {r.epochs}"),
@@ -231,7 +233,7 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
     _count("kd_loss", "distill_pairs"),
     _count("kd_weight", "distill_pairs"),
     ("kd_loss", _module_by_logits_loss,
-     "modules are compared by l2 or l2_normalized; the others are for logits"),
+     "modules are compared by l2, l2_normalized or a custom part; the others are for logits"),
     ("kd_warmup_epochs", lambda r: r.kd_warmup_epochs > r.epochs,
      "{r.kd_warmup_epochs} of {r.epochs} epochs would never reach the whole loss"),
     ("task_weight", lambda r: r.task_weight == 0 and not any(map(on_logits, r.distill_pairs)),

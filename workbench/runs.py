@@ -252,20 +252,25 @@ class Run:
         self.write_json("status.json", {**self.status(), **values, "state": state, "updated": now})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Adds a line to a CSV file in one write; the first row defines the columns.
+        """Adds a line to a CSV file in one write; a new column is empty in the rows before.
 
         Floats are written as their shortest exact text, None as an empty field.
         """
-        path = self.file(name)
-        with self._errors(name), open(path, "a+", newline="", encoding="utf-8") as file:
+        with self._errors(name), open(self.file(name), "a+", newline="", encoding="utf-8") as file:
             file.seek(0)
             columns = next(csv.reader(file), None)
+            if new := [key for key in row if columns and key not in columns]:
+                header, *rows = csv.reader(io.StringIO(self._text(name), newline=""))
+                self._replace_rows(name, [header + new, *(r + [""] * len(new) for r in rows)])
+                return self.append(name, row)
             writer = csv.DictWriter(file, columns or list(row), lineterminator="\n")
             if columns is None:
                 writer.writeheader()
-            elif set(row) != set(columns):
-                raise RunError(f"{path}: row of {sorted(row)} under columns {sorted(columns)}")
             writer.writerow(row)
+
+    def _replace_rows(self, name: str, rows: list[list[str]]) -> None:
+        with self.atomic_write(name) as path, path.open("w", encoding="utf-8", newline="") as out:
+            csv.writer(out, lineterminator="\n").writerows(rows)
 
     def truncate_after(self, step: int) -> None:
         """Removes the rows after `step` from the tables, and damaged ones."""
@@ -280,11 +285,7 @@ class Run:
             if not rows:
                 self.file(name).unlink()
                 continue
-            with (
-                self.atomic_write(name) as path,
-                path.open("w", encoding="utf-8", newline="") as out,
-            ):
-                csv.writer(out, lineterminator="\n").writerows([header, *rows])
+            self._replace_rows(name, [header, *rows])
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replaces last.pt; the tables are synced first."""

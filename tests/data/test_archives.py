@@ -16,7 +16,7 @@ from PIL import Image
 
 from workbench import data
 from workbench.augmentation import TrainTransform
-from workbench.data import DataError, images, pixel_cache
+from workbench.data import DataError, archives, images, pixel_cache
 from workbench.image_files import stored_in
 from workbench.recipe import Recipe
 
@@ -156,6 +156,11 @@ def packed(folder: Path, name: str) -> Path:
     elif name == "lzma.zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
             archive.writestr("a/0.png", b"x")
+    elif name == "encrypted.zip":
+        archived(folder, "zip")
+        raw = bytearray((folder / "train.zip").read_bytes())
+        raw[raw.index(b"PK\1\2") + 8] |= 1  # of the first entry, APPNOTE.TXT 4.4.4
+        path.write_bytes(raw)
     elif name == "cut.zip":
         archived(folder, "zip")
         path.write_bytes((folder / "train.zip").read_bytes()[:-30])
@@ -174,6 +179,7 @@ def packed(folder: Path, name: str) -> Path:
     [
         ("train.tgz", "uncompressed .tar .*unpack it, or pack it again"),
         ("lzma.zip", "'a/0.png' is encrypted, or not deflated"),
+        ("encrypted.zip", "is encrypted, or not deflated"),
         ("cut.zip", "neither a folder nor a readable .zip"),
         ("cut.tar", "neither a folder nor a readable .zip or uncompressed .tar"),
         ("text.txt", "neither a folder nor a readable .zip"),
@@ -185,3 +191,45 @@ def test_an_archive_that_cannot_be_read_is_refused_in_a_sentence(image_folder, n
     with pytest.raises(DataError, match=says) as error:
         opened(image_folder, train_root=name, val_fraction=0.5)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_names_that_leave_the_archive_are_skipped_and_of_equal_names_the_last_counts(
+    image_folder, form
+):
+    first, last = (save_noise(image_folder / f"{i}.png", seed=i) for i in (1, 2))
+    members = [(first, "a/0.png"), (first, "../out.png"), (first, "b/../../x/1.png"),
+               (last, "./a/0.png"), (first, "b/0.png")]  # fmt: skip
+    path = image_folder / f"odd.{form}"
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file, name in members:
+                archive.write(file, name)
+    else:
+        with tarfile.open(path, "w") as archive:
+            for file, name in members:
+                archive.add(file, name)
+    found = opened(image_folder, train_root=path.name, val_root=path.name)
+    assert found.train.file.tolist() == ["a/0.png", "b/0.png"] and found.classes == ["a", "b"]
+    assert images.decode(found.train.path[0]).tobytes() == images.decode(last).tobytes()
+    assert {(file, why) for _, file, why in found.skipped} == {
+        ("../out.png", "hidden"), ("../x/1.png", "hidden"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_a_listing_is_kept_until_the_archive_changes(image_folder, form, monkeypatch):
+    options = archived(image_folder, form)
+    before = opened(image_folder, **options)
+    monkeypatch.setattr(archives, "_members", lambda path: pytest.fail("listed again"))
+    assert opened(image_folder, **options).train.equals(before.train)
+    monkeypatch.undo()
+    for listing in (archives.CACHE / "archives").iterdir():
+        listing.write_text("{")  # damaged
+    assert opened(image_folder, **options).train.equals(before.train)
+    image = save_noise(image_folder / "new.png", seed=9)
+    opener = zipfile.ZipFile if form == "zip" else tarfile.open
+    with opener(image_folder / f"train.{form}", "a") as archive:
+        (archive.write if form == "zip" else archive.add)(image, "c/new.png")
+    assert len(opened(image_folder, **options).train) == len(before.train) + 1

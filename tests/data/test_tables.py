@@ -2,18 +2,24 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CLASSES, write_list
+from helpers import assert_same_run, train
 from test_archives import archived
 
 from workbench import data, runs, training
 from workbench.augmentation import TrainTransform
 from workbench.data import DataError
+from workbench.image_files import stored_in
 from workbench.recipe import Recipe, RecipeError
 
 NAMES = {"a": "cat", "b": "ant", "c": "bee"}  # sorted in another order than the folders
@@ -75,6 +81,55 @@ def without_roots(folder: Path, form: str) -> dict:
     return options
 
 
+def features(classes=CLASSES) -> dict:
+    label = {"names": [*classes], "_type": "ClassLabel"}
+    return {"image": {"_type": "Image"}, "label": label, "camera": {"_type": "Value"}}
+
+
+def stream(path: Path, rows: list[dict], classes=CLASSES) -> None:
+    """An Arrow stream as Hugging Face's library writes it."""
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    fields = [("image", image), ("label", pa.int64()), ("camera", pa.string())]
+    about = json.dumps({"info": {"features": features(classes)}})
+    schema = pa.schema(fields).with_metadata({"huggingface": about})
+    with pa.ipc.new_stream(path, schema) as out:
+        for start in range(0, len(rows), 4):
+            out.write_table(pa.Table.from_pylist(rows[start : start + 4], schema))
+
+
+def imitated(folder: Path, rows: list[dict], classes=CLASSES) -> None:
+    """The folder of Dataset.save_to_disk, in two shards, without the library."""
+    folder.mkdir()
+    for i, part in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
+        stream(folder / f"{i}.arrow", part, classes)
+    state = {"_data_files": [{"filename": f"{i}.arrow"} for i in range(2)]}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features(classes)}))
+
+
+def by_their_library(folder: Path, rows: list[dict], classes=CLASSES) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[*classes])}
+    kinds["camera"] = datasets.Value("string")
+    columns = {key: [row[key] for row in rows] for key in kinds}
+    found = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    found.save_to_disk(folder, num_shards=2)
+
+
+def saved(folder: Path, save, classes=CLASSES) -> dict:
+    """train and val as saved data sets in place of the class folders."""
+    for side in ROWS:
+        rows = [
+            {"image": {"bytes": file.read_bytes(), "path": file.name},
+             "label": classes.index(file.parent.name), "camera": file.stem}
+            for file in sorted((folder / side).glob("*/*"))
+        ]  # fmt: skip
+        shutil.rmtree(folder / side)
+        save(folder / side, rows, classes)
+    return {}
+
+
 FORMS = {
     "imagenet": lambda folder: lists(folder, "imagenet"),
     "custom_cls": lambda folder: lists(folder, "custom_cls"),
@@ -83,6 +138,8 @@ FORMS = {
     "parquet": lambda folder: written(folder, "parquet"),
     "parquet with bytes": lambda folder: without_roots(folder, "binary"),
     "parquet of Hugging Face": lambda folder: with_bytes(folder, "struct"),
+    "Arrow streams": lambda folder: saved(folder, imitated),
+    "Hugging Face": lambda folder: saved(folder, by_their_library),
     "zip": lambda folder: archived(folder, "zip"),
     "tar": lambda folder: archived(folder, "tar"),
     "csv and zip": lambda folder: written(folder) | archived(folder, "zip"),
@@ -191,6 +248,19 @@ TWO = "a/0.png,x\na/1.png,x\nb/0.png,y\nb/1.png,y\n"
         ("file,label,file_,file_\na/0.png,x,1,2\n", {}, "two columns 'file_'"),
         ("file,label\n../train/a/0.png,x\n/b/1.png,y\n", {"val_fraction": 0.0, "val_list": "w.csv"},
          "entries outside their root"),
+        (TWO, {}, "no column file/.*set file_column to one of .*'a/0.png', 'x'\\], its first row"),
+        ("file;label\na/0.png;x\n", {}, "one of \\['file;label'\\], its first row between commas"),
+        ("file,label\n,x\n", {}, "row 1 has no text or whole number in 'file'"),
+        ("file,label\na/0\0.png,x\n", {}, "row 1 has no text or whole number in 'file'"),
+        ("file,label,label\na/0.png,x,y\n", {}, "2 columns label/.*set label_column to one of"),
+        ('file,label\n"a/0.png,x\n', {}, "cannot be read: "),
+        ("file,label\na/0.png,x\nb/0.png,y\n", {}, "have one image; val_fraction cannot split"),
+        ("file,label\n" + TWO, {"label_column": "label", "val_fraction": 0.0, "fold": "1/2",
+         "group_column": "site"}, "group_column 'site' is not in the tables"),
+        ("file,label,g\n" + TWO.replace("\n", ",1\n"), {"val_fraction": 0.0, "fold": "1/2",
+         "group_column": "g"}, "has 1 values and 0 empty fields; 1/2 needs 2 values"),
+        ("file,label,g\n" + TWO.replace("\n", ",\n"), {"val_fraction": 0.0, "fold": "1/2",
+         "group_column": "g"}, "has 0 values and 4 empty fields"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_table_is_one_sentence(image_folder, text, options, says):
@@ -200,6 +270,48 @@ def test_what_is_wrong_with_a_table_is_one_sentence(image_folder, text, options,
     with pytest.raises(DataError, match=says) as error:
         table(image_folder, text, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("rows", [0, 3000])  # in the first bytes, and far behind them
+def test_another_encoding_is_named(image_folder, encoding, rows):
+    text = "file,label\n" + "a/0.png,x\n" * rows + "a/1.png,é\n"
+    (image_folder / "t.csv").write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match="t.csv' cannot be read: .*; save it as UTF-8$") as error:
+        opened(image_folder, train_list="t.csv", val_fraction=0.5)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_with_spaces_around_them_and_rows_that_are_there_twice(image_folder):
+    found = table(image_folder, "file,label\n" + TWO + "b/0.png, y \na/2.png,x\n")
+    assert found.classes == ["x", "y"] and len(found.train) + len(found.val) == 6
+    rows = data.check_data(found, progress=False)
+    assert {*rows.finding} & {"duplicate", "in train and validation"}
+
+
+def test_a_few_missing_images_are_listed_and_many_are_an_error(image_folder):
+    rows = "".join(f"{c}/{i}.png,{c}\n" for c in "abc" for i in range(6))
+    for missing, refused in ((1, False), (9, True)):
+        lost = "".join(f"a/lost{i}.png,a\n" for i in range(missing))
+        frame = table(image_folder, "file,label\n" + rows + lost, val_fraction=0.0, fold="1/2")
+        frame = data.verify_images(pd.concat([frame.train, frame.val]), progress=False)
+        if refused:
+            with pytest.raises(
+                DataError, match="9 of 27 images cannot be read, .*missing: no such"
+            ):
+                data.drop_corrupt(frame, "train")
+        else:
+            kept, left_out = data.drop_corrupt(frame, "train")
+            assert len(kept) == 18 and left_out.file.tolist() == ["a/lost0.png"]
+
+
+def test_stored_bytes_that_are_no_image_are_named(image_folder):
+    options = with_bytes(image_folder, "binary")
+    frame = pd.read_parquet(image_folder / "train.parquet")
+    frame.at[4, "image"] = b"no image"
+    save(image_folder / "train.parquet", frame)
+    found = data.verify_images(opened(image_folder, **options).train, progress=False)
+    assert found.problem.tolist() == [""] * 4 + ["undecodable"] + [""] * 13
 
 
 def test_a_parquet_file_that_is_cut_short_or_without_an_image_is_named(image_folder):
@@ -232,6 +344,131 @@ def test_columns_land_in_the_predictions(image_folder, tmp_path):
     frame = run.predictions()
     assert frame.camera.tolist() == ["left"] * 6 and frame.classes_seen.tolist() == ["3"] * 6
     assert frame.filter(regex=re.compile(r"^class\d+$")).shape == (6, 3)
+
+
+# ---- data sets saved by Hugging Face's library
+
+
+@pytest.mark.parametrize("save", [imitated, by_their_library])
+def test_a_saved_data_set_is_read_where_it_is_with_its_class_names_and_columns(image_folder, save):
+    options = saved(image_folder, save, ("c", "a", "b"))
+    found = opened(image_folder, **options)
+    assert (
+        found.classes == ["c", "a", "b"]
+        and found.train.label.tolist() == [1] * 6 + [2] * 6 + [0] * 6
+    )
+    assert found.train.camera.tolist() == [str(i) for i in range(6)] * 3
+    assert found.train.file[7] == "00000007/1.png" and found.train.file.is_unique
+    assert {Path(stored_in(path)[0]).parent for path in found.train.path} == {
+        image_folder / "train"
+    }
+    (image_folder / "val").rename(image_folder / "test")
+    with pytest.raises(DataError, match="val_root .*'test', 'train'"):
+        opened(image_folder)
+    assert len(opened(image_folder, val_root="test").val) == 6
+    alone = opened(image_folder / "train", train_root=".", fold="1/3", group_column="camera")
+    assert len(alone.train) == 12 and set(alone.val.camera) & set(alone.train.camera) == set()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_saved_data_set_resumes_and_is_cached_exactly(image_folder, tmp_path):
+    saved(image_folder, imitated)
+    options = dict(dataset="files", data_dir=str(image_folder), runs_dir=str(tmp_path), epochs=3,
+                   batch_size=6, log_every=1, device="cpu", hflip=0.5, workers=0)  # fmt: skip
+    plain = train(Recipe(name="plain", **options))
+    assert plain.predictions().camera.tolist() == ["0", "1"] * 3
+    cache = dict(cache=True, cache_dir=str(tmp_path / "cache"), workers=2)
+    assert_same_run(plain, train(Recipe(name="cached", **options | cache)))
+    stopped = Recipe(name="stopped", **options)
+    for row in training.fit(stopped, runs.Run(stopped.folder)):
+        if row["step"] == 4:
+            runs.Run(stopped.folder).file("STOP").touch()
+    assert runs.Run(stopped.folder).status()["state"] == "stopped"
+    assert_same_run(plain, train(stopped))
+
+
+def test_classes_of_a_validation_split_in_another_order_are_matched_by_name(image_folder):
+    saved(image_folder, imitated)
+    rows = [{"image": {"bytes": b"x", "path": None}, "label": i, "camera": ""} for i in range(3)]
+    shutil.rmtree(image_folder / "val")
+    imitated(image_folder / "val", rows, ("b", "c", "a"))
+    found = opened(image_folder)
+    assert found.classes == [*CLASSES] and found.val.label.tolist() == [1, 2, 0]
+    assert found.val.file.tolist() == ["00000000/image", "00000001/image", "00000002/image"]
+
+
+def test_parquet_files_of_the_hub_have_class_names(image_folder):
+    saved(image_folder, imitated, ("c", "a", "b"))
+    for side in ROWS:
+        with pa.ipc.open_stream(image_folder / side / "0.arrow") as source:
+            pq.write_table(source.read_all(), image_folder / f"{side}.parquet")
+    found = opened(image_folder, train_list="train.parquet", val_list="val.parquet")
+    assert found.classes == ["c", "a", "b"] and set(found.train.label) == {1, 2}
+    found = opened(image_folder, train_list="train.parquet", val_root="val")
+    assert found.classes == ["c", "a", "b"] and set(found.val.label) == {0, 1, 2}
+
+
+def changed(folder: Path, name: str) -> None:
+    """A saved data set with something wrong."""
+    train = folder / "train"
+    row = {"image": {"bytes": b"x", "path": None}, "label": 0, "camera": ""}
+    bad = {"unlabelled": row | {"label": -1}, "no image": row | {"image": {"bytes": None}}}
+    if name in bad:
+        stream(train / "1.arrow", [row, bad[name]])
+    elif name == "cut short":
+        raw = (train / "1.arrow").read_bytes()
+        (train / "1.arrow").write_bytes(raw[: len(raw) // 2])
+    elif name == "compressed":
+        with pa.ipc.open_stream(train / "1.arrow") as source:
+            table = source.read_all()
+        (train / "1.arrow").unlink()  # the table is a memory map of it
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_stream(train / "1.arrow", table.schema, options=options) as out:
+            out.write_table(table)
+    elif name == "lost":
+        (train / "1.arrow").unlink()
+    elif name == "not JSON":
+        (train / "state.json").write_text("{")
+    else:
+        state = {"no rows": {}, "selection": {"_data_files": [1], "_indices_data_files": [1]}}
+        (train / "state.json").write_text(json.dumps(state[name]))
+
+
+@pytest.mark.parametrize(
+    "name, options, says",
+    [
+        ("unlabelled", {}, "label -1 is none of the 3 classes; leave these rows out"),
+        ("no image", {}, "row 11 has no 'image', or is compressed"),
+        ("compressed", {}, "row 10 has no 'image', or is compressed"),
+        ("cut short", {}, "cannot be read: "),
+        ("lost", {}, "cannot be read: .*No such file"),
+        ("not JSON", {}, "cannot be read: "),
+        ("no rows", {}, "has no rows, or a selection by an old version of datasets; save it"),
+        ("selection", {}, "has no rows, or a selection by an old version of datasets; save it"),
+        (None, {"label_column": "kind"}, "no column kind; set label_column to one of .*'camera'"),
+        (None, {"data_dir": "cifar10"}, r"load_dataset\('cifar10'\).save_to_disk\(FOLDER\)"),
+        (None, {"data_dir": "some/name"}, r"load_dataset\('some/name'\).save_to_disk\(FOLDER\)"),
+        (None, {"data_dir": "hf://datasets/a/b"}, r"load_dataset\('hf://datasets/a/b'\).save"),
+        (None, {"data_dir": "train", "label_column": "x"}, "data_dir .*train' is no folder; "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_saved_data_set_is_one_sentence(image_folder, name, options, says):
+    saved(image_folder, imitated)
+    if name:
+        changed(image_folder, name)
+    with pytest.raises(DataError, match=says) as error:
+        data.load_dataset(Recipe(dataset="files", **{"data_dir": str(image_folder), **options}))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_name_of_the_hub_as_dataset_says_what_to_do():
+    with pytest.raises(RecipeError, match=r"dataset: 'cifar10'.*load_dataset\(x\)\.save_to_disk"):
+        Recipe(dataset="cifar10")
+
+
+def test_columns_of_class_folders_are_refused(image_folder):
+    with pytest.raises(DataError, match="file_column and label_column are for tables"):
+        opened(image_folder, label_column="kind")
 
 
 # ---- folds
@@ -291,6 +528,21 @@ def test_folds_that_cannot_be_made_are_refused(image_folder, options, says):
         for i in range(1, 4):  # one of them has the only image of y
             fold = f"{i}/3" if "few.csv" in options.values() else options["fold"]
             opened(image_folder, **{"train_list": many(image_folder), **options, "fold": fold})
+
+
+@pytest.mark.parametrize("most", [40, 60])
+def test_one_group_may_be_larger_than_a_fold(image_folder, most):
+    """Its fold is large; no group is split, no image is lost, and no fold is empty."""
+    frame = pd.read_csv(image_folder / many(image_folder))
+    frame["patient"] = np.where(np.arange(81) < most, 0, np.arange(81))
+    frame.to_csv(image_folder / "all.csv", index=False)
+    options = dict(train_list="all.csv", group_column="patient")
+    sizes = []
+    for i in range(1, 4):
+        found = opened(image_folder, fold=f"{i}/3", **options)
+        assert not {*found.train.patient} & {*found.val.patient}
+        sizes.append(len(found.val))
+    assert sum(sizes) == 81 and min(sizes) > 0 and max(sizes) >= most
 
 
 @pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "2", "a/b", "-1/5", "2/5 "])

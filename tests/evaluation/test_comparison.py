@@ -11,7 +11,7 @@ from conftest import IMAGES, JUDGED, run_folder
 from sklearn.metrics import confusion_matrix
 
 from workbench import training
-from workbench.evaluation import comparison
+from workbench.evaluation import comparison, metrics
 from workbench.evaluation.comparison import ComparisonError, compare
 from workbench.evaluation.recipe_diff import recipe_difference
 from workbench.evaluation.statistics import Difference, difference, top1_interval
@@ -28,6 +28,30 @@ def edit_json(path: Path, name: str, **values) -> None:
 def edit_predictions(path: Path, change) -> None:
     frame = pd.read_parquet(path / "predictions.parquet")
     change(frame).to_parquet(path / "predictions.parquet", index=False)
+
+
+def test_top1_by_the_columns_of_a_table_has_the_intervals_of_the_whole(six):
+    cameras = np.where(np.arange(IMAGES) % 3 == 0, "left", "right")
+    with_columns = lambda f: f.assign(camera=cameras, number=np.arange(IMAGES), site=None)
+    assert compare(six).by_column().empty
+    for path in six:
+        edit_predictions(path, with_columns)
+    found = compare(six)
+    table = found.by_column()
+    assert table[["column", "value", "recipe"]].drop_duplicates().to_numpy().tolist()[:4] == [
+        [column, value, name]
+        for column, value in (("camera", "left"), ("camera", "right"))
+        for name in ("plain", "better")
+    ]
+    assert set(table.column) == {"camera", "site"}  # of numbers there are more than 20
+    for row in table[table.column == "camera"].itertuples():
+        correct = found.group(row.recipe).correct[:, cameras == row.value]
+        assert row.images == correct.shape[1] and row.top1 == pytest.approx(100 * correct.mean())
+        assert (row.low, row.high) == top1_interval(correct)
+    one = compare(six[:1]).by_column().set_index("value").loc[["left", "right"]]
+    ours = metrics.by_column(Run(six[0]).predictions(), "camera")
+    for name in ("images", "top1", "low", "high"):
+        assert one[name].tolist() == pytest.approx(ours[name].tolist())
 
 
 @pytest.fixture
@@ -360,3 +384,16 @@ def test_every_measure_of_a_training_is_there(tmp_path):
         for by in comparison.AXES:
             [(name, x, y)] = comparison.curves(groups, measure, by)
             assert name == recipe.name and len(x) == len(y) > 0 and np.isfinite(x).all()
+
+
+def test_custom_metrics_are_columns_with_the_mean_over_seeds_empty_without(tmp_path):
+    folders = [
+        run_folder(tmp_path, "plain"),
+        *(run_folder(tmp_path, "own", s, lr=0.2) for s in (0, 1)),
+    ]
+    for seed, folder in enumerate(folders[1:]):
+        file = folder / "metrics.csv"
+        pd.read_csv(file).assign(worst=[1.0, 3.0 + seed], ema_worst=9.0).to_csv(file, index=False)
+    table = comparison.compare(folders).table
+    assert table.worst.isna().tolist() == [True, False] and table.worst[1] == 3.5
+    assert "ema_worst" not in table and " | 3.50 |" in comparison.markdown(table)

@@ -232,6 +232,20 @@ def test_the_comparison_follows_the_picked_runs_and_moved_controls(page, lab, ro
         run.set_status("finished")
 
 
+def test_parts_written_in_cells_train_and_are_compared(page, lab, root):
+    path = root / "notebooks" / "07_custom_parts.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    [parameters] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    parameters.source += "\nruns_dir, epochs, seeds, device = 'own', 1, [0], 'cpu'"
+    nbformat.write(notebook, path)
+    open_and_run(page, lab, path.name)
+    wait_for_all_cells(page, 300)
+    assert "worst_class_top1" in cell(page, "compare").inner_text()
+    run = runs.Run(root / "own" / "parts_focal-seed0")
+    assert run.status()["state"] == "finished"
+    assert run.recipe()["loss"].startswith("notebook:focal@")
+
+
 def test_a_screenshot_of_the_comparison_shows_verdict_table_and_intervals(
     page, lab, root, tmp_path
 ):

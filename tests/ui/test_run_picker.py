@@ -208,6 +208,26 @@ def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(tmp_p
     assert figures < {path.name for path in place.iterdir()}
 
 
+def test_the_notebook_splits_top1_by_the_columns_of_a_table_where_there_are_some(root):
+    cells = nbformat.read(ROOT / "notebooks" / "05_compare.ipynb", as_version=4).cells
+    names: dict[str, object] = {}
+    for cell in cells:
+        if cell.id in ("imports", "picker"):
+            exec(cell.source.removesuffix("\npicker"), names)
+        elif cell.id == "parameters":
+            exec(cell.source.replace('runs_dir = "runs"', f"runs_dir = {str(root)!r}"), names)
+        elif cell.id == "columns":
+            define, _, view = cell.source.rpartition("\n\n\n")
+            exec(define, names)
+            view = eval(view, names)
+    assert "<table" not in html_of(view) and "color" not in html_of(view)
+    for path in root.iterdir():
+        frame = pd.read_parquet(path / "predictions.parquet")
+        frame.assign(camera=frame.row % 2).to_parquet(path / "predictions.parquet")
+    names["picker"].runs.value = ("a-seed0", "b-seed0", "b-seed1")
+    assert "<td>camera</td>" in html_of(view) and "<td>b</td>" in html_of(view)
+
+
 def test_the_notebook_without_a_run_shows_what_to_do_and_raises_nothing(tmp_path):
     names: dict[str, object] = {}
     for cell in nbformat.read(ROOT / "notebooks" / "05_compare.ipynb", as_version=4).cells:

@@ -4,6 +4,8 @@ A path has the place of an image, so that any process reads it without a list of
 archive.tar::1536+1042:cat/0.png, archive.zip::z812+1042:cat/0.png (see image_files).
 """
 
+import contextlib
+import json
 import os
 import tarfile
 import zipfile
@@ -13,9 +15,9 @@ from unicodedata import normalize
 
 from PIL import Image
 
-from workbench import image_files
+from workbench import CACHE, image_files
 from workbench.data import images
-from workbench.data.dataset import DataError
+from workbench.data.dataset import DataError, text_digest
 
 _JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 
@@ -36,12 +38,23 @@ def is_image(name: str, path: str) -> bool:
         return False
 
 
+def cache_file(folder: str, path: Path, more: str = "") -> Path:
+    """Where what is read from a file is kept until its size or time changes: CACHE/folder/..."""
+    found = path.stat()
+    key = f"{path}|{more}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}"
+    return CACHE / folder / text_digest(key)[:24]
+
+
 def members(path: str | Path) -> dict[str, str]:
     """The paths of the files in an archive by their names, in NFC; "" for folders, as name/.
 
-    Of several members with one name the last counts, as in unpacking. Raises DataError.
+    Of several members with one name the last counts, as in unpacking. A listing is kept in
+    CACHE/archives until the archive changes. Raises DataError.
     """
     try:
+        store = cache_file("archives", Path(path))
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(store.read_text())
         found = [(os.path.normpath(n.lstrip("/")), place) for n, place in _members(str(path))]
     except (OSError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
         text = str(error).partition("\n")[0]
@@ -49,7 +62,12 @@ def members(path: str | Path) -> dict[str, str]:
             f"{str(path)!r} is neither a folder nor a readable .zip or uncompressed .tar ({text}); "
             "unpack it, or pack it again"
         ) from None
-    return {normalize("NFC", f if place else f"{f}/"): place for f, place in found if f != "."}
+    listed = {normalize("NFC", f if place else f"{f}/"): place for f, place in found if f != "."}
+    with contextlib.suppress(OSError):  # it is listed again
+        store.parent.mkdir(parents=True, exist_ok=True)
+        (temporary := store.with_suffix(f".{os.getpid()}")).write_text(json.dumps(listed))
+        os.replace(temporary, store)
+    return listed
 
 
 def _members(path: str) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ No image is decoded; files without a known suffix are opened to find out whether
 
 import hashlib
 import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -17,21 +18,32 @@ from workbench import ROOT
 from workbench.data import archives, tables, toy
 from workbench.data.dataset import DataError, Dataset
 from workbench.data.lists import is_utf8, on_disk
+from workbench.parts import PartError
 from workbench.recipe import Recipe
+from workbench.recipe_checks import is_part
 
 
-def load_dataset(recipe: Recipe, *, strict: bool = True) -> Dataset:
+def load_dataset(recipe: Recipe, *, strict: bool = True, folder: Path | None = None) -> Dataset:
     """The images of a recipe, after checks of entries, labels and roots.
 
-    Raises DataError. With `strict` off, entries outside of their root and labels out of range are
-    allowed, for `check_data` to list.
+    Raises DataError; PartError for a custom dataset, which may be in a run's `folder`. `strict`
+    off allows entries outside of their root and labels out of range, for `check_data` to list.
     """
-    if recipe.dataset != "files":
+    try:
+        return _load(recipe, strict, folder or recipe.folder)
+    except DataError as error:
+        if not is_part(recipe.dataset):
+            raise
+        raise PartError(f"dataset {recipe.dataset!r}: {error}") from None
+
+
+def _load(recipe: Recipe, strict: bool, folder: Path) -> Dataset:
+    if recipe.dataset != "files" and not is_part(recipe.dataset):
         recipe = recipe.model_copy(update=toy.as_files(recipe.dataset))
     frames: dict[str, pd.DataFrame] = {}
     folders, skipped = None, []
     columns = recipe.file_column, recipe.label_column
-    sources = _sources(recipe)
+    sources = _sources(recipe, folder)
     for side, (lists, roots) in sources.items():
         if lists:
             pairs = enumerate(zip(lists, roots, strict=True))
@@ -45,12 +57,16 @@ def load_dataset(recipe: Recipe, *, strict: bool = True) -> Dataset:
         listed = {side: frames[side] for side, (lists, _) in sources.items() if lists}
         by_name = tables.number_labels(listed, names)
         names = by_name or names
+    elif recipe.file_column or recipe.label_column:
+        raise DataError("file_column and label_column are for tables, and there is none")
     for side, (lists, _) in sources.items():
         if lists and names and not by_name:
             _check_names(side, frames[side], names)
         elif not lists:  # labels follow the file of class names
             index = {name: i for i, name in enumerate(names)}
             frames[side]["label"] = np.array([index[f] for f in folders])[frames[side].label]
+    trusted = is_part(recipe.dataset)  # code may name any file
+    frames = {side: f.assign(outside=f.outside & (not trusted)) for side, f in frames.items()}
     if recipe.fold:
         frames["train"], frames["val"] = k_fold(frames["train"], recipe.fold, recipe.group_column)
     if recipe.val_fraction:
@@ -64,20 +80,27 @@ def load_dataset(recipe: Recipe, *, strict: bool = True) -> Dataset:
     return Dataset(frames["train"], frames["val"], names, skipped)
 
 
-def _sources(recipe: Recipe) -> dict[str, tuple[list[Path], list[Path]]]:
+def _sources(recipe: Recipe, folder: Path) -> dict[str, tuple[list[Path], list[Path]]]:
     """Lists and roots by side; validation is missing where it is split off training."""
+    if is_part(recipe.dataset):
+        root = _in_data_dir(recipe, "")
+        return {side: ([p], [root]) for side, p in tables.from_part(recipe, root, folder).items()}
     paths = (recipe.train_list or recipe.train_root) + (recipe.val_list or recipe.val_root)
     if not recipe.data_dir and not all(Path(path).is_absolute() for path in paths):
         raise DataError("data_dir is missing; dataset: files needs the folder of the images")
     base = _in_data_dir(recipe, "")
     if not base.is_dir():
-        raise DataError(f"data_dir {str(base)!r} is no folder; set data_dir to that of the images")
+        text = "set data_dir to that of the images"
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?|\w+://.*", recipe.data_dir):
+            text += f"; of the Hub: load_dataset({recipe.data_dir!r}).save_to_disk(FOLDER) makes it"
+        raise DataError(f"data_dir {str(base)!r} is no folder; {text}")
     sources = {}
     for side in ("train",) if recipe.val_fraction or recipe.fold else ("train", "val"):
         lists, roots = (
             [_in_data_dir(recipe, path) for path in getattr(recipe, f"{side}_{kind}")]
             for kind in ("list", "root")
         )
+        lists = roots if not lists and any(map(tables.is_table, roots)) else lists
         stored = lists and all(path.suffix.lower() == ".parquet" for path in lists)
         if missing := [str(root) for root in roots if not root.exists() and not stored]:
             have = sorted(path.name for path in base.iterdir() if path.is_dir())[:8]

@@ -1,14 +1,15 @@
-"""Tables of images: CSV, TSV and Parquet with a header, a row per image.
+"""Tables of images: CSV, TSV, Parquet, and folders of Hugging Face's `Dataset.save_to_disk`.
 
-The column of files has paths below the root; in Parquet it may have the bytes of the images
-instead, or Hugging Face's struct of bytes and path. Other columns stay in the frame.
+The column of files has paths below the root, or, but for CSV, the bytes of the images or a struct
+of bytes and path. Other columns stay in the frame. A ClassLabel gives the names of the classes.
 """
 
 import csv
+import hashlib
+import json
 import os
 import re
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unicodedata import normalize
@@ -18,26 +19,29 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from workbench import CACHE
-from workbench.data.archives import members
-from workbench.data.dataset import DataError, text_digest
+from workbench import CACHE, parts
+from workbench.data.archives import cache_file
+from workbench.data.dataset import DataError
 from workbench.data.lists import located, read_list
+from workbench.parts import PartError
+from workbench.recipe import Recipe
 from workbench.recipe_checks import TABLE_SUFFIXES
 
-FILE_COLUMNS = "file filename file_name path image image_path".split()
+FILE_COLUMNS = "file filename file_name path image image_path img".split()
 LABEL_COLUMNS = "label class target class_name".split()
 # Columns of frames, predictions and quarantine.csv; a table's own column gets an underscore.
 _OURS = re.compile(
     "file|label|path|list|outside|bytes|width|height|digest|problem|detail|side|reason|step|"
-    r"weights|row|loss|p_label|class\d+|p\d+"
+    r"weights|row|loss|run|recipe|p_label|class\d+|p\d+"
 )
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether a list is a table, by its suffix."""
-    return str(path).lower().endswith(TABLE_SUFFIXES)
+    """Whether a list is a table: a file, by its suffix, or a folder of save_to_disk."""
+    return str(path).lower().endswith(TABLE_SUFFIXES) or Path(path, "dataset_info.json").exists()
 
 
 def own_columns(frame: pd.DataFrame) -> list[str]:
@@ -51,38 +55,51 @@ def read(
     """The rows of one table, or list; without names of columns only the obvious ones are taken.
 
     Returns the columns of a Dataset, labels as text, and the table's other columns (text in CSV; no
-    nested ones), with an underscore where a frame has the name: width_. Raises DataError.
+    nested ones), with an underscore where a frame has the name: width_; attrs["classes"] are the
+    names of a ClassLabel, or None. Raises DataError.
     """
     if not is_table(path):
         return read_list(path, root, number)
     is_parquet = path.suffix.lower() == ".parquet"
     try:
-        schema = pq.read_schema(path) if is_parquet else None
-        table = None if is_parquet else _read_csv(path)
-        names = (schema or table.schema).names
+        shards = _shards(path) if path.is_dir() else []
+        streams = [pa.ipc.open_stream(pa.memory_map(str(shard))) for shard in shards]
+        table = pa.concat_tables(s.read_all() for s in streams) if shards else None
+        table = table if shards or is_parquet else _read_csv(path)
+        schema = pq.read_schema(path) if is_parquet else table.schema
+        names = schema.names
         file_column = _column(path, names, "file_column", file_column, FILE_COLUMNS)
         label_column = _column(path, names, "label_column", label_column, LABEL_COLUMNS)
-        stored = is_parquet and _has_bytes(schema.field(file_column).type)
-        if is_parquet:
-            wanted = {field.name for field in schema if _is_plain(field.type)} | {label_column}
-            wanted = wanted if stored else wanted | {file_column}
-            table = pq.read_table(path, columns=[name for name in names if name in wanted])
+        stored = _has_bytes((field := schema.field(file_column)).type)
+        wanted = {one.name for one in schema if _is_plain(one.type)} | {label_column}
+        columns = [n for n in names if n in wanted or n == file_column and not stored]
+        others = [n for n in names if n not in columns]
+        table = pq.read_table(path, columns=columns) if is_parquet else table.drop_columns(others)
         if not len(table):
             raise DataError(f"table {str(path)!r} has no rows")
         labels = _texts(path, table, label_column)
         if stored:
-            frame = _stored_images(path, file_column, labels, number)
+            places = _places(path, shards or [_unpacked(path, field)], file_column)
+            frame = pd.DataFrame(places, columns=["file", "path"])
+            frame = frame.assign(label=labels.to_pandas(), list=number, outside=False)
         else:
             frame = located(_texts(path, table, file_column), labels, root, number)
-    except (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
-        text = str(error).partition("\n")[0]
+    except (OSError, pa.ArrowException, csv.Error, UnicodeError, json.JSONDecodeError) as error:
+        text = str(error).partition("\n")[0] + "; save it as UTF-8" * ("UTF" in str(error).upper())
         raise DataError(f"table {str(path)!r} cannot be read: {text}") from None
-    frame["label"] = [normalize("NFC", label) for label in frame.label]
+    frame["label"] = [normalize("NFC", label.strip()) for label in frame.label]
+    if names := _class_names(schema, label_column):
+        if unknown := sorted({*frame.label} - {*names}):
+            text = f"label {unknown[0]} is none of the {len(names)} classes; leave these rows out"
+            raise DataError(f"table {str(path)!r}: {text}")
+        frame["label"] = frame.label.map(names)
     others = table.to_pandas().drop(columns=[file_column, label_column], errors="ignore")
     others = others.rename(columns=lambda n: f"{n}_" if _OURS.fullmatch(n) else n)
     if twice := sorted(others.columns[others.columns.duplicated()]):
         raise DataError(f"table {str(path)!r} has two columns {twice[0]!r}; rename one")
-    return pd.concat([frame, others], axis=1)
+    frame = pd.concat([frame, others], axis=1)
+    frame.attrs["classes"] = [*names.values()]
+    return frame
 
 
 def _read_csv(path: Path) -> pa.Table:
@@ -102,6 +119,9 @@ def _column(path: Path, names: list[str], option: str, given: str, usual: list[s
         return found[0]
     what = f"{len(found)} columns" if found else "no column"
     what += f" {given or '/'.join(usual)}; set {option} to one of {names}"
+    what += {".csv": ", its first row between commas", ".tsv": ", between tabs"}.get(
+        path.suffix, ""
+    )
     raise DataError(f"table {str(path)!r} has {what}")
 
 
@@ -110,7 +130,8 @@ def _texts(path: Path, table: pa.Table, column: str) -> pa.Array:
     values = table[column].combine_chunks()
     usable = _is_plain(values.type) and not pa.types.is_floating(values.type)
     texts = values.cast(pa.large_string()) if usable else pa.nulls(len(values), pa.large_string())
-    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
+    blank = pc.or_(pc.equal(pc.utf8_trim_whitespace(texts), ""), pc.match_substring(texts, "\0"))
+    blank = pc.fill_null(blank, True)
     if (row := pc.index(blank, True).as_py()) >= 0:
         text = f"row {row + 1} has no text or whole number in {column!r} ({values.type})"
         raise DataError(f"table {str(path)!r}: {text}")
@@ -122,6 +143,13 @@ def _is_plain(kind: pa.DataType) -> bool:
     return not (pa.types.is_nested(kind) or pa.types.is_null(kind) or _has_bytes(kind))
 
 
+def _class_names(schema: pa.Schema, column: str) -> dict[str, str]:
+    """The names of a ClassLabel by their numbers."""
+    about = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
+    names = about.get("info", {}).get("features", {}).get(column, {}).get("names") or []
+    return {str(i): normalize("NFC", name) for i, name in enumerate(names)}
+
+
 # ---- images stored in a table
 
 
@@ -131,34 +159,79 @@ def _has_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _stored_images(path: Path, column: str, labels: pa.Array, number: int) -> pd.DataFrame:
-    """The frame of images whose bytes are in a column; they are copied to CACHE/tables once.
+def _unpacked(path: Path, field: pa.Field) -> Path:
+    """The images of a Parquet file as an Arrow stream in CACHE/tables, written once.
 
     Row groups are compressed, and training reads single images in any order.
     """
-    found = path.stat()
-    key = f"{path.resolve()}|{column}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}"
-    store = CACHE / "tables" / f"{text_digest(key)[:24]}.zip"
+    store = cache_file("tables", path.resolve(), field.name).with_suffix(".arrow")
     if not store.exists():
         store.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=store.parent) as temporary:
             made = Path(temporary, store.name)
-            with zipfile.ZipFile(made, "w") as archive, pq.ParquetFile(path) as source:
-                for row, (content, name) in enumerate(_contents(source, column)):
-                    if not content:
-                        raise DataError(f"table {str(path)!r}: row {row + 1} has no {column!r}")
-                    archive.writestr(f"{row:08d}/{os.path.basename(name)}", content)
+            with pa.ipc.new_stream(str(made), pa.schema([field])) as stream:
+                for batch in pq.ParquetFile(path).iter_batches(64, columns=[field.name]):
+                    stream.write(batch)
             os.replace(made, store)
-    places = members(store)
-    columns = {"file": list(places), "label": labels.to_pandas(), "path": list(places.values())}
-    return pd.DataFrame(columns).assign(list=number, outside=False)
+    return store
 
 
-def _contents(source: pq.ParquetFile, column: str) -> Iterator[tuple[bytes | None, str]]:
-    for batch in source.iter_batches(64, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            value = value if isinstance(value, dict) else {"bytes": value}
-            yield value["bytes"], value.get("path") or "image"
+def _shards(path: Path) -> list[Path]:
+    """The Arrow streams of a saved data set."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.get("_indices_data_files") or not state.get("_data_files"):
+        text = "has no rows, or a selection by an old version of datasets; save it again"
+        raise DataError(f"table {str(path)!r} {text}")
+    return [path / file["filename"] for file in state["_data_files"]]
+
+
+def _places(path: Path, shards: list[Path], column: str) -> Iterator[tuple[str, str]]:
+    """Name and place (see image_files) of the images in Arrow streams."""
+    row = 0
+    for shard in shards:
+        whole = pa.memory_map(str(shard)).read_buffer()
+        for batch in filter(len, pa.ipc.open_stream(whole)):
+            values, names = batch.column(column), [""] * len(batch)
+            if pa.types.is_struct(values.type):
+                if values.type.get_field_index("path") >= 0:
+                    names = values.field("path").to_pylist()
+                values = values.field("bytes")
+            _, ends, content = values.buffers()
+            size = np.int64 if pa.types.is_large_binary(values.type) else np.int32
+            ends = np.frombuffer(ends, size)[: len(names) + 1].astype(np.int64)
+            ends += content.address - whole.address if content else 0
+            if (ends[1:] == ends[:-1]).any() or not 0 <= ends[0] < ends[-1] <= whole.size:
+                text = f"row {row + np.argmax(ends[1:] == ends[:-1]) + 1} has no {column!r}"
+                raise DataError(f"table {str(path)!r}: {text}, or is compressed")
+            for name, first, end in zip(names, ends[:-1], ends[1:], strict=True):
+                name = f"{row:08d}/{os.path.basename(name or 'image')}"
+                yield name, f"{shard}::{first}+{end - first}:{name}"
+                row += 1
+
+
+def from_part(recipe: Recipe, root: Path, folder: Path) -> dict[str, Path]:
+    """The frames of a custom dataset by side, as Parquet files in CACHE. Raises PartError."""
+    function = parts.load("dataset", recipe.dataset, folder, **recipe.dataset_args)
+    given = parts.run("dataset", recipe.dataset, function, root)
+    split, found = recipe.fold or recipe.val_fraction, {}
+    try:
+        sides = [("train", given)] if split else zip(("train", "val"), given, strict=True)
+        for side, frame in sides:
+            paths = [k for k in frame if any(isinstance(v, Path) for v in frame[k].head(1))]
+            content = frame.assign(**{k: frame[k].map(str) for k in paths}).to_parquet(index=False)
+            # Named after its content, so that images stored in it are copied once.
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            found[side] = CACHE / "tables" / f"{side}-{digest}.parquet"
+            if not found[side].exists():
+                found[side].parent.mkdir(parents=True, exist_ok=True)
+                temporary = found[side].with_suffix(f".{os.getpid()}")
+                temporary.write_bytes(content)
+                os.replace(temporary, found[side])
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        wanted = "one DataFrame, which fold or val_fraction splits" if split else "(train, val)"
+        text = f"gives {type(given).__name__}; it must give {wanted}: {error}"
+        raise PartError(f"dataset {recipe.dataset!r} {text}") from None
+    return found
 
 
 # ---- labels
@@ -174,6 +247,7 @@ def number_labels(frames: Mapping[str, pd.DataFrame], names: list[str] | None) -
     several = every.drop_duplicates().groupby("path", sort=False).label.agg(list)
     for path, labels in several[several.str.len() > 1].items():
         raise DataError(f"{path!r} has the labels {labels[:4]}; an image has one, fix the tables")
+    given, names = names, names or frames["train"].attrs.get("classes")
     texts, known = sorted(set(every.label)), names or sorted({*frames["train"].label.astype(str)})
     numbers = [text for text in texts if re.fullmatch(r"-?\d{1,9}", text)]
     if numbers and not names and (others := sorted({*texts} - {*numbers})):
@@ -182,9 +256,10 @@ def number_labels(frames: Mapping[str, pd.DataFrame], names: list[str] | None) -
     padded = any(text != str(int(text)) for text in numbers)
     by_name = padded or len(numbers) < len(texts) or {*texts} <= {*(names or ())}
     if extra := sorted({*texts} - {*(known if by_name or not names else texts)}):
-        where = "class_names" if names else "the training tables"
+        where = "class_names" if given else "the training tables"
         raise DataError(f"labels {extra[:8]} are not in {where}, which have {known[:8]}")
     index = {text: i for i, text in enumerate(known)} if by_name else {n: int(n) for n in numbers}
     for frame in frames.values():
         frame["label"] = frame.label.astype(str).map(index).astype(np.int64)
+        frame.attrs = {}
     return known if by_name else None

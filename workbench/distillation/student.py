@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from workbench import models
+from workbench import models, parts
 from workbench.data import Batch
 from workbench.distillation.logit_cache import TeacherLogitCache
 from workbench.distillation.losses import Loss, create_loss
 from workbench.distillation.teachers import DistillationError, Teacher, open_teachers
 from workbench.recipe import Recipe, input_options
-from workbench.recipe_checks import one_each, parse_pair
+from workbench.recipe_checks import is_part, one_each, parse_pair
 
 Outputs = dict[str, Tensor]  # layer -> output; "logits" -> (n, C)
 
@@ -176,7 +176,8 @@ def _create_pairs(recipe: Recipe, teachers: list[Teacher]) -> list[DistillPair]:
     names, weights = one_each(recipe.kd_loss, count), one_each(recipe.kd_weight, count)
     for text, name, weight in zip(recipe.distill_pairs, names, weights, strict=True):
         student, layer, number = parse_pair(text)
-        loss = create_loss(name, recipe.temperature, recipe.dkd_beta)
+        own = parts.load("kd_loss", name, **recipe.kd_loss_args) if is_part(name) else None
+        loss = own or create_loss(name, recipe.temperature, recipe.dkd_beta)
         for k, teacher in enumerate(teachers):
             if number in (None, k + 1):
                 pairs.append(DistillPair(student, layer, k, weight * teacher.weight, loss))

@@ -1,9 +1,11 @@
 """Predictions of a model, their metrics, and comparisons of runs."""
 
+from workbench.evaluation.comparison import out_of_fold
 from workbench.evaluation.metrics import (
     by_column,
     calibration_error,
     confusion,
+    custom_metrics,
     mistakes,
     per_class,
     reliability,

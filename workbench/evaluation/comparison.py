@@ -21,14 +21,15 @@ from workbench.evaluation import metrics
 from workbench.evaluation.recipe_diff import differing_options, identity, recipe_difference
 from workbench.evaluation.statistics import difference, holm, top1_interval
 from workbench.evaluation.verdict import Verdict
-from workbench.recipe import defaults
+from workbench.recipe import defaults, runtime_only
 from workbench.runs import Run, RunError
 
 LIST_KEY = ["list", "file"]  # columns that identify a validation image
 CAUTIONED = ("image_size", "val_image_size", "val_resize", "interpolation", "epochs")
 LEGEND = (
     "top1 and top5 in percent; low to high: 95 % interval of top1, for other images or other seeds "
-    "and images; ece: expected calibration error, 0 to 1; differs: options that differ from the "
+    "and images; ece: expected calibration error, 0 to 1; custom metrics: mean "
+    "over runs; differs: options that differ from the "
     "first recipe, with its value in brackets"
 )
 MEASURES = {  # of curves: (table, column, label of the axis)
@@ -67,6 +68,9 @@ class EvaluatedRun:
         self.predictions = frame if "list" in frame else frame.assign(list=0)  # a row per image
         self.images = len(frame)  # before images are left out that other runs lack
         self.steps, self.metrics = run.steps(), run.metrics()
+        last = self.metrics.dropna(subset=["top1"] if len(self.metrics) else []).tail(1)
+        p = "ema_" if self.weights == "ema" else ""
+        self.custom = {k: last[p + k].mean() for k in metrics.custom_metrics(last) if p + k in last}
 
     @property
     def epoch(self) -> int:
@@ -158,6 +162,20 @@ class Comparison:
             table[group.name] = pooled.top1
         return table
 
+    def by_column(self, most: int = 20) -> pd.DataFrame:
+        """column, value, images, recipe, top1, low, high: by columns of a table with few values."""
+        from workbench import data  # loads torch
+
+        rows, images = [], self.groups[0].predictions[0]
+        for column in data.own_columns(images):
+            parts = images.groupby(column, dropna=False)
+            for value, part in parts if len(parts) <= most else ():
+                for group in self.groups:
+                    correct = group.correct[:, part.index]
+                    interval = 100 * correct.mean(), *top1_interval(correct)
+                    rows.append((column, value, len(part), group.name, *interval))
+        return pd.DataFrame(rows, columns="column value images recipe top1 low high".split())
+
     def confusion(self, name: str, most: int | None = None) -> pd.DataFrame:
         """Confusions per run minus those of the baseline, rows true, columns predicted classes.
 
@@ -203,6 +221,41 @@ def compare(
         unfinished = first.unfinished or group.unfinished
         result.verdicts.append(Verdict(group.name, first.name, d.with_adjusted(p), unfinished))
     return result
+
+
+def out_of_fold(folders: Iterable[str | Path], weights: str = "raw") -> pd.DataFrame:
+    """The predictions of runs that differ in `fold`: a row per image, of the run that left it out.
+
+    Columns: run (name of the folder), recipe (other options that differ, "lr=0.1 seed=0", else
+    "all"), then those of Run.predictions. Several recipes have a row per image each. Raises
+    ComparisonError for folds and images that are missing or there twice.
+    """
+    runs = [EvaluatedRun(Run(path), weights) for path in folders]
+    if not runs:
+        raise ComparisonError("there is no run of a fold; name one for each")
+    options = [key for key in defaults() if key not in runtime_only | {"fold"}]
+    options = [key for key in options if len({repr(run.recipe[key]) for run in runs}) > 1]
+    recipes: dict[str, list[EvaluatedRun]] = {}
+    for run in runs:
+        text = " ".join(f"{key}={run.recipe[key]}" for key in options)
+        recipes.setdefault(text or "all", []).append(run)
+    return pd.concat([_joined(*pair) for pair in recipes.items()], ignore_index=True)
+
+
+def _joined(recipe: str, runs: list[EvaluatedRun]) -> pd.DataFrame:
+    folds, facts = sorted(run.recipe["fold"] for run in runs), [run.environment for run in runs]
+    if folds != sorted(f"{i + 1}/{len(runs)}" for i in range(len(runs))):
+        text = f"there are the folds {folds}; each, such as 1/3, 2/3 and 3/3, is needed once"
+        raise ComparisonError(f"{recipe}: {text}")
+    whole = pd.concat([run.predictions.assign(run=run.name, recipe=recipe) for run in runs])
+    sizes = {count := len(whole.drop_duplicates(LIST_KEY)), len(whole)}
+    sizes |= {sum(fact["val_images"] for fact in facts)}
+    if runs[0].recipe["train_fraction"] == 1:
+        sizes |= {fact["train_images"] + fact["val_images"] for fact in facts}
+    if len(sizes) > 1:
+        text = f"{len(whole):,} predictions are of {count:,} images, some missing or there twice"
+        raise ComparisonError(f"{recipe}: {text}; list each once, train all folds on the same data")
+    return whole[["run", "recipe", *whole.columns.drop(["run", "recipe"])]]
 
 
 def _align(runs: list[EvaluatedRun]) -> pd.DataFrame:
@@ -310,6 +363,7 @@ def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
         "images": group.correct.shape[1],
         "top5": float(np.mean([metrics.top_k(frame) for frame in group.predictions])),
         "ece": float(np.mean([metrics.calibration_error(frame) for frame in group.predictions])),
+        **pd.DataFrame([run.custom for run in runs]).mean(skipna=False),
         "epochs": epochs,
         "minutes": float(np.mean(minutes)),
         "img/s": float(np.mean(speeds)),

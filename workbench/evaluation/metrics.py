@@ -1,7 +1,7 @@
 """Metrics of a table of predictions, which has a row per validation image."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,12 @@ import pandas as pd
 from workbench.evaluation.statistics import wilson
 
 BINS = 15  # of the reliability diagram
+_OURS = re.compile("kind|epoch|steps?|lr|(val_)?images|top[15]|val_loss|train_.*|ema_.*")
+
+
+def custom_metrics(columns: Iterable[str]) -> list[str]:
+    """The columns of metrics.csv that are from custom metrics, those of raw weights."""
+    return [name for name in columns if not _OURS.fullmatch(name)]
 
 
 def top_k(predictions: pd.DataFrame) -> float:

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from workbench import data, image_files, models, runs, training
+from workbench import data, image_files, models, parts, runs, training
 from workbench.data import images
 from workbench.export import metadata, onnx, parity
 from workbench.export.archive import FORMATS, ExportError, write_tar
@@ -25,6 +25,7 @@ DATA_OPTIONS = "data_dir train_list train_root val_list val_root class_names ver
 CALIBRATION_IMAGES = 512  # of training, for the ranges of int8
 SCRIPT_IMAGES = 64  # of validation, for predict.py of the package
 FAILURES = (ExportError, runs.RunError, RecipeError, models.ModelError, data.DataError, OSError)
+FAILURES += (parts.PartError,)
 
 
 def trained_model(
@@ -47,7 +48,7 @@ def newest(root: str | Path) -> runs.Run:
         with contextlib.suppress(*FAILURES):
             recipe, classes, *_, file = trained_model(run)
             valid = file == "last.pt" and re.fullmatch(metadata.NAME, recipe.name)
-            if valid and data.load_dataset(recipe).classes == classes:
+            if valid and data.load_dataset(recipe, folder=run.path).classes == classes:
                 return run
     raise ExportError(f"no finished run in {root} can be exported; `make demo` trains one")
 
@@ -152,7 +153,7 @@ def load_lists(
         allowed = ", ".join(DATA_OPTIONS)
         raise ExportError(f"{unknown} cannot be changed after training; allowed are {allowed}")
     recipe = recipe.replace(**overrides)
-    dataset = dataset or data.load_dataset(recipe)
+    dataset = dataset or data.load_dataset(recipe, folder=source)
     if dataset.classes != classes:
         raise ExportError(f"the data does not have the classes of {source}, in their order")
     val = dataset.val

@@ -24,7 +24,7 @@ from workbench.training.inputs import (
     sampler_options,
     train_transform,
 )
-from workbench.training.loop import fit
+from workbench.training.loop import fit, lr_range_test
 from workbench.training.losses import loss_function
 from workbench.training.optim import check_optimizer, create_optimizer, ema_update, lr_scales
 from workbench.training.setup import resumed_state

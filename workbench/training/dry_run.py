@@ -1,19 +1,19 @@
 """One batch through the custom parts of a recipe, before the first step."""
 
-import random
-from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from workbench import data, parts
+from workbench import data, evaluation, models, parts
 from workbench.evaluation import inference
 from workbench.parts import PartError
 from workbench.recipe_checks import is_part
 from workbench.training.inputs import DeviceTransform, Normalize, eval_transform, train_batches
 from workbench.training.state import TrainState
+from workbench.training.validation import name_rows
 
 IMAGES = 4
 
@@ -29,13 +29,15 @@ class Metrics:
         """The numbers by name. Raises PartError."""
         found: dict[str, float] = {}
         for reference, function in self.functions.items():
-            values = _run("metrics", reference, function, predictions.copy())
-            if not isinstance(values, dict) or not all(
-                isinstance(key, str) and np.isscalar(value) and not isinstance(value, str)
-                for key, value in values.items()
-            ):
+            values = parts.run("metrics", reference, function, predictions.copy())
+            pairs = values.items() if isinstance(values, dict) else [(None, None)]
+            if not all(isinstance(k, str) and isinstance(v, Real | np.bool_) for k, v in pairs):
                 must = "it must give {name: number}"
                 raise PartError(f"metrics {reference!r} gives {values!r}; {must}")
+            taken = {*values} - {*evaluation.custom_metrics(values)} | {*values} & {*found}
+            for key in taken:
+                text = f"gives {key!r}, another column of metrics.csv; rename it"
+                raise PartError(f"metrics {reference!r} {text}")
             found |= {key: float(value) for key, value in values.items()}
         return found
 
@@ -47,13 +49,18 @@ def dry_run(state: TrainState, dataset: data.Dataset) -> Metrics:
         _check_transform(state)
     if is_part(recipe.loss):
         _check_loss(state, dataset)
+    if state.distiller and any(map(is_part, recipe.kd_loss)):
+        _check_kd_loss(state, dataset)
     if not recipe.metrics:
         return Metrics([])
-    val = dataset.val.head(IMAGES)
-    batches = data.eval_loader(val, eval_transform(recipe), batch_size=IMAGES)
+    few, val = dataset.val.head(IMAGES), dataset.val
+    batches = data.eval_loader(few, eval_transform(recipe), batch_size=IMAGES)
     device = state.dist.device
     frame = inference.predict(state.model, batches, Normalize(recipe, device), device)
-    return Metrics(recipe.metrics, frame.join(val[["file", "list"]], on="row"))
+    # A row per image, since the names of the numbers may depend on the labels.
+    rows = np.arange(len(val))
+    frame = frame.iloc[rows % len(frame)].assign(row=rows, label=val.label.to_numpy())
+    return Metrics(recipe.metrics, name_rows(frame.reset_index(drop=True), val))
 
 
 def _check_transform(state: TrainState) -> None:
@@ -61,57 +68,49 @@ def _check_transform(state: TrainState) -> None:
     function = parts.load("transform", recipe.transform, **recipe.transform_args)
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     first, again = (
-        _run("transform", recipe.transform, function, image.copy(), np.random.default_rng(1))
+        parts.run("transform", recipe.transform, function, image.copy(), np.random.default_rng(1))
         for _ in range(2)
     )
-    if not isinstance(first, np.ndarray) or first.shape != image.shape or first.dtype != np.uint8:
-        got = f"{first.dtype} {first.shape}" if isinstance(first, np.ndarray) else type(first)
-        raise PartError(
-            f"transform {recipe.transform!r} gives {got} for a uint8 image {image.shape}; it must "
-            "give an array of the same type and shape"
-        )
+    got = f"{first.dtype} {first.shape}" if isinstance(first, np.ndarray) else type(first).__name__
+    name, wanted = f"transform {recipe.transform!r}", f"uint8 {image.shape}"
+    if got != wanted:
+        raise PartError(f"{name} gives {got} for an array {wanted}; it must give such an array")
     if not np.array_equal(first, again):
-        raise PartError(
-            f"transform {recipe.transform!r} gives two images for one state of the generator; "
-            "draw all random numbers from the generator it is given"
-        )
+        text = "gives two images for one state of the generator; draw from no other source"
+        raise PartError(f"{name} {text}")
 
 
 def _check_loss(state: TrainState, dataset: data.Dataset) -> None:
-    recipe, device = state.recipe, state.dist.device
-    batch = next(train_batches(recipe, dataset, range(1), micro_batch_size=IMAGES))
-    _, targets = DeviceTransform(recipe, len(dataset.classes), device)(batch)
+    recipe, (_, targets) = state.recipe, _first_images(state, dataset)
     logits = torch.randn(len(targets), len(dataset.classes), generator=torch.Generator())
-    logits = logits.to(device).requires_grad_()
+    logits = logits.to(state.dist.device).requires_grad_()
     function = parts.load("loss", recipe.loss, **recipe.loss_args)
-    losses = _run("loss", recipe.loss, function, logits, targets)
-    name = f"loss {recipe.loss!r}"
-    if not isinstance(losses, torch.Tensor) or losses.shape != targets.shape[:1]:
-        got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-        raise PartError(
-            f"{name} gives {got} for {len(targets)} images; it must give one value per image "
-            f"({len(targets)},), not their mean"
-        )
-    if not losses.requires_grad or not torch.isfinite(losses).all():
-        raise PartError(f"{name} gives {losses.tolist()}; it must be finite and differentiable")
+    losses = parts.run("loss", recipe.loss, function, logits, targets)
+    wanted = f"one value per image {(len(targets),)}, not their mean"
+    _check_tensor(f"loss {recipe.loss!r}", losses, (len(targets),), wanted)
 
 
-def _run(option: str, reference: str, function: Callable, *arguments: Any) -> Any:
-    """What a part gives. Raises PartError where it fails, or draws from a global generator."""
-    before = _generators()
-    try:
-        found = function(*arguments)
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        raise PartError(f"{option} {reference!r} failed: {text}") from error
-    if _generators() != before:
-        raise PartError(
-            f"{option} {reference!r} draws from a global random generator, so no run could resume; "
-            "only a transform may be random, by the generator it is given"
-        )
-    return found
+def _check_kd_loss(state: TrainState, dataset: data.Dataset) -> None:
+    kd, (images, targets) = state.distiller, _first_images(state, dataset)
+    with models.eval_mode(state.student), torch.no_grad():
+        logits, features = state.student(images)
+    outputs = kd.teacher_outputs(images)
+    for i, pair in enumerate(kd.pairs):
+        if isinstance(pair.loss, parts.Part):
+            student = features.get(i, logits).float().requires_grad_()
+            teacher, name = outputs[pair.teacher][pair.teacher_layer].float(), pair.loss.origin[1]
+            loss = parts.run("kd_loss", name, pair.loss, student, teacher, targets)
+            _check_tensor(f"kd_loss {name!r}", loss, (), "the mean over the images, 0-d")
 
 
-def _generators() -> tuple:
-    numpy = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), numpy[1].tobytes(), numpy[2], bytes(torch.get_rng_state().numpy())
+def _first_images(state: TrainState, dataset: data.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = next(train_batches(state.recipe, dataset, range(1), micro_batch_size=IMAGES))
+    return DeviceTransform(state.recipe, len(dataset.classes), state.dist.device)(batch)
+
+
+def _check_tensor(name: str, found: Any, shape: tuple[int, ...], wanted: str) -> None:
+    got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+    if got != shape:
+        raise PartError(f"{name} gives {got}; it must give {wanted}")
+    if not found.requires_grad or not torch.isfinite(found).all():
+        raise PartError(f"{name} gives {found.tolist()}; it must be finite and differentiable")

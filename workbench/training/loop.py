@@ -10,12 +10,15 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from workbench import data, parts, runs
+import pandas as pd
+
+from workbench import data, models, parts, runs
 from workbench.recipe import Recipe
 from workbench.schedule import TrainingError
+from workbench.training.build import build_initial_model
 from workbench.training.distributed import DistContext
 from workbench.training.inputs import DeviceTransform, build_pixel_caches, train_batches
 from workbench.training.meter import Row
@@ -34,7 +37,7 @@ def fit(
     recipe: Recipe,
     run: runs.Run,
     *,
-    dataset: data.Dataset | None = None,
+    dataset: data.Dataset | Callable | None = None,
     stop: threading.Event | None = None,
     **custom: Any,
 ) -> Iterator[Row]:
@@ -57,11 +60,12 @@ def fit(
 
     Ctrl-C, SIGTERM, a STOP file in the folder, `stop` and leaving the loop end it at the next
     step: last.pt is written, the state is "stopped", and fit returns. A second Ctrl-C interrupts
-    at once. `dataset` saves reading the lists again. `custom` are the user's own model, loss,
-    transform, metrics and their model_args, loss_args, transform_args, in place of those that the
-    recipe names (workbench.parts). Raises RunError, DataError, ModelError, PartError,
-    DistillationError or TrainingError, mostly before the first step.
+    at once. `dataset` is a Dataset, which saves reading the lists again, or a custom part as those
+    in `custom`: the user's own loss, loss_args and so on (workbench.parts). Raises RunError,
+    DataError, ModelError, PartError, DistillationError or TrainingError, mostly before a step.
     """
+    if callable(dataset):
+        dataset, custom["dataset"] = None, dataset
     recipe, key = parts.pin(recipe, **custom), str(run.path.resolve())
     if previous := _live.get(key):  # a loop over this run that an error left open in this process
         try:
@@ -126,7 +130,7 @@ def _train(
         _saved_on_leaving(writer),
     ):
         while action < STOP and not state.finished:
-            train_step(state, batches, prepare, writer)
+            train_step(state, batches, prepare, writer.quarantine)
             epoch_ends = state.step % state.steps_per_epoch == 0
             row_due = epoch_ends or state.step % recipe.log_every == 0
             save_due = epoch_ends or writer.checkpoint_due()
@@ -152,12 +156,12 @@ def _train(
 
 
 def train_step(
-    state: TrainState, batches: Iterator[data.Batch], prepare: DeviceTransform, writer: RunWriter
+    state: TrainState, batches: Iterator[data.Batch], prepare: DeviceTransform, quarantine: Callable
 ) -> None:
     """One optimizer step: read, forward, backward, clip, update, average."""
     state.begin_step()
     for batch in state.meter.timed(batches):
-        writer.quarantine("train", batch.failures)
+        quarantine("train", batch.failures)
         with state.sync_if(batch.is_last):
             if len(batch.labels):
                 images, targets = prepare(batch)
@@ -169,6 +173,40 @@ def train_step(
             # The mean over the step's images; DDP divides by the number of processes.
             state.backward(total * (state.dist.world / batch.global_size))
     state.optimizer_step()
+
+
+def lr_range_test(
+    recipe: Recipe, dataset: data.Dataset | None = None, *, steps: int = 100
+) -> pd.DataFrame:
+    """The learning-rate range test (Smith, arXiv 1506.01186): step, loss, smoothed_loss and lr.
+
+    lr grows exponentially from a thousandth to a hundred times that of the recipe. The test ends
+    where smoothed_loss, ewm(alpha=0.1).mean(), is four times its lowest value, or the loss is not
+    finite. No run folder is read or written.
+    """
+    recipe = parts.pin(recipe).replace(compile=False, head_only_epochs=0)
+    dataset = dataset or data.load_dataset(recipe)
+    with DistContext.from_env(recipe) as dist:
+        model, _ = build_initial_model(recipe, dataset.classes)
+        models.checkpoint_gradients(model, recipe.grad_checkpointing)
+        state = TrainState(recipe, model, dataset, dist)
+        state.lr_at = lambda step: recipe.lr * 10 ** (5 * step / max(1, steps - 1) - 3)
+        prepare = DeviceTransform(recipe, len(dataset.classes), dist.device)
+        loading = dist.loader_options | {"workers": state.meter.workers}
+        loading["micro_batch_size"] = recipe.micro_batch_size
+        batches = train_batches(recipe, dataset, range(steps), **loading)
+        losses, smoothed = [], pd.Series()
+        # A TrainingError is a loss that is not finite in fp16.
+        with contextlib.closing(batches), contextlib.suppress(TrainingError):
+            while len(losses) < steps and not (smoothed > 4 * smoothed.min()).tail(1).any():
+                state.meter.start_clock()
+                train_step(state, batches, prepare, lambda side, failures: None)
+                if state.meter.settle(state.step):
+                    break
+                losses.append(state.meter.step_row()["loss"])
+                smoothed = pd.Series(losses).ewm(alpha=0.1).mean()
+    table = pd.DataFrame({"step": range(len(losses)), "loss": losses, "smoothed_loss": smoothed})
+    return table.assign(lr=table.step.map(state.lr_at))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from workbench import models
+from workbench import models, parts
+from workbench.parts import PartError
 from workbench.recipe import Recipe
+from workbench.recipe_checks import is_part
 from workbench.schedule import TrainingError
 from workbench.training.lamb import LAMB
 
@@ -66,6 +69,11 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.optimizer_args.items()}
     args["lr"] = recipe.lr
+    if is_part(recipe.optimizer):
+        made = parts.load("optimizer", recipe.optimizer, **args)(params)
+        if all("lr_scale" in group for group in getattr(made, "param_groups", [{}])):
+            return made
+        raise TypeError("it must give a torch.optim.Optimizer of the groups it is given")
     fused = {"fused": device.type in ("cpu", "cuda")}
     match recipe.optimizer:
         case "adamw":
@@ -83,8 +91,10 @@ def _optimizer(
 
 
 def check_optimizer(recipe: Recipe) -> None:
-    """Raises TrainingError for a name or an argument that the optimizer does not take."""
+    """Raises TrainingError for a name or argument the optimizer does not take, or PartError."""
     name = recipe.optimizer
+    if is_part(name):
+        return _try_steps(recipe)
     if name in ("sgd", "adamw", "lamb") and not recipe.optimizer_args:
         return
     names = ["sgd", "adamw", "lamb", *timm.optim.list_optimizers()]
@@ -109,25 +119,53 @@ def check_optimizer(recipe: Recipe) -> None:
             raise TrainingError(
                 f"optimizer_args: {key} of {name} is {value!r}; give a value such as {known[key]!r}"
             )
-    _try_step(recipe)
+    _try_steps(recipe)
 
 
-def _try_step(recipe: Recipe) -> None:
-    """Raises TrainingError if two steps of small weights fail; takes milliseconds."""
-    what = f"optimizer {recipe.optimizer} with optimizer_args {recipe.optimizer_args}"
-    weights = [nn.Parameter(torch.full(shape, 0.5)) for shape in ((4,), (4, 3), (4, 3, 3, 3))]
+def _try_steps(recipe: Recipe) -> None:
+    """Raises TrainingError or PartError if steps of small weights fail; takes milliseconds."""
+    if is_part(name := recipe.optimizer):
+        parts.load("optimizer", name)
+        run = lambda *how: parts.run("optimizer", name, _third_step, recipe, *how)
+        plain = run(0.1)
+        faults = [
+            ("makes weights infinite or nan", not torch.isfinite(plain).all()),
+            ("leaves a group of weights unchanged", (plain == 0.5).all(1).any()),
+            ("ignores the lr of its groups", torch.equal(plain, run(0.05))),
+            ("ignores the weight_decay of its groups", recipe.weight_decay and torch.equal(*plain)),
+            ("steps differently after a resume", not torch.equal(plain, run(0.1, True))),
+        ]
+        if found := [text for text, is_so in faults if is_so]:
+            raise PartError(f"optimizer {name!r} {found[0]}; workbench.parts has the contract")
+        return
+    what = f"optimizer {name} with optimizer_args {recipe.optimizer_args}"
     try:
-        groups = [{"params": weights, "weight_decay": recipe.weight_decay}]
-        optimizer = _optimizer(recipe, groups, torch.device("cpu"))
-        for _ in range(2):
-            for weight in weights:
-                weight.grad = torch.linspace(-1, 1, weight.numel()).reshape(weight.shape)
-            optimizer.step()
+        weights = _third_step(recipe, recipe.lr)
     except Exception as error:  # of any type: what an optimizer does with a wrong argument
         text = " ".join(str(error).split())[:200]
         raise TrainingError(f"{what} fails: {text}") from None
-    if not all(torch.isfinite(weight).all() for weight in weights):
+    if not torch.isfinite(weights).all():
         raise TrainingError(f"{what} makes weights infinite")
+
+
+def _third_step(recipe: Recipe, lr: float, resume: bool = False) -> torch.Tensor:
+    """Weights (2, n) without and with decay; with `resume` the state is saved and loaded before."""
+    weights = [nn.Parameter(torch.full(shape, 0.5)) for shape in ((4,), (4, 3), (4, 3, 3, 3)) * 2]
+    split = (weights[:3], 0.0), (weights[3:], 0.1)
+    groups = lambda: [{"params": ps, "weight_decay": w, "lr_scale": 1.0} for ps, w in split]
+    optimizer = _optimizer(recipe, groups(), torch.device("cpu"))
+    for step in range(3):
+        if resume and step == 2:
+            torch.save(optimizer.state_dict(), saved := io.BytesIO())
+            state = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+            optimizer = _optimizer(recipe, groups(), torch.device("cpu"))
+            optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        for weight in weights:
+            weight.grad = torch.linspace(-1, 1 + step, weight.numel()).reshape(weight.shape)
+        optimizer.step()
+    return nn.utils.parameters_to_vector(weights).detach().reshape(2, -1)
 
 
 def _arguments(name: str) -> dict[str, Any]:

@@ -92,10 +92,8 @@ def verified(recipe: Recipe, dataset: data.Dataset) -> tuple[data.Dataset, pd.Da
         columns = ["side", "file", "label", "reason", "detail", "step"]
         return dataset, pd.DataFrame(columns=columns)
     train, val = (data.verify_images(f, progress=is_main()) for f in (dataset.train, dataset.val))
-    (train, bad_train), (val, bad_val) = (
-        data.drop_corrupt(train, "train"),
-        data.drop_corrupt(val, "val"),
-    )
+    train, bad_train = data.drop_corrupt(train, "train")
+    val, bad_val = data.drop_corrupt(val, "val")
     return replace(dataset, train=train, val=val), pd.concat([bad_train, bad_val])
 
 
@@ -133,6 +131,8 @@ def is_finished(recipe: Recipe, run: runs.Run, dataset: data.Dataset | None) -> 
     if run.file("recipe.yaml").exists():
         there, here = run.recipe(), recipe.model_dump(exclude=set(runtime_only))
         pairs = {key: (there[key], here[key]) for key in here if key in there}
+        if {*there.get("metrics", ())} <= {*recipe.metrics}:  # a new metric changes no weight
+            pairs.pop("metrics", None)
         different = [f"{k}: {a!r} there, {b!r} here" for k, (a, b) in pairs.items() if a != b]
         if different:
             raise runs.RunError(

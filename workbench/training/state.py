@@ -60,7 +60,7 @@ class TrainState:
         self.worse = 0  # evaluations since then
         self._forward: nn.Module | None = None  # the student, under DDP and torch.compile
         self._head_only: bool | None = None
-        self._lr_at = lr_schedule(recipe, self.steps_per_epoch)
+        self.lr_at = lr_schedule(recipe, self.steps_per_epoch)
         weight = class_weights(recipe, dataset.train.label.to_numpy(), dataset.classes)
         self._criterion = loss_function(recipe, None if weight is None else weight.to(dist.device))
         self._scaler = torch.amp.GradScaler(dist.device.type, enabled=recipe.precision == "fp16")
@@ -94,7 +94,7 @@ class TrainState:
             self._forward = self.dist.ddp(self.student)
             if self.recipe.compile:  # a kernel for each shape: the same ones after a resume
                 self._forward = torch.compile(self._forward, dynamic=False)
-        self.lr = self._lr_at(self.step)
+        self.lr = self.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
         seed = data.step_seed(self.recipe.seed, self.step, self.dist.rank)

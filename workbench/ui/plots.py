@@ -121,6 +121,15 @@ def lr_curves(schedules: Mapping[str, tuple[Callable[[int], float], int, int]]) 
     return figure
 
 
+def lr_range(table: pd.DataFrame, lr: float) -> Figure:
+    """The table of training.lr_range_test; a vertical line at the recipe's lr."""
+    lines = [(key, table.lr.to_numpy(), table[key].to_numpy()) for key in ("loss", "smoothed_loss")]
+    figure = overlay(lines, "lr (vertical line: of the recipe)", "training loss")
+    figure.axes[0].set_xscale("log")
+    figure.axes[0].axvline(lr, ls="--", color=COLOURS[6])
+    return figure
+
+
 def curves(steps: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
     """Loss by step and epoch, and top-1 by epoch; the tables may be empty."""
     figure = Figure()
@@ -235,6 +244,24 @@ def top1_by_option(found: Comparison, option: str) -> Figure:
         ax.minorticks_off()
     ax.set_xticks(x, [_short(str(value)) for value in values])
     _label(ax, option, "top-1 (%), 95 % interval", grid="y")
+    return figure
+
+
+def top1_by_two_options(found: Comparison, down: str, across: str) -> Figure:
+    """Mean top-1 of compared recipes, and their seeds, as a map over two options."""
+    keys = {key: [str(group.recipe[key]) for group in found.groups] for key in (down, across)}
+    table = found.table.assign(**keys).pivot_table(["top1", "seeds"], down, across, sort=False)
+    top1, seeds = table.top1, table.seeds.to_numpy()
+    ax = (figure := Figure(2.5 + 1.1 * top1.shape[1], 1.5 + 0.6 * len(top1))).subplots()
+    figure.colorbar(image := ax.imshow(top1, cmap="cividis", aspect="auto"), label="top-1 (%)")
+    for (i, j), value in np.ndenumerate(top1):
+        if value == value:  # there are runs
+            style = {"color": "black" if image.norm(value) > 0.55 else "white", "fontsize": 8}
+            text = f"{value:.2f}\n{seeds[i, j]:.0f} seeds"
+            ax.text(j, i, text, ha="center", va="center", **style)
+    ax.set_xticks(range(top1.shape[1]), map(_short, top1.columns))
+    ax.set_yticks(range(len(top1)), map(_short, top1.index))
+    _label(ax, across, down, grid="")
     return figure
 
 

@@ -19,7 +19,7 @@ from IPython import get_ipython
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from workbench import data, runs, training
+from workbench import data, evaluation, runs, training
 from workbench.progress import watched
 from workbench.recipe import Recipe
 from workbench.ui import plots
@@ -324,7 +324,8 @@ def _epoch_text(row: Row) -> str:
         text += f"  val loss {row['val_loss']:.4f} top-1 {row['top1']:.2f} (n={row['val_images']})"
     if row.get("ema_top1") is not None:
         text += f"  EMA top-1 {row['ema_top1']:.2f}"
-    return text
+    own = [name for name in evaluation.custom_metrics(row) if row[name] is not None]
+    return text + "".join(f"  {name} {row[name]:.4g}" for name in own)
 
 
 def _end_text(run: runs.Run) -> str:
