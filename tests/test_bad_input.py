@@ -300,7 +300,7 @@ REFUSED = {
     "resume_from another optimizer": (
         lambda w: resumed(w, optimizer="adamw"),
         RunError,
-        ["last.pt does not fit", "`weights`"],
+        ["was trained with sgd", "`weights`"],
     ),
     "resume_from a run past the end": (
         lambda w: resumed(w, epochs=1),

@@ -28,6 +28,10 @@ PAIRS = "teacher: a\ndistill_pairs: [logits, layer4 -> layer4]\nkd_loss: [kl, l2
         (KD, {"teacher": "[]"},
          {"teacher_weight": [1.0], "kd_loss": ["dist"], "temperature": 1.0}),
         (KD, {"teacher": "c"}, {"teacher_weight": [1.0]}),
+        ("image_size: 224\nval_resize: 256\n", {"image_size": 112}, {"val_resize": 128}),
+        ("image_size: 32\nval_resize: 40\n", {"image_size": 64}, {"val_resize": 80}),
+        (STEPPED, {"epochs": 180}, {"milestones": [60, 120, 160]}),
+        ("warmup_steps: 100\n", {"epochs": 16}, {}),
         (KD, {"teacher": "[c, d]"}, {}),
         (PAIRS, {"distill_pairs": "logits"}, {"kd_loss": ["dist"]}),
         ("weights: x\nallow_partial_weights: true\n", {"pretrained": "true"},
@@ -78,7 +82,11 @@ def test_an_override_resets_or_scales_what_depended_on_the_former_value(
         (STEPPED, {"epochs": 1, "schedule": "multistep"}, "below epochs 1"),
         ("", {"epochs": 1, "warmup_epochs": 1}, "no training at lr"),
         ("weights: x\n", {"pretrained": True, "weights": "y"}, "asks for other weights"),
-        ("image_size: 32\nval_resize: 40\n", {"image_size": 64}, "val_resize: 40 is smaller"),
+        (
+            "image_size: 32\nval_resize: 40\n",
+            {"image_size": 64, "val_resize": 40},
+            "val_resize: 40 is smaller",
+        ),
     ],
 )
 def test_contradictions_in_a_file_and_between_overrides_are_errors(

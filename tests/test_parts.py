@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import linecache
 import multiprocessing
 import pickle
 import sys
@@ -14,7 +15,7 @@ import torch
 from helpers import assert_same_run, train
 from torch.nn import functional as F
 
-from workbench import data, export, parts, runs, training
+from workbench import data, export, parts, runs, sweep, training
 from workbench.evaluation import comparison
 from workbench.parts import PartError
 from workbench.recipe import Recipe, RecipeError
@@ -472,7 +473,7 @@ def test_what_has_no_source_or_name_is_refused(tmp_path):
         ({"optimizer": "mine.py:f", "momentum": 0.8}, "momentum: 0.8 has no effect"),
         ({"transform_args": {"a": 1}}, "transform_args: .*no effect"),
         ({"model": "mine.py:net", "drop_path": 0.1}, "drop_path is for timm's models"),
-        ({"loss": "mine.py:f", "label_smoothing": 0.1}, "label_smoothing does not reach"),
+        ({"loss": "mine.py:f", "label_smoothing": 0.1}, "does not use label_smoothing"),
         (
             {"transform": "mine.py:t", "augment_on_device": True, "hflip": 0.5},
             "device off",
@@ -488,3 +489,40 @@ def test_options_that_do_not_go_with_a_part_are_refused(options, words):
 def test_a_reference_to_nothing_is_refused(tmp_path, code, reference):
     with pytest.raises(PartError, match=f"loss '{reference}"):
         train(small(tmp_path, loss=reference))
+
+
+def test_a_file_that_imports_from_its_folder_is_refused(code):
+    (code.parent / "helper.py").write_text("K = 1.0\n")
+    code.write_text("from helper import K\n" + CODE)
+    with pytest.raises(PartError, match="imports helper from its folder, which a run would not"):
+        parts.load("loss", f"{code}:ce")
+
+
+def test_a_default_of_a_notebook_function_that_has_changed_is_refused(tmp_path):
+    import __main__
+
+    source = "def scaled(logits, targets, power=POWER):\n    return logits[:, 0] * power\n"
+    path = tmp_path / "cell.py"
+    path.write_text(source)
+    linecache.checkcache()
+    vars(__main__)["POWER"] = 2.0
+    exec(compile(source, str(path), "exec"), vars(__main__))
+    try:
+        assert parts.pin(small(tmp_path), loss=__main__.scaled).loss.startswith("notebook:scaled@")
+        vars(__main__)["POWER"] = 3.0
+        with pytest.raises(PartError, match=r"has the defaults \(2.0,\) and would now have"):
+            parts.pin(small(tmp_path), loss=__main__.scaled)
+    finally:
+        del vars(__main__)["POWER"], vars(__main__)["scaled"]
+
+
+def test_text_in_arguments_stays_text(code):
+    args = Recipe(loss=f"{code}:ce", loss_args={"mode": "2", "power": "3e-1"}).loss_args
+    assert args == {"mode": "2", "power": 0.3}
+
+
+def test_a_sweep_over_a_custom_part_compares_all_of_its_runs(tmp_path, code):
+    axes = {"loss": ["ce", "focal", f"{code}:ce"]}
+    rows = list(sweep.sweep(small(tmp_path, epochs=1), axes))
+    assert [row["state"] for row in rows] == ["finished"] * 3
+    assert len(sweep.finished(sweep.folder_of(small(tmp_path), axes))) == 3

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where needed, so that `workbench --help` starts at
     from workbench.recipe import Recipe
 
 app = typer.Typer(
-    help="Recipes, runs and checks for image classifiers.",
+    help="Recipes, runs and checks for image classifiers. --trust-code lets custom parts run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -7,6 +7,7 @@ print(load(model, "runs/imagenet-seed0"))     # what was loaded, re-initialised,
 import argparse
 import contextlib
 import difflib
+import hashlib
 import re
 import sys
 import unicodedata
@@ -215,6 +216,15 @@ def profile(model: nn.Module, image_size: int) -> dict[str, float]:
 # ---- loading weights
 
 
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """12 hex digits over the names and values of tensors."""
+    sha = hashlib.sha256()
+    for name, value in tensors.items():
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:12]
+
+
 @dataclass
 class Loaded:
     """The status of every tensor after loading weights; str() is a one-line summary."""
@@ -224,6 +234,7 @@ class Loaded:
     reinitialised: dict[str, str] = field(default_factory=dict)  # name -> why
     ignored: list[str] = field(default_factory=list)  # names in the file
     note: str = ""
+    digest: str = ""  # of the loaded tensors
 
     def __str__(self) -> str:
         text = f"{self.source}: {len(self.loaded)} tensors loaded"

@@ -81,7 +81,7 @@ class Options(BaseModel):
 
     # data
     dataset: Literal["digits", "letters", "files"] | Part = option("digits",
-        help="embedded digits, letters; files: data_dir, load_dataset(x).save_to_disk(dir); a part")
+        help="digits, letters; files: data_dir, load_dataset(x).save_to_disk(dir); file.py:f")
     dataset_args: dict[str, Any] = option({}, "of a custom dataset", needs={"dataset": A_PART})
     data_dir: str = runtime_option("", "folder of the lists and roots below", needs=FILES)
     train_list: list[str] = option([], needs=LISTED, aka="meta_file",
@@ -155,7 +155,7 @@ class Options(BaseModel):
     repeated_aug: int = input_option(1, aka="aug_repeats", ge=1, le=64,
         help="copies of an image in a batch, each augmented differently, arXiv 1902.05509")
     optimizer: str = option("sgd", aka="optim opt", min_length=1,
-        help="sgd, adamw, lamb (arXiv 1904.00962), a name of timm.optim: adan, lion; file.py:name")
+        help="sgd, adamw, lamb (arXiv 1904.00962), a name of timm.optim, file.py:name")
     optimizer_args: dict[str, Any] = option({}, aka="opt_args opt_betas opt_eps betas eps",
         help="more arguments of the optimizer, such as {betas: [0.9, 0.99], eps: 1.0e-6}")
     lr: float = option(0.1, aka="learning_rate", gt=0,

@@ -24,7 +24,8 @@ def resolve(
     """All options with the overrides in place, and a note for each override that changed others.
 
     Options of `base` go back to their defaults where an override takes away their effect, or
-    contradicts them; what no longer fits fewer epochs is scaled. Other contradictions stay.
+    contradicts them. What no longer fits fewer epochs, milestones, and val_resize with image_size
+    are scaled. Other contradictions stay.
     """
     before = defaults | base
     values, cause = before | overrides, {}
@@ -33,9 +34,12 @@ def resolve(
         if option not in overrides and values[option] != value:
             values[option], cause[option] = value, override
 
-    if values["epochs"] < before["epochs"]:
+    if values["epochs"] < before["epochs"] or "resume_from" not in overrides:
         for option, value in _scaled(before, values, overrides):
             change(option, value, "epochs")
+    if not values["val_image_size"] and before["val_resize"] >= before["image_size"]:
+        share = before["val_resize"] / before["image_size"]
+        change("val_resize", round(values["image_size"] * share), "image_size")
     for override, others in GIVE_WAY:
         reset = {key: defaults[key] for key in others.split()}
         if override in overrides and _contradictions(values | reset) < _contradictions(values):
@@ -61,12 +65,12 @@ def _contradictions(values: Options) -> set[int]:
 
 
 def _scaled(before: Options, values: Options, overrides: Options) -> Iterator[tuple[str, Any]]:
-    """Durations that do not fit the new number of epochs, as the same share of the training."""
+    """Milestones, and durations that do not fit fewer epochs, as shares of the training."""
     old, new = before["epochs"], values["epochs"]
     scaled = lambda key: float(f"{values[key] * new / old:.4g}")
     if values["warmup_epochs"] >= new:
         yield "warmup_epochs", scaled("warmup_epochs")
-    if values["warmup_steps"]:  # the steps of an epoch are not known here
+    if values["warmup_steps"] and new < old:  # the steps of an epoch are not known here
         yield "warmup_steps", max(1, int(scaled("warmup_steps")))
     if values["kd_warmup_epochs"] > new:
         yield "kd_warmup_epochs", scaled("kd_warmup_epochs")
@@ -76,7 +80,11 @@ def _scaled(before: Options, values: Options, overrides: Options) -> Iterator[tu
         yield "head_only_epochs", int(scaled("head_only_epochs"))
     yield "eval_every", min(values["eval_every"], new)
     kind, every, milestones = (values[k] for k in ("schedule", "lr_step_epochs", "milestones"))
-    if kind == "multistep" and max(milestones, default=0) >= new and "milestones" not in overrides:
+    if (
+        kind == "multistep"
+        and milestones == before["milestones"]
+        and (new > old or max(milestones, default=0) >= new)
+    ):
         fitting = sorted({round(m * new / old) for m in milestones} & set(range(1, new)))
         yield "milestones", fitting
         yield "schedule", kind if fitting else "constant"

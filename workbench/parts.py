@@ -25,6 +25,7 @@ part that is named in text runs only with --trust-code or WORKBENCH_TRUST_CODE=1
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -163,9 +164,24 @@ def _pinned(option: str, reference: str, folder: Path | None = None) -> str:
             f"{option} {reference!r}: {path} changed since (it is {now} now); put it back, or "
             "name it without its digest, for another run"
         )
+    if FROM_SOURCE(found["where"]) and (beside := _imported_from(path.parent, source)):
+        text = f"imports {', '.join(beside)} from its folder, which a run would not save"
+        raise PartError(f"{option} {reference!r} {text}; put it into the file, or into a package")
     pinned = f"{where}:{found['name']}@{now}"
     SOURCES[pinned] = source
     return pinned
+
+
+def _imported_from(folder: Path, source: str) -> list[str]:
+    """The modules in a folder that a source imports."""
+    with contextlib.suppress(SyntaxError):  # is reported when it is executed
+        nodes = list(ast.walk(ast.parse(source)))
+        names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        tops = {name.split(".")[0] for name in names} - {"", "workbench"}
+        files = lambda top: (folder / f"{top}.py", folder / top / "__init__.py")
+        return sorted(top for top in tops if any(path.exists() for path in files(top)))
+    return []
 
 
 def _shown(path: Path) -> str:
@@ -219,6 +235,11 @@ def _register(option: str, given: Callable) -> str:
     module = sys.modules[given.__module__]
     if given.__module__ == "__main__" or not getattr(module, "__file__", None):
         where, source = "notebook", _cell_source(option, given)
+        exec(compile(source, where, "exec"), again := {})
+        before, now = (getattr(f, "__defaults__", None) for f in (given, again[name]))
+        if repr(before) != repr(now):
+            text = f"has the defaults {before} and would now have {now}; run its cell again"
+            raise PartError(f"{option} {name} {text}")
     else:
         path = Path(module.__file__)
         where = given.__module__ if "." in given.__module__ else _shown(path)

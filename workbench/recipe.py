@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,9 +281,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 gives 3e-4 as text
-            return float(value)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+(\.\d*)?[eE][-+]?\d+|inf|nan)", value):
+        return float(value)  # YAML 1.1 gives 3e-4 as text
     return value
 
 

@@ -185,7 +185,7 @@ CONFLICTS: list[tuple[str, Callable[[Values], Any], str]] = [
      "identifies images by their bytes, which verify_data: false does not read"),
     ("model", _timm_only, ""),
     ("loss", lambda r: is_part(r.loss) and r.label_smoothing,
-     "{r.loss!r} is a custom part, which label_smoothing does not reach; use loss_args"),
+     "the custom loss {r.loss!r} does not use label_smoothing; set it to 0, and give loss_args"),
     ("transform", lambda r: r.transform and r.augment_on_device,
      "{r.transform!r} works on single images; switch augment_on_device off"),
     ("weights", lambda r: r.weights and r.pretrained, "pretrained asks for other weights"),

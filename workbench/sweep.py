@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, get_args
 
-from workbench import ROOT, data, evaluation, params_files, runs, training
+from workbench import ROOT, data, evaluation, params_files, parts, runs, training
 from workbench.evaluation import comparison
 from workbench.recipe import FIELDS, Recipe, RecipeError, runtime_only
 from workbench.training.meter import Row
@@ -46,7 +46,8 @@ def sweep(
     kinds = {key: _distribution(key, axes[key]) for key in axes if trials}
     ends = {key: getattr(k, "choices", None) or (k.low, k.high) for key, k in kinds.items()}
     recipes, folder = combinations(recipe, ends or axes), folder_of(recipe, axes)
-    values = {key: [getattr(one, key) for one in recipes] for key in axes}
+    pinned = recipes if trials else [parts.pin(one) for one in recipes]
+    values = {key: [getattr(one, key) for one in pinned] for key in axes}
     values = {k: [v for i, v in enumerate(vs) if v not in vs[:i]] for k, vs in values.items()}
     _write_sweep_file(folder, recipe, axes if trials else values)
     tasks, run = recipes, functools.partial(_train, datasets={})  # of each process the last one

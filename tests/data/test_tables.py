@@ -18,7 +18,7 @@ from test_archives import archived
 
 from workbench import data, runs, training
 from workbench.augmentation import TrainTransform
-from workbench.data import DataError
+from workbench.data import DataError, tables
 from workbench.image_files import stored_in
 from workbench.recipe import Recipe, RecipeError
 
@@ -551,3 +551,12 @@ def test_what_is_no_fold_is_refused(fold):
         Recipe(dataset="files", data_dir="x", fold=fold)
     with pytest.raises(RecipeError, match="fold: validation images are given already"):
         Recipe(dataset="files", data_dir="x", fold="2/5", val_fraction=0.2)
+
+
+def test_a_column_of_text_here_and_numbers_there_is_refused(tmp_path):
+    frame = pd.DataFrame({"file": ["a.png", "b.png"], "label": ["x", "y"], "camera": [1, 2]})
+    frame.to_csv(tmp_path / "one.csv", index=False)
+    frame.to_parquet(tmp_path / "two.parquet")
+    read = [tables.read(tmp_path / name, tmp_path) for name in ("one.csv", "two.parquet")]
+    with pytest.raises(DataError, match="column 'camera' is text in one table"):
+        tables.joined(read)

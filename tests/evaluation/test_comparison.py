@@ -397,3 +397,21 @@ def test_custom_metrics_are_columns_with_the_mean_over_seeds_empty_without(tmp_p
     table = comparison.compare(folders).table
     assert table.worst.isna().tolist() == [True, False] and table.worst[1] == 3.5
     assert "ema_worst" not in table and " | 3.50 |" in comparison.markdown(table)
+
+
+@pytest.mark.parametrize(
+    "first, other",
+    [
+        ({"initial_weights": "a" * 12}, {"initial_weights": "b" * 12}),
+        ({"teachers": [{"digest": "a" * 12}]}, {"teachers": [{"digest": "b" * 12}]}),
+    ],
+)
+def test_runs_from_a_replaced_file_are_no_seeds_of_one_recipe(tmp_path, first, other):
+    folders = [run_folder(tmp_path, "plain", seed) for seed in (0, 1)]
+    for folder, facts in zip(folders, (first, other), strict=True):
+        edit_json(folder, "environment.json", **facts)
+    result = compare(folders)
+    assert [len(group.runs) for group in result.groups] == [1, 1]
+    assert any("other weights of a teacher or to start from" in text for text in result.cautions)
+    edit_json(folders[1], "environment.json", **first)
+    assert [len(group.runs) for group in compare(folders).groups] == [2]

@@ -18,7 +18,7 @@ import torch
 from conftest import in_float64, save_noise
 from helpers import assert_same_run, assert_same_tensors, fork_server, train
 from safetensors.torch import load_file
-from training_helpers import NO_NOISE, assert_near, left_after
+from training_helpers import NO_NOISE, assert_near, left_after, small
 
 from workbench import data, distillation, export, models, runs, training
 from workbench.export import prediction
@@ -520,3 +520,40 @@ def test_from_digits_to_letters_beats_a_start_from_scratch_with_the_same_budget(
     ]
     transferred = train(letters(tmp_path, lr=0.1, weights=str(digits.path), **options)).metrics()
     assert transferred.top1.iloc[-1] > max(scratch)
+
+
+# ---- resume_from with other options
+
+
+@pytest.mark.parametrize(
+    "first, changes",
+    [
+        ({}, {"weight_decay": 0.5, "momentum": 0.1}),
+        ({"momentum": 0.0, "nesterov": False}, {"momentum": 0.9}),
+        ({"head_lr_scale": 2.0}, {"head_lr_scale": 10.0}),
+        ({"optimizer": "adamw", "nesterov": False, "lr": 0.003},
+         {"weight_decay": 0.3, "optimizer_args": {"betas": [0.5, 0.9]}}),
+    ],
+)  # fmt: skip
+def test_resume_from_trains_with_the_options_of_the_new_recipe(tmp_path, first, changes):
+    """Equal to torch's optimizer with the state of the first run and the new options."""
+    before = train(small(tmp_path, name="before", epochs=2, **first))
+    start = {"resume_from": str(before.path), "epochs": 3}
+    kept = train(small(tmp_path, name="kept", **start, **first))
+    new = train(small(tmp_path, name="new", **start, **{**first, **changes}))
+    assert kept.steps().loss.iloc[-1] != new.steps().loss.iloc[-1]
+    recipe = small(tmp_path, name="fresh", **{**first, **changes})
+    model = training.create_model(recipe, 10)
+    wanted = training.create_optimizer(recipe, model).param_groups
+    found = new.load_checkpoint()["optimizer"]["param_groups"]
+    for ours, theirs in zip(found, wanted, strict=True):
+        for key in ("weight_decay", "momentum", "betas", "lr_scale"):
+            assert ours.get(key) == theirs.get(key)
+
+
+def test_resume_from_another_optimizer_is_refused(tmp_path):
+    before = train(small(tmp_path, name="before", epochs=2))
+    recipe = small(tmp_path, name="lamb", resume_from=str(before.path), optimizer="lamb",
+                   nesterov=False)  # fmt: skip
+    with pytest.raises(runs.RunError, match="was trained with sgd, whose state"):
+        train(recipe)

@@ -48,7 +48,7 @@ def _load(recipe: Recipe, strict: bool, folder: Path) -> Dataset:
         if lists:
             pairs = enumerate(zip(lists, roots, strict=True))
             parts = [tables.read(path, root, i, *columns) for i, (path, root) in pairs]
-            frames[side] = pd.concat(parts, ignore_index=True)
+            frames[side] = tables.joined(parts)
         else:
             frames[side], folders, left = read_folders(roots, folders)
             skipped += [(side, *entry) for entry in left]

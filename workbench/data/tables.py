@@ -102,6 +102,16 @@ def read(
     return frame
 
 
+def joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """The rows of all. Raises DataError for a column that is text in one and numbers in another."""
+    frame = pd.concat(tables, ignore_index=True)
+    for name in own_columns(frame):
+        if pd.api.types.infer_dtype(frame[name], skipna=True).startswith("mixed"):
+            text = "is text in one table (of a CSV file always) and not in another"
+            raise DataError(f"column {name!r} {text}; store the tables in the same form")
+    return frame
+
+
 def _read_csv(path: Path) -> pa.Table:
     """Every column as text, so that 007 stays what it is."""
     tab = path.suffix.lower() == ".tsv"

@@ -1,7 +1,6 @@
 """Teachers of a distillation: frozen models with their image size and normalisation."""
 
 import functools
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def _open(
             )
     model.eval().requires_grad_(False)
     models.check_size(model, facts["image_size"], "teacher_image_size", trained_size)
-    return Teacher(source, name, model, digest=_digest(model), **facts)
+    return Teacher(source, name, model, digest=models.digest(model.state_dict()), **facts)
 
 
 def _read_run(path: Path, classes: list[str]) -> tuple[str, dict, dict]:
@@ -174,15 +173,6 @@ def _published(source: str, classes: list[str]) -> dict[str, Any]:
         )
     size = config.input_size[-1]
     return {"mean": list(config.mean), "std": list(config.std), "image_size": size}
-
-
-def _digest(model: nn.Module) -> str:
-    """12 hex digits over the names and values of all tensors."""
-    sha = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        sha.update(name.encode())
-        sha.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()[:12]
 
 
 def without_teacher(recipe: Recipe) -> Recipe:

@@ -57,8 +57,8 @@ class EvaluatedRun:
         self.name = run.path.name
         try:
             self.recipe = defaults() | run.recipe()
-            self.identity = identity(self.recipe)
             self.environment, self.state = run.environment(), run.status()["state"]
+            self.identity = identity(self.recipe, self.environment)
             self.classes: list[str] = self.environment["classes"]
             frame = run.predictions()
         except (RunError, OSError, ValueError, KeyError) as error:
@@ -339,6 +339,8 @@ def _inequalities(runs: list[EvaluatedRun], groups: list[SeedGroup], weights: st
             ours, theirs = group.recipe[option], first.recipe[option]
             if ours != theirs:
                 yield f"{group.name} has {option} {ours}, {first.name} {theirs}"
+        if not recipe_difference(first.recipe, group.recipe):
+            yield f"{group.name} and {first.name} had other weights of a teacher or to start from"
     if len({run.environment.get("data") for run in runs} - {None}) > 1:
         yield "the training images differ between runs"
 
@@ -431,7 +433,7 @@ def newest_pair(runs: Sequence[Run], baseline: str = "") -> list[Run]:
     val_sets = [[run.environment().get(key) for key in ("val_data", "classes")] for run in runs]
     for run, val_set in zip(runs, val_sets, strict=True):
         if val_set == val_sets[0]:
-            recipes.setdefault(identity(run.recipe()), []).append(run)
+            recipes.setdefault(identity(run.recipe(), run.environment()), []).append(run)
     newest, *others = recipes.values() or [[]]
     others = [same for same in others if baseline in ("", same[0].recipe().get("name"))]
     distance = lambda same: len(recipe_difference(same[0].recipe(), newest[0].recipe()))

@@ -6,10 +6,15 @@ from typing import Any
 from workbench.recipe import defaults, inactive_options, runtime_only
 
 
-def identity(recipe: Mapping[str, Any]) -> str:
-    """Equal for recipes that differ only in the seed and in `runtime_only` options."""
+def identity(recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """Equal for runs that differ only in the seed and in `runtime_only` options.
+
+    The weights of teachers and those a run starts from are compared too: a file may be replaced.
+    """
     ignored = {*runtime_only, "seed"}
-    return repr(sorted((k, v) for k, v in (defaults() | dict(recipe)).items() if k not in ignored))
+    options = sorted((k, v) for k, v in (defaults() | dict(recipe)).items() if k not in ignored)
+    teachers = [teacher.get("digest") for teacher in environment.get("teachers", ())]
+    return repr((options, teachers, environment.get("initial_weights", "")))
 
 
 def recipe_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:

@@ -84,6 +84,8 @@ def build_initial_model(
     else:
         return model, None
     loaded.note = other_normalization(recipe)
+    tensors = model.state_dict()
+    loaded.digest = models.digest({name: tensors[name] for name in loaded.loaded})
     return model, loaded
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 
 from workbench import ROOT, data, models, parts, runs
 from workbench.recipe import Recipe, runtime_only
+from workbench.recipe_checks import is_part
 from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model, create_model
 from workbench.training.distributed import DistContext, is_main
@@ -44,17 +45,18 @@ def set_up(
     state.metrics = dry_run(state, dataset)
     start = f"initialised from seed {recipe.seed}" if report is None else str(report)
     if checkpoint is not None:
-        state.load_state_dict(checkpoint)
+        state.load_state_dict(checkpoint, same_recipe=source is run)
         start = f"resumes after step {state.step}"
         if source is not run:
             start += f" of {recipe.resume_from}"
-            state.worse = 0
             if state.finished:
                 raise runs.RunError(
                     f"resume_from {recipe.resume_from!r} is at step {state.step}, and this recipe "
                     f"ends at {state.steps}; use `weights`, or more epochs"
                 )
     facts = environment(state, dataset) | {"start": start}
+    former = source.environment().get("initial_weights", "")
+    facts["initial_weights"] = report.digest if report else former
     if state.distiller:
         facts["teachers"] = state.distiller.record()
         if recipe.cache_teacher_logits:
@@ -79,10 +81,16 @@ def set_up(
 
 
 def resumed_state(recipe: Recipe) -> dict[str, Any]:
-    """The checkpoint of the recipe's `resume_from`. Raises RunError when there is none."""
-    checkpoint = runs.Run(ROOT / recipe.resume_from).load_checkpoint()
-    if checkpoint is None:
+    """The checkpoint of `resume_from`. Raises RunError if there is none, or of other optimizers."""
+    source = runs.Run(ROOT / recipe.resume_from)
+    if (checkpoint := source.load_checkpoint()) is None:
         raise runs.RunError(f"resume_from {recipe.resume_from!r} has no last.pt")
+    there, here = source.recipe()["optimizer"], recipe.optimizer
+    if there != here and not (is_part(there) or is_part(here)):
+        raise runs.RunError(
+            f"resume_from {recipe.resume_from!r} was trained with {there}, whose state is not that "
+            f"of {here}; use `weights`, which starts with a new optimizer"
+        )
     return checkpoint
 
 

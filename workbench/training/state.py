@@ -190,8 +190,11 @@ class TrainState:
             "steps_per_epoch": self.steps_per_epoch,
         }
 
-    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """Raises RunError for a checkpoint that does not fit the recipe."""
+    def load_state_dict(self, checkpoint: dict[str, Any], same_recipe: bool = True) -> None:
+        """Raises RunError for a checkpoint that does not fit the recipe.
+
+        Of another recipe, the optimizer keeps its own options: weight decay, momentum, betas.
+        """
         try:
             if (there := checkpoint["steps_per_epoch"]) != self.steps_per_epoch:
                 raise ValueError(f"an epoch had {there} steps, now {self.steps_per_epoch}")
@@ -200,12 +203,16 @@ class TrainState:
                 self.ema.load_state_dict(checkpoint["ema"] or checkpoint["model"])
             if self.distiller:
                 self.adapters.load_state_dict(checkpoint.get("adapters") or {})
+            groups = self.optimizer.param_groups
+            options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for group, own in zip(self.optimizer.param_groups, options, strict=True):
+                group.update({} if same_recipe else own)
             if scaler := checkpoint.get("scaler"):
                 self._scaler.load_state_dict(scaler)
             progress = checkpoint["progress"]
             self.step, self.best = progress["step"], progress["best"]
-            self.worse = progress.get("worse", 0)
+            self.worse = progress.get("worse", 0) if same_recipe else 0
             self.meter.load_state_dict(progress)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise runs.RunError(
