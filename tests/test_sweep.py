@@ -174,6 +174,7 @@ def square(number: int) -> dict:
     return {"state": "finished", "square": number**2, "process": os.getpid()}
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_one_failed_row_and_the_others_go_on(tmp_path):
     rows = dict(in_processes(square, range(6), 2, tmp_path / "log"))
     died = rows.pop(1)
@@ -186,6 +187,7 @@ def test_a_killed_process_is_one_failed_row_and_the_others_go_on(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_runs_in_two_processes_are_those_of_one_with_the_same_threads(recipe, one_thread):
     rows = sorted(sweep(recipe.replace(workers=1), AXES, jobs=2), key=lambda row: row["run"])
     apart = list(sweep(recipe.replace(name="apart"), AXES))
