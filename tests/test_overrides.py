@@ -82,6 +82,7 @@ def test_an_override_resets_or_scales_what_depended_on_the_former_value(
         (STEPPED, {"epochs": 1, "schedule": "multistep"}, "below epochs 1"),
         ("", {"epochs": 1, "warmup_epochs": 1}, "no training at lr"),
         ("weights: x\n", {"pretrained": True, "weights": "y"}, "asks for other weights"),
+        ("eval_every: 10\nepochs: 8\n", {"lr": 0.5}, "eval_every: 10 has no effect"),
         (
             "image_size: 32\nval_resize: 40\n",
             {"image_size": 64, "val_resize": 40},

@@ -34,7 +34,8 @@ def resolve(
         if option not in overrides and values[option] != value:
             values[option], cause[option] = value, override
 
-    if values["epochs"] < before["epochs"] or "resume_from" not in overrides:
+    fewer, longer = (sign * (values["epochs"] - before["epochs"]) > 0 for sign in (-1, 1))
+    if fewer or (longer and "resume_from" not in overrides):
         for option, value in _scaled(before, values, overrides):
             change(option, value, "epochs")
     if not values["val_image_size"] and before["val_resize"] >= before["image_size"]:

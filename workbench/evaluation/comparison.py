@@ -340,7 +340,8 @@ def _inequalities(runs: list[EvaluatedRun], groups: list[SeedGroup], weights: st
             if ours != theirs:
                 yield f"{group.name} has {option} {ours}, {first.name} {theirs}"
         if not recipe_difference(first.recipe, group.recipe):
-            yield f"{group.name} and {first.name} had other weights of a teacher or to start from"
+            text = "had, or may have had, other weights of a teacher or to start from"
+            yield f"{group.name} and {first.name} {text}"
     if len({run.environment.get("data") for run in runs} - {None}) > 1:
         yield "the training images differ between runs"
 
