@@ -313,7 +313,7 @@ class Options(BaseModel):
     log_every: int = runtime_option(10, "steps per row of steps.csv", ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = runtime_option("auto", "auto takes a GPU")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", aka="amp",
-        help="auto is bf16 where it is native; fp16, with a scaled loss, is for older GPUs")
+        help="auto is bf16 on GPUs that have it; fp16, with a scaled loss, is for older GPUs")
     channels_last: bool = input_option(True, "memory layout of images and weights")
     compile: bool = runtime_option(False, aka="torchcompile",
         help="torch.compile of the model; its first steps take longer")

@@ -149,6 +149,22 @@ def test_a_cache_changes_no_bit_of_a_run_and_is_used(tmp_path, image_folder, mon
     assert recipe.fingerprint == recipe.replace(cache=False, cache_dir="").fingerprint
 
 
+def test_what_freed_memory_held_changes_no_bit(tmp_path, undisturbed):
+    """oneDNN leaves gradients of bf16 uninitialised; `auto` computed in it on some CPUs."""
+    recipe = small(tmp_path)
+    run = runs.Run(recipe.folder)
+    for _ in training.fit(recipe, run):
+        sizes = (64, 1024, 20_000, 80_000, 200_000)
+        freed = [torch.full((n,), torch.nan) for n in sizes for _ in range(4)]
+        del freed
+    assert_same_run(undisturbed, run)
+
+
+def test_auto_computes_in_fp32_on_a_cpu_that_has_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert training.pick_precision("auto", torch.device("cpu")) == "fp32"
+
+
 def test_the_global_seed_changes_nothing_and_the_recipes_seed_everything(tmp_path):
     results = []
     for seed in (1, 2):
