@@ -66,7 +66,7 @@ FIELDS = list(Options.model_fields)
 
 
 class Recipe(Options):
-    """Options that are valid together. Raises RecipeError, never a pydantic error."""
+    """A valid combination of options. Raises RecipeError, never a pydantic error."""
 
     def __init__(self, /, **values: Any):
         problems = [f"{key}: {_unknown(key)}" for key in values if key not in FIELDS]

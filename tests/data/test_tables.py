@@ -518,7 +518,7 @@ def test_a_fold_does_not_depend_on_the_order_of_the_rows_or_on_copies(image_fold
     [
         ({"fold": "1/5", "group_column": "site"}, "'site' is not in the tables.*\\['patient'\\]"),
         ({"fold": "1/30", "group_column": "patient"}, "has 19 values and 0 empty fields; 1/30"),
-        ({"fold": "2/3", "train_list": "few.csv"}, "every image of classes \\[1\\]; they"),
+        ({"fold": "2/3", "train_list": "few.csv"}, "all images of classes \\[1\\]; they"),
     ],
 )  # fmt: skip
 def test_folds_that_cannot_be_made_are_refused(image_folder, options, says):

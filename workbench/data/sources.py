@@ -320,7 +320,7 @@ def k_fold(frame: pd.DataFrame, fold: str, group_column: str = "") -> list[pd.Da
     is_val = pd.Series(chosen, rows.index).reindex(frame.index)
     sides = [frame[side].reset_index(drop=True) for side in (~is_val, is_val)]
     if missing := sorted({*frame.label} - {*sides[0].label}):
-        text = f"has every image of classes {missing[:8]}"
+        text = f"contains all images of classes {missing[:8]}"
         raise DataError(f"fold {fold} {text}; they need more images or groups")
     return sides
 

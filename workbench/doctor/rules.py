@@ -61,7 +61,7 @@ def examine(
     per_epoch = schedule.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
     if per_epoch == 0:
         raise schedule.TrainingError(
-            f"batch_size {recipe.batch_size} is above {images} images and drop_last leaves none"
+            f"batch_size {recipe.batch_size} exceeds the {images} images: drop_last leaves no batch"
         )
     warnings = [
         *_optimizer_warnings(recipe, classes),

@@ -34,7 +34,7 @@ class Verdict:
             only = "; this holds for these two runs, train more seeds to compare the recipes"
             return f"{direction} ({self._evidence()}){only if single else ''}"
         if abs(d.points) >= LARGE:
-            text = f"a large difference that is not proven: {direction}"
+            text = f"a large but not significant difference: {direction}"
         elif bound < LARGE:
             text = f"{pair} are within {bound:.2f} points: {d.points:+.2f}"
         else:

@@ -246,7 +246,7 @@ class Reader:
         self.origin[option] = Note(TAKEN, self.where(path), text + (f"; {why}" if why else ""))
 
     def drop(self, option: str) -> str:
-        """Unsets an option; returns where it was."""
+        """Removes an option; returns the place it was read from."""
         self.options.pop(option)
         return self.origin.pop(option, Note(TAKEN, option, "")).where
 

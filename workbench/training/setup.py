@@ -164,9 +164,9 @@ def _check_classes(run: runs.Run, dataset: data.Dataset) -> None:
     if not models.same_classes(there, here):
         pairs = [f"{a!r} there, {b!r} here" for a, b in zip(there, here, strict=False) if a != b]
         raise runs.RunError(
-            f"{run.path} was trained for {len(there)} classes and the data have {len(here)}, or "
-            f"others in another order: {'; '.join(pairs[:5])}; put them back, or give this run "
-            "another name and start from `weights`"
+            f"{run.path} was trained on {len(there)} classes, which are not the {len(here)} of the "
+            f"data in the same order: {'; '.join(pairs[:5])}; restore the classes, or give this "
+            "run another name and start from `weights`"
         )
     try:
         before = run.predictions().drop_duplicates(["list", "file"])  # raw and EMA

@@ -31,8 +31,8 @@ class TrainState:
         self.steps_per_epoch = data.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
         if self.steps_per_epoch == 0:
             raise TrainingError(
-                f"batch_size {recipe.batch_size} is above the {images} training images and "
-                "drop_last leaves none; lower batch_size"
+                f"batch_size {recipe.batch_size} is larger than the {images} training images, and "
+                "drop_last: true leaves no batch; lower batch_size"
             )
         set_trainable(model, recipe.freeze)
         norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
