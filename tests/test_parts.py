@@ -415,7 +415,7 @@ BAD = {
         "def part(image, rng): return None": "NoneType",
         "def part(image, rng): return (image * np.random.rand()).astype(np.uint8)": "global random",
         "def part(image, rng): return (image * random.random()).astype(np.uint8)": "global random",
-        "from os import urandom\ndef part(image, rng): return image + urandom(1)[0]": "two images",
+        "def part(image, rng): return np.random.default_rng().permutation(image)": "two images",
     },
     "metrics": {
         "def part(predictions): return 0.5": "gives 0.5; it must give {name: number}",

@@ -66,7 +66,7 @@ def with_reason(path: str | Path, read: Callable[[], Any], attempts: int = 3) ->
         reason, is_empty = "undecodable", path and stored_in(path)[1] == 0
         detail = "empty file" if is_empty else "no known image format"
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # too many files: no error of the image
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # no error of the image
             raise
         if error.errno in _TEMPORARY and attempts > 1:
             time.sleep(4 - attempts)

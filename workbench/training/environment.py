@@ -5,9 +5,11 @@ import platform
 import resource
 import subprocess
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import PIL
 import timm
@@ -37,6 +39,8 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
         "timm": timm.__version__,
         "numpy": np.__version__,
         "pillow": PIL.__version__,
+        "opencv": cv2.__version__,
+        "simplejpeg": metadata.version("simplejpeg"),
         "platform": platform.platform(terse=True),
         "device": torch.cuda.get_device_name(dist.device) if cuda else processor(),
         "precision": pick_precision(recipe.precision, dist.device),
@@ -60,13 +64,14 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of this machine's CPU, and the number of cores."""
+    """The name of this machine's CPU, its cores, and the instructions of torch's kernels."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {data.available_cpus()} cores"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {data.available_cpus()} cores, {capability}"
 
 
 def _commit() -> str:

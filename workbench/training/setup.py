@@ -60,8 +60,9 @@ def set_up(
     if state.distiller:
         facts["teachers"] = state.distiller.record()
         if recipe.cache_teacher_logits:
-            keys = "data precision processes threads torch torchvision timm numpy pillow device"
-            same = {key: facts[key] for key in keys.split()} | {"code": code_digest()}
+            keys = "data precision processes threads device torch torchvision timm numpy pillow"
+            keys = [*keys.split(), "opencv", "simplejpeg"]
+            same = {key: facts[key] for key in keys} | {"code": code_digest()}
             facts["teacher_cache"] = state.distiller.open_logit_cache(state.steps_per_epoch, **same)
     with dist.main_first():  # the others read the quarantine that rank 0 truncates
         if dist.is_main:
