@@ -422,7 +422,7 @@ def test_training_and_doctor_name_skipped_files_and_empty_classes(world, command
     recipe.to_yaml(world / "recipe.yaml")
     run = train_run(recipe)
     facts = run.environment()
-    assert "1 files or folders skipped: a/notes.txt (no image)" in facts["skipped_files"]
+    assert "1 file or folder skipped: a/notes.txt (no image)" in facts["skipped_files"]
     assert facts["empty_classes"] == ["d"]
     lines = io.StringIO()
     with contextlib.redirect_stdout(lines):
@@ -433,7 +433,7 @@ def test_training_and_doctor_name_skipped_files_and_empty_classes(world, command
     assert "a/notes.txt (no image)" in lines.getvalue()
     done = command("doctor", world / "recipe.yaml")
     assert "a/notes.txt (no image)" in done.stdout
-    assert "1 of 4 classes have no training image" in done.stdout
+    assert "1 of 4 classes has no training image" in done.stdout
 
 
 def test_the_doctor_refuses_one_class():

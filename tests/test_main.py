@@ -177,3 +177,27 @@ def test_migrate_renames_options_and_values_and_leaves_comments(tmp_path):
     new = "# flip: as it is\nhflip: 0.5  # flip\nkd_loss: [kl_standardized_logits]\n"
     assert path.read_text() == new
     assert "0 changes" in invoke("migrate", path).output and path.read_text() == new
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("mimic: []\n", {}),
+        ("mimic_loss: [ ]  # none\n", {}),
+        ("teacher: [t]\nmimic_loss:\n  # of logits\n  - kl_standardized\n",
+         {"teacher": ["t"], "kd_loss": ["kl_standardized_logits"]}),
+    ],
+)  # fmt: skip
+def test_a_migrated_file_is_valid(tmp_path, old, new):
+    path = tmp_path / "old.yaml"
+    path.write_text(old + "step_epochs: 2\nschedule: step\n")
+    invoke("migrate", path)
+    assert Recipe.from_yaml(path) == Recipe(schedule="step", lr_step_epochs=2, **new)
+
+
+def test_migrate_tells_what_it_cannot_correct(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("flip: 0.5\nmimic: [3 -> 4]\n")
+    done = invoke("migrate", path)
+    assert done.exit_code == 1 and "2 changes" in done.output
+    assert "old.yaml: 1 problem\n  - distill_pairs" in str(done.exception)

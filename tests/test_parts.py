@@ -207,6 +207,51 @@ def test_a_metric_that_is_added_later_is_empty_in_the_epochs_before(tmp_path, co
         train(recipe)
 
 
+FEW = """
+def few(predictions):
+    assert predictions.p1.nunique() <= 4, "too many"
+    return {"few": 1.0}
+"""  # passes with the four images of the dry run
+
+
+def test_a_metric_that_fails_in_validation_is_nan_and_the_training_goes_on(tmp_path, code):
+    code.write_text(CODE + FEW)
+    options = {"metrics": [f"{code}:few", f"{code}:errors"], "ema_decay": 0.9, "epochs": 3}
+    with pytest.warns(UserWarning, match="metrics .*few@.* failed: AssertionError: too many") as w:
+        run = train(small(tmp_path, **options))
+    assert len(w) == 1  # of three epochs and two sets of weights
+    table = run.metrics()
+    assert table.few.isna().all() and table.ema_few.isna().all() and table.wrong.notna().all()
+    assert ",nan," in run.file("metrics.csv").read_text()  # not empty, as without validation
+    message = run.status()["message"]
+    assert message.startswith("finished: top-1") and "too many; few is nan" in message
+    [shown] = comparison.compare([run.path]).table.to_dict("records")
+    assert np.isnan(shown["few"]) and shown["wrong"] == table.wrong.iloc[-1]
+    plain = train(small(tmp_path, "plain", ema_decay=0.9, epochs=3))
+    pd.testing.assert_frame_equal(metrics(run), metrics(plain), check_exact=True)
+
+
+def test_a_resume_warns_of_a_failed_metric_no_more_and_takes_a_corrected_one(tmp_path, code):
+    code.write_text(CODE + FEW)
+    recipe = small(tmp_path, metrics=[f"{code}:few"], epochs=3)
+
+    def one_epoch():
+        for row in training.fit(recipe, runs.Run(recipe.folder)):
+            if row["kind"] == "epoch":
+                return
+
+    with pytest.warns(UserWarning, match="few is nan"):
+        one_epoch()
+    one_epoch()  # a warning is an error in these tests
+    code.write_text((CODE + FEW).replace("<= 4", "> 4"))
+    with pytest.raises(PartError, match="few.* failed"):  # with four images
+        train(recipe)
+    code.write_text((CODE + FEW).replace("<= 4", "> 0"))
+    run = train(recipe)
+    assert run.metrics().few.fillna(-1).tolist() == [-1, -1, 1]
+    assert "nan" not in run.status()["message"]
+
+
 def test_a_dataset_of_one_frame_is_split_into_the_folds_of_the_same_table(tmp_path, code):
     code.write_text(CODE + "def one(data_dir):\n    return frames(data_dir)[0]\n")
     frame = data.load_dataset(Recipe(dataset=f"{code}:frames")).train

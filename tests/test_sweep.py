@@ -253,7 +253,6 @@ SPACE = {"lr": ["0.01:0.5:log"], "epochs": ["2:3"], "nesterov": [False, True]}
     ],
 )
 def test_refused_ranges(recipe, tmp_path, axes, says):
-    pytest.importorskip("optuna")
     with pytest.raises(RecipeError, match=says):
         next(sweep(recipe, axes, trials=2))
     assert list(tmp_path.iterdir()) == []
@@ -267,13 +266,13 @@ def test_trials_without_optuna_say_what_to_install(recipe, monkeypatch):
 
 def study_of(recipe, axes):
     """The study in the folder of a sweep."""
-    optuna = pytest.importorskip("optuna")
+    import optuna
+
     backend = optuna.storages.journal.JournalFileBackend(str(folder_of(recipe, axes) / "study.log"))
     return optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
 
 
 def test_trials_are_runs_with_suggested_values_and_none_is_repeated(recipe):
-    pytest.importorskip("optuna")
     rows = list(sweep(recipe, SPACE, trials=3))
     assert len({row["run"] for row in rows}) == 3
     study = study_of(recipe, SPACE)
@@ -297,7 +296,8 @@ def test_trials_are_runs_with_suggested_values_and_none_is_repeated(recipe):
 
 
 def test_a_run_below_the_median_is_pruned_and_keeps_its_folder(recipe, monkeypatch):
-    optuna = pytest.importorskip("optuna")
+    import optuna
+
     pruner = optuna.pruners.MedianPruner(n_startup_trials=1)
     monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda: pruner)
     axes = {"lr": [0.1, 1e-6], "train_fraction": [0.5]}
@@ -319,7 +319,6 @@ def test_a_run_below_the_median_is_pruned_and_keeps_its_folder(recipe, monkeypat
 
 @pytest.mark.slow
 def test_a_killed_study_goes_on_as_if_it_had_not_been(recipe, tmp_path):
-    pytest.importorskip("optuna")
     axes = {"lr": ["0.01:0.5:log"]}
     whole = list(sweep(recipe.replace(name="whole"), axes, trials=5))
     recipe.to_yaml(tmp_path / "small.yaml")
@@ -342,7 +341,6 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(recipe, tmp_path):
 
 
 def test_two_processes_share_a_study(recipe):
-    pytest.importorskip("optuna")
     axes = {"lr": ["0.01:0.5:log"]}
     rows = list(sweep(recipe, axes, jobs=2, trials=4))
     assert [row["state"] for row in rows] == ["finished"] * 4

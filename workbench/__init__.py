@@ -22,3 +22,8 @@ CACHE = Path(
     os.environ.get("WORKBENCH_CACHE")
     or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "workbench"
 )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 image", "1,200 images", "2 classes"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench import ROOT
+from workbench import ROOT, counted
 
 if TYPE_CHECKING:  # imported where needed, so that `workbench --help` starts at once
     from workbench.recipe import Recipe
@@ -125,7 +125,6 @@ def sweep(
     The same command resumes. Exit code 0 all finished, 1 a run failed, 3 stopped.
     """
     recipe = _recipe(params, p)
-    from workbench import evaluation
     from workbench import sweep as sweeping
 
     options, states = sweeping.parse_axes(axes), set()
@@ -143,8 +142,7 @@ def sweep(
     if "stopped" in states:
         print("stopped; the same command resumes")
     elif "fold" in options and states == {"finished"}:
-        table = evaluation.by_column(evaluation.out_of_fold(sweeping.finished(folder)), "recipe")
-        print(f"out of fold:\n{table.to_string(float_format='{:.2f}'.format)}")
+        print(sweeping.fold_report(folder, options))
     elif "finished" in states:
         compare(sweeping.finished(folder), "raw")
     raise typer.Exit(STOPPED if "stopped" in states else int("failed" in states))
@@ -208,7 +206,7 @@ def check_data(
 
     content = data.load_dataset(recipe, strict=False)
     findings = data.check_data(content)
-    counts = f"{len(content.train):,} training and {len(content.val):,} validation images"
+    counts = f"{len(content.train):,} training, {counted(len(content.val), 'validation image')}"
     print(f"{counts}, {len(content.classes)} classes")
     if out:
         findings.to_csv(out, index=False)
@@ -247,10 +245,11 @@ def doctor(
         images, classes = len(content.train), len(content.classes)
         if content.skipped:
             print(data.describe_skipped(content.skipped))
-    counts = content.counts if content else None
     measured = bool(content) or rules.worth_measuring(recipe)
-    sizes = {"images": images, "classes": classes, "counts": counts}
+    sizes = {"images": images, "classes": classes, "counts": content and content.counts}
     print(*rules.examine(recipe, **sizes, measured=measured), sep="\n")
+    for text in training.trained_on_validation(recipe, content) if content else ():
+        print(f"warning: {text} [its recipe.yaml]")
     if recipe.teacher and content:
         from workbench.doctor import teachers
 
@@ -370,8 +369,8 @@ def predict(
     print(f"predictions of {opened}", flush=True)
     how = {"top": top, "batch_size": batch_size, "workers": workers, "annotate_dir": annotate_dir}
     counts = exporting.predict_to_file(opened, inputs, out, **how)
-    predicted = counts.pop("", 0)
-    print(f"{predicted + sum(counts.values()):,} images: {predicted:,} predictions in {out}")
+    images, predicted = counted(sum(counts.values()), "image"), counts.pop("", 0)
+    print(f"{images}: {counted(predicted, 'prediction')} in {out}")
     for reason, count in counts.items():
         print(f"{count:,} {reason}: see the column error")
     raise typer.Exit(int(not predicted))
@@ -417,13 +416,15 @@ def options(
 
 @app.command()
 def migrate(files: Annotated[list[Path], typer.Argument(help="params files")]) -> None:
-    """Rename options of earlier versions in params files; comments and order stay."""
+    """Rename options of earlier versions in params files, and name what is still wrong."""
     from workbench import params_files
-    from workbench.recipe import RENAMED, RENAMED_VALUES
+    from workbench.recipe import RENAMED, RENAMED_VALUES, Recipe
 
     for path in files:
         changes = params_files.migrate(path, RENAMED, RENAMED_VALUES)
-        print(f"{path}: {len(changes)} changes", *changes, sep="\n  ")
+        print(f"{path}: {counted(len(changes), 'change')}", *changes, sep="\n  ")
+    for path in files:
+        Recipe.from_yaml(path)  # raises what is still wrong
 
 
 @app.command("runs")
@@ -433,8 +434,7 @@ def list_runs(
     """List the runs in a folder, newest first."""
     from workbench import runs
 
-    found = runs.rows(folder)
-    if not found:
+    if not (found := runs.rows(folder)):
         print(f"no runs in {folder}; make demo trains one")
         return
     hidden = {"device", "train_loss", "message"}

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from workbench import ROOT, parts, runs
+from workbench import ROOT, counted, parts, runs
 from workbench.recipe_checks import is_part
 
 hub = huggingface_hub.constants
@@ -237,7 +237,7 @@ class Loaded:
     digest: str = ""  # of the loaded tensors
 
     def __str__(self) -> str:
-        text = f"{self.source}: {len(self.loaded)} tensors loaded"
+        text = f"{self.source}: {counted(len(self.loaded), 'tensor')} loaded"
         for status, rows in self.table().groupby("status", sort=False):
             if status != "loaded":
                 names = [f"{row.tensor} ({row.why})" for row in rows.itertuples()]

@@ -64,22 +64,28 @@ def dump(value: Any) -> str:
 
 
 def migrate(path: str | Path, renamed: dict[str, str], values: dict[str, str]) -> list[str]:
-    """Renames options of a params file, and values in their lines, keeping comments and order.
+    """Renames options of a params file, and their values, keeping comments and order.
 
-    Returns a sentence for each change; the file is written if there is one.
+    A renamed option that is [] is left out: it is refused, and its default applies. Returns a
+    sentence for each change; the file is written if there is one.
     """
     lines = Path(path).read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    changes = []
+    changes, key = [], ""
     for i, line in enumerate(lines):
-        key, colon, rest = line.partition(":")
-        if not colon or key not in {*renamed, *renamed.values()}:
+        start = re.match(r"(\w+):", line)  # else a comment, or a further line of a value
+        key = start[1] if start else key
+        if key not in {*renamed, *renamed.values()} or line.lstrip().startswith("#"):
             continue
-        value, hash_sign, comment = rest.partition(" #")
+        text, hash_sign, comment = line.partition(" #")
         for old, new in values.items():
-            value = re.sub(rf"\b{re.escape(old)}\b(?!_)", new, value)
-        lines[i] = f"{renamed.get(key, key)}:{value}{hash_sign}{comment}"
+            text = re.sub(rf"\b{re.escape(old)}\b(?!_)", new, text)
+        if start:
+            text = renamed.get(key, key) + text[len(key) :]
+        empty = start and re.search(r":\s*\[\s*\]\s*$", text)
+        lines[i] = "" if empty else text + hash_sign + comment
         if lines[i] != line:
-            changes.append(f"line {i + 1}: {line.strip()} -> {lines[i].strip()}")
+            now = "left out, the default applies" if empty else lines[i].strip()
+            changes.append(f"line {i + 1}: {line.strip()} -> {now}")
     if changes:
         Path(path).write_text("".join(lines), encoding="utf-8")
     return changes

@@ -16,7 +16,8 @@ The contracts, with `**args` from the mapping of that name, such as loss_args:
 - kd_loss, a list: (student, teacher, targets, **args) -> 0-d, a mean; logits or features (n, ...).
 - transform: (image, rng, **args) -> image; uint8 (h, w, 3), cropped and augmented, and a
   numpy.random.Generator, the only source of random numbers.
-- metrics, a list: (predictions) -> {name: number}; a DataFrame as in predictions.parquet.
+- metrics, a list: (predictions) -> {name: number}; a DataFrame as in predictions.parquet. One that
+  fails in validation is nan there, with a warning.
 - dataset: (data_dir, **args) -> (train, val), or one frame with fold or val_fraction. DataFrames
   as workbench.data.tables reads them: file (below data_dir) or image (bytes), label, and others.
 

@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError, ValidationInfo, field_validator
 
-from workbench import ROOT, params_files
+from workbench import ROOT, counted, params_files
 from workbench.options import Options
 from workbench.overrides import resolve
 from workbench.recipe_checks import conflicts, unmet_needs
@@ -59,7 +59,9 @@ class RecipeError(ValueError):
 
     def __init__(self, problems: list[str], source: str = "recipe"):
         self.problems = problems
-        super().__init__("\n  - ".join([f"{source}: {len(problems)} problem(s)", *problems]))
+        super().__init__(
+            "\n  - ".join([f"{source}: {counted(len(problems), 'problem')}", *problems])
+        )
 
 
 FIELDS = list(Options.model_fields)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
+from workbench import counted
 from workbench.recipe import Recipe
 
 
@@ -146,7 +147,8 @@ def lr_schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     steps, rise = recipe.epochs * steps_per_epoch, warmup_steps(recipe, steps_per_epoch)
     if rise >= steps:
         raise TrainingError(
-            f"the warm-up takes {rise} steps and the whole training {steps}; lower warmup_steps"
+            f"the warm-up takes {counted(rise, 'step')} and the whole training {steps}; lower "
+            "warmup_steps"
         )
     warmup = Warmup(rise, recipe.warmup_start_factor, recipe.warmup)
     decay = {"warmup": warmup, "hold": steps_per_epoch if recipe.lr_per_epoch else 1}

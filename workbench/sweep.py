@@ -32,9 +32,9 @@ def sweep(
     Rows: run (name of the folder), the options of `axes`, state, top1 (percent, None if it failed),
     message. A run that fails does not end the sweep. `jobs` runs share the cores or GPUs; another
     number of threads changes the last bits. At the end there are table.csv and, with one or two
-    options beside the seed, top1.png; with all of fold=1/5,...,5/5 out_of_fold.parquet
-    (evaluation.out_of_fold). With `trials` Optuna suggests the values of that many runs
-    from lists and ranges in words, ["0.001:0.3:log"]; it ends runs below the median as "pruned".
+    options beside the seed, top1.png; with all of fold=1/5,...,5/5 instead out_of_fold.parquet
+    (evaluation.out_of_fold). With `trials` Optuna suggests the values of that many runs from lists
+    and ranges in words, ["0.001:0.3:log"]; it ends runs below the median as "pruned".
 
     Ctrl-C stops with checkpoints: the last rows are "stopped"; between two runs it is raised.
     Raises RecipeError before the first run, with all combinations that are refused, and RunError
@@ -63,7 +63,7 @@ def sweep(
         states.add(row["state"])
         if row["state"] == "stopped" and jobs == 1:
             return
-    if "fold" in axes and states == {"finished"}:
+    if "fold" in axes and states == {"finished"} and not missing_folds(values):
         with runs.atomic_write(folder / "out_of_fold.parquet") as temporary:
             evaluation.out_of_fold(finished(folder)).to_parquet(temporary, index=False)
     elif "fold" not in axes and "stopped" not in states:
@@ -173,6 +173,26 @@ def read_sweep_file(folder: str | Path) -> tuple[dict[str, list], Recipe]:
         return content["axes"], Recipe(**content["recipe"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise runs.RunError(f"{folder} is no readable sweep: {error}") from None
+
+
+def missing_folds(axes: Mapping[str, Iterable]) -> str:
+    """Why the folds of a sweep give no table of out-of-fold predictions; "" if they do."""
+    folds = [*axes["fold"]]
+    counts = sorted({int(fold.partition("/")[2] or 1) for fold in folds})
+    missing = [f"{i + 1}/{k}" for k in counts for i in range(k) if f"{i + 1}/{k}" not in folds]
+    if not missing and len(counts) == 1:
+        return ""
+    which = f"missing: {', '.join(missing)}" if len(counts) == 1 else f"given: {', '.join(folds)}"
+    text = f"no out-of-fold table: it needs all folds of one partition ({which})"
+    return f"{text}; sweep over all of them, finished runs are not trained again"
+
+
+def fold_report(folder: Path, axes: Mapping[str, Iterable]) -> str:
+    """Top-1 of the out-of-fold predictions of a sweep by recipe, or why there are none."""
+    if text := missing_folds(axes):
+        return text
+    table = evaluation.by_column(evaluation.out_of_fold(finished(folder)), "recipe")
+    return f"out of fold:\n{table.to_string(float_format='{:.2f}'.format)}"
 
 
 def finished(folder: str | Path) -> list[Path]:

@@ -108,7 +108,8 @@ def imitated(folder: Path, rows: list[dict], classes=CLASSES) -> None:
 
 
 def by_their_library(folder: Path, rows: list[dict], classes=CLASSES) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     datasets.disable_progress_bars()
     kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[*classes])}
     kinds["camera"] = datasets.Value("string")
@@ -258,7 +259,7 @@ TWO = "a/0.png,x\na/1.png,x\nb/0.png,y\nb/1.png,y\n"
         ("file,label\n" + TWO, {"label_column": "label", "val_fraction": 0.0, "fold": "1/2",
          "group_column": "site"}, "group_column 'site' is not in the tables"),
         ("file,label,g\n" + TWO.replace("\n", ",1\n"), {"val_fraction": 0.0, "fold": "1/2",
-         "group_column": "g"}, "has 1 values and 0 empty fields; 1/2 needs 2 values"),
+         "group_column": "g"}, "has 1 value and 0 empty fields; 1/2 needs 2 values"),
         ("file,label,g\n" + TWO.replace("\n", ",\n"), {"val_fraction": 0.0, "fold": "1/2",
          "group_column": "g"}, "has 0 values and 4 empty fields"),
     ],
@@ -513,17 +514,45 @@ def test_a_fold_does_not_depend_on_the_order_of_the_rows_or_on_copies(image_fold
     assert set(found.val.file) == before and not before & set(found.train.file)
 
 
+def test_a_group_is_one_whatever_white_space_and_accents_its_value_has(image_folder):
+    frame = pd.read_csv(image_folder / many(image_folder))
+    options = dict(train_list="all.csv", fold="2/3", group_column="patient")
+
+    def fold(spellings):
+        names = [spellings[i % len(spellings)].format(p) for i, p in enumerate(frame.patient)]
+        frame.assign(patient=names).to_csv(image_folder / "all.csv", index=False)
+        return opened(image_folder, **options).val.file.tolist()
+
+    assert fold(["é{}"]) == fold(["é{}", " é{}", "é{}\t", "e\N{COMBINING ACUTE ACCENT}{}"])
+    for spellings in (["{}", "{}.0"], ["{}", "00{}"]):
+        with pytest.raises(DataError, match="has '[0.]+' and '0[.0]*', one number in two forms"):
+            fold(spellings)
+
+
+def test_a_file_with_two_spellings_of_its_path_is_in_one_fold(image_folder):
+    names = [f"{c}/{i}.png" for c in CLASSES for i in range(6)]
+    rows = [f"{start}{name},{name[0]}" for name in names for start in ("", "./")]
+    write_list(image_folder / "t.csv", "file,label", *rows)
+    for i in (1, 2, 3):
+        found = opened(image_folder / "train", train_list="../t.csv", train_root=".", fold=f"{i}/3")
+        train, val = ({Path(p).resolve() for p in f.path} for f in (found.train, found.val))
+        assert len(val) == 6 and not train & val
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
         ({"fold": "1/5", "group_column": "site"}, "'site' is not in the tables.*\\['patient'\\]"),
         ({"fold": "1/30", "group_column": "patient"}, "has 19 values and 0 empty fields; 1/30"),
         ({"fold": "2/3", "train_list": "few.csv"}, "all images of classes \\[1\\]; they"),
+        ({"fold": "1/2", "train_list": "twice.csv", "group_column": "patient"},
+         "has two values for '1.png'"),
     ],
 )  # fmt: skip
 def test_folds_that_cannot_be_made_are_refused(image_folder, options, says):
     rows = ["file,label,patient", "0.png,x,0", "1.png,x,1", "2.png,x,2", "3.png,y,3"]
     write_list(image_folder / "few.csv", *rows)
+    write_list(image_folder / "twice.csv", *rows, "1.png,x,0")
     with pytest.raises(DataError, match=says):
         for i in range(1, 4):  # one of them has the only image of y
             fold = f"{i}/3" if "few.csv" in options.values() else options["fold"]

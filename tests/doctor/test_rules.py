@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench import ROOT, doctor, models, training
+from workbench import ROOT, counted, doctor, models, training
 from workbench.doctor import rules
 from workbench.recipe import Recipe
 
@@ -39,11 +39,20 @@ def test_facts_have_the_steps_and_learning_rates():
     assert "1,281 images a class on average; guessing gives 0.1 % top-1" in facts
 
 
+def test_one_of_something_is_no_plural():
+    assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
+    assert counted(1200, "image") == "1,200 images" and counted(1, "image") == "1 image"
+    facts = texts("fact", {"images": 12, "classes": 3}, epochs=1, batch_size=32)
+    assert "1 step an epoch of 12 images, 1 step in all; that step" in facts
+    facts = texts("fact", {"images": 33, "classes": 3}, epochs=1, batch_size=32)
+    assert "2 steps an epoch" in facts and "the last step of an epoch has 1 image instead" in facts
+
+
 def test_counts_give_the_smallest_and_largest_class_and_empty_ones():
     facts = texts("fact", {"images": 60, "classes": 3, "counts": [10, 20, 30]})
     assert "20 images a class on average, 10 in the smallest and 30 in the largest" in facts
     warnings = texts("warning", {"images": 30, "classes": 3, "counts": [10, 20, 0]})
-    assert "1 of 3 classes have no training image" in warnings
+    assert "1 of 3 classes has no training image" in warnings
 
 
 def test_half_life_of_ema_equals_repeated_multiplication():
@@ -157,7 +166,7 @@ def test_unknown_model_is_refused_with_close_names():
 
 
 def test_batch_larger_than_the_data_is_refused():
-    with pytest.raises(training.TrainingError, match="above 20 images"):
+    with pytest.raises(training.TrainingError, match="exceeds the 20 images"):
         doctor.examine(Recipe(drop_last=True), images=20, classes=10)
 
 

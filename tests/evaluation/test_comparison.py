@@ -231,7 +231,7 @@ def test_a_few_images_that_one_run_lacks_are_left_out(six):
     edit_predictions(six[2], lambda f: f.iloc[:-3])
     result = compare(six)
     assert (result.table.images == IMAGES - 3).all()
-    assert "better-seed1: 3 images are left out that other runs lack" in result.cautions
+    assert "better-seed1: 3 images left out that other runs lack" in result.cautions
     edit_predictions(six[2], lambda f: f.iloc[:300])
     with pytest.raises(ComparisonError, match="plain-seed2 .*: 300 of 400 have the same file"):
         compare(six)

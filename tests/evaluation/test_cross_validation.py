@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import write_list
+from helpers import train
 
-from workbench import data, evaluation, runs
+from workbench import data, evaluation, runs, training
 from workbench.evaluation.comparison import ComparisonError
 from workbench.recipe import Recipe, RecipeError
 from workbench.sweep import folder_of, sweep
+from workbench.ui import widgets
 
 FOLDS = [f"{i}/3" for i in (1, 2, 3)]
 
@@ -43,6 +45,46 @@ def test_a_sweep_over_folds_ends_with_all_predictions_in_one_table(recipe):
     assert shares.images.tolist() == [9, 9] and shares.index.tolist() == ["cam0", "cam1"]
     one = evaluation.out_of_fold(folder / row["run"] for row in rows if row["seed"] == 1)
     assert set(one.recipe) == {"all"} and len(one) == 18
+
+
+def test_weights_and_teachers_of_another_fold_are_warned_of(recipe, tmp_path, command):
+    def written(**options) -> str:
+        """A run folder as far as it is read here."""
+        run = recipe.replace(name=f"run{len([*tmp_path.iterdir()])}", **options)
+        (tmp_path / run.name).mkdir()
+        run.to_yaml(tmp_path / run.name / "recipe.yaml")
+        return str(tmp_path / run.name)
+
+    def texts(**options) -> list[str]:
+        one = recipe.replace(**options)
+        return training.trained_on_validation(one, data.load_dataset(one))
+
+    first = written(fold="1/3")
+    again = written(fold="1/3", weights=first)
+    [text] = texts(fold="2/3", weights=first)
+    assert text.startswith(f"{first} was trained on 6 of the 6 validation images")
+    file = f"{first}/best.safetensors"
+    for start in ({"resume_from": first}, {"teacher": [first]}, {"weights": file}):
+        assert texts(fold="1/3", **start) == [] and len(texts(fold="2/3", **start)) == 1
+    assert len(texts(fold="2/3", teacher=[again])) == 2  # it has started from the first
+    # Images are held out by hash: those of a third are among those of a half.
+    third = written(val_fraction=0.34)
+    assert "on 3 of the 9 val" in texts(val_fraction=0.5, weights=third)[0]
+    assert texts(val_fraction=0.2, weights=third) == texts(fold="1/3", weights="nowhere") == []
+    recipe.replace(fold="2/3", resume_from=first).to_yaml(tmp_path / "params.yaml")
+    assert f"warning: {text} [its" in command("doctor", tmp_path / "params.yaml").stdout
+
+
+def test_a_run_from_weights_of_another_fold_says_so_at_its_start_and_end(recipe, capsys):
+    first = train(recipe.replace(fold="1/3"))
+    second = recipe.replace(name="second", fold="2/3", weights=str(first.path))
+    progress = widgets.Progress(run := runs.Run(second.folder))
+    for row in training.fit(second, run):
+        progress.show(row)
+    [text] = run.environment()["trained_on_validation"]
+    assert first.status()["message"].endswith("images after 1 epoch")
+    assert run.status()["message"].endswith(f"after 1 epoch; {text}")
+    assert f"\n{text}\n" in capsys.readouterr().out
 
 
 def test_folds_of_the_embedded_sets_are_of_their_training_images():
@@ -111,6 +153,18 @@ def stand_in(path, recipe: Recipe, part: int):
     return path
 
 
+@pytest.mark.parametrize(
+    "folds, says", [("1/3,2/3", "missing: 3/3"), ("1/2,2/2,1/3", "given: 1/2, 2/2, 1/3")]
+)
+def test_a_sweep_over_some_folds_ends_well_and_names_the_missing_ones(
+    recipe, tmp_path, command, folds, says
+):
+    recipe.to_yaml(params := tmp_path / "cv.yaml")
+    done = command("sweep", params, f"fold={folds}")
+    assert done.returncode == 0 and says in done.stdout
+    assert not (folder_of(recipe, ["fold"]) / "out_of_fold.parquet").exists()
+
+
 def test_the_command_prints_top1_by_fold_and_recipe(command, tmp_path):
     params = tmp_path / "cv.yaml"
     Recipe(name="cv", train_fraction=0.05, epochs=1, workers=0, device="cpu",
@@ -118,5 +172,3 @@ def test_the_command_prints_top1_by_fold_and_recipe(command, tmp_path):
     done = command("sweep", params, "fold=1/2,2/2")
     assert done.returncode == 0, done.stderr
     assert "fold=1-2-seed0" in done.stdout and "all 1297" in " ".join(done.stdout.split())
-    done = command("sweep", params, "fold=1/2")
-    assert done.returncode == 1 and "there are the folds ['1/2']" in done.stderr

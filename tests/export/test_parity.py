@@ -72,7 +72,7 @@ def test_flips_beyond_ties_are_a_problem_of_exact_formats(name, flips, ties):
     problems = parity.problems({"formats": formats, "script": {}})
     exact = name not in ("int8", "with_preprocessing")
     assert len(problems) == (exact and flips > ties)
-    assert all(f"{name} has other predictions than torch for 1 images" in p for p in problems)
+    assert all(f"{name} has other predictions than torch for 1 image beyond" in p for p in problems)
 
 
 @pytest.mark.parametrize("name", parity.LOSSY)

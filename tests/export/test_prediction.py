@@ -374,5 +374,5 @@ def test_the_command_writes_the_table_and_counts_the_errors(trained, wild, tmp_p
     done = command("predict", *words)
     assert done.returncode == 1 and "exists and is not replaced; move it" in done.stderr
     done = command("predict", trained.path, wild / "cut.jpg", "--out", tmp_path / "bad.csv")
-    assert done.returncode == 1 and "1 images: 0 predictions" in done.stdout
+    assert done.returncode == 1 and "1 image: 0 predictions" in done.stdout
     assert (tmp_path / "bad.csv").exists()

@@ -293,6 +293,22 @@ def test_complete_batches_are_not_predicted_again(photos, tmp_path):
     assert calls == [1]
 
 
+@pytest.mark.parametrize("replaced, calls", [(9, 1), (6, 2), (0, 3)])
+def test_images_that_changed_since_are_predicted_again(photos, tmp_path, replaced, calls):
+    out, expected = tmp_path / "out.jsonl", tmp_path / "expected.jsonl"
+    interrupted(photos, out, batches=2)  # 8 of 9 images
+    if replaced < 9:
+        path = photos / IN_PHOTOS[replaced]
+        before = path.stat()
+        content = (photos / IN_PHOTOS[replaced + 1]).read_bytes()
+        path.write_bytes(content.ljust(before.st_size, b"\0"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p leaves it
+    counts = []
+    predict_to_file(Colours(counts.append), [photos], out, batch_size=4)
+    predict_to_file(Colours(), [photos], expected, batch_size=4)
+    assert len(counts) == calls and out.read_bytes() == expected.read_bytes()
+
+
 def test_a_batch_is_synced_before_the_next_one(photos, tmp_path, monkeypatch):
     events, fsync = [], os.fsync
 

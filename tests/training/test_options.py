@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 from training_helpers import left_after, small
 
-from workbench import data, models, runs, training
+from workbench import counted, data, models, runs, training
 from workbench.recipe import Recipe, RecipeError
 from workbench.training.distributed import DistContext
 from workbench.training.state import TrainState
@@ -325,7 +325,7 @@ def test_early_stopping_ends_where_the_metrics_of_a_whole_run_say(tmp_path, pati
     pd.testing.assert_frame_equal(early.metrics(), whole.metrics()[:epochs])
     status = early.status()
     assert status["state"] == "finished" and f"after {epochs} epochs" in status["message"]
-    assert f"after {patience} evaluation(s) without" in status["message"]
+    assert f"after {counted(patience, 'evaluation')} without" in status["message"]
     best = early.metrics().top1.max()
     with safe_open(early.file("best.safetensors"), "pt") as file:
         assert float(file.metadata()["top1"]) == best

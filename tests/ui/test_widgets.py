@@ -153,8 +153,8 @@ def test_a_training_view_shows_step_speed_memory_and_what_was_left_out(tmp_path)
     view.show(STEP)
     start, line = view.start.value, view.line.value
     assert start.startswith("9 training and 3 validation images, 2 classes")
-    assert "<br>1 images left out, named in quarantine.csv" in start
-    assert "<br>1 validation images are in training too" in start
+    assert "<br>1 image left out, named in quarantine.csv" in start
+    assert "<br>in training too: 1 validation image;" in start
     assert "step 10 of 40: loss 1.250, 320 img/s, 25% waiting for data" in line
     assert "GB of memory" in line and "about 5 min left" in line
     assert (view.bar.value, view.bar.max) == (10, 40)

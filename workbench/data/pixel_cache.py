@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench import image_files
+from workbench import counted, image_files
 from workbench.data import images
 from workbench.data.verify import available_cpus, counter, file_digest
 
@@ -201,7 +201,7 @@ def build(*caches: Cache, progress: bool = True) -> None:
         ) from None
     if progress:
         count = sum(len(cache.files) for cache in caches)
-        print(f"cache: {count:,} files in {folder}, {len(missing):,} of them new")
+        print(f"cache: {counted(count, 'file')} in {folder}, {len(missing):,} of them new")
 
 
 def _missing(caches: tuple[Cache, ...]) -> list[tuple[Cache, int]]:

@@ -3,6 +3,7 @@
 No image is decoded; files without a known suffix are opened to find out whether they are images.
 """
 
+import decimal
 import hashlib
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from workbench import ROOT
+from workbench import ROOT, counted
 from workbench.data import archives, tables, toy
 from workbench.data.dataset import DataError, Dataset
 from workbench.data.lists import is_utf8, on_disk
@@ -170,13 +171,13 @@ def _check_entries(side: str, frame: pd.DataFrame, classes: int, allow_outside_r
     wrong = frame[~frame.label.between(0, classes - 1)]
     if len(wrong):
         raise DataError(
-            f"{side}: {len(wrong)} labels outside 0 to {classes - 1}, first "
+            f"{side}: labels outside 0 to {classes - 1}: {len(wrong)}, first "
             f"{wrong.iloc[0].label} for {wrong.iloc[0].file!r}; labels count from 0"
         )
     out = frame[frame.outside]
     if len(out) and not allow_outside_root:
         raise DataError(
-            f"{side}: {len(out)} entries outside their root, first {out.iloc[0].file!r}; fix the "
+            f"{side}: entries outside their root: {len(out)}, first {out.iloc[0].file!r}; fix the "
             "list or set allow_outside_root: true"
         )
 
@@ -270,7 +271,8 @@ def describe_skipped(skipped: Sequence[tuple]) -> str:
         return ""
     named = ", ".join(f"{file} ({why})" for *_, file, why in skipped[:5])
     more = f" and {len(skipped) - 5:,} more" if len(skipped) > 5 else ""
-    return f"{len(skipped):,} files or folders skipped: {named}{more}"
+    what = "file or folder" if len(skipped) == 1 else "files or folders"
+    return f"{len(skipped):,} {what} skipped: {named}{more}"
 
 
 def _entry(path: str, root: Path) -> str:
@@ -281,6 +283,8 @@ def _entry(path: str, root: Path) -> str:
 
 
 # ---- shares
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 def stratified_split(frame: pd.DataFrame, share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -305,13 +309,17 @@ def k_fold(frame: pd.DataFrame, fold: str, group_column: str = "") -> list[pd.Da
 
     number, count = map(int, fold.split("/"))
     rows = frame.assign(_hash=_hashes(frame.file)).sort_values(["label", "_hash"])
-    chosen = pd.factorize(rows.path)[0] % count == number - 1
+    files = pd.factorize(rows.path.map(os.path.normpath))[0]
+    chosen = files % count == number - 1
     if group_column:
-        if group_column not in (own := tables.own_columns(frame)):
-            raise DataError(f"group_column {group_column!r} is not in the tables, which have {own}")
-        groups = pd.factorize(rows[group_column].replace("", None))[0]
+        groups = _groups(frame.loc[rows.index], group_column)
+        pairs = pd.DataFrame({"file": files, "group": groups}).drop_duplicates()
+        if (twice := pairs.file.duplicated()).any():
+            text = f"has two values for {rows.file.iloc[twice.idxmax()]!r}; give it one"
+            raise DataError(f"group_column {group_column!r} {text}")
         if groups.min() < 0 or groups.max() < count - 1:
-            text = f"has {groups.max() + 1} values and {(groups < 0).sum()} empty fields"
+            text = f"has {counted(groups.max() + 1, 'value')} and "
+            text += counted((groups < 0).sum(), "empty field")
             raise DataError(f"group_column {group_column!r} {text}; {fold} needs {count} values")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
@@ -323,6 +331,23 @@ def k_fold(frame: pd.DataFrame, fold: str, group_column: str = "") -> list[pd.Da
         text = f"contains all images of classes {missing[:8]}"
         raise DataError(f"fold {fold} {text}; they need more images or groups")
     return sides
+
+
+def _groups(rows: pd.DataFrame, column: str) -> np.ndarray:
+    """The number of each row's group, -1 for an empty field; texts are stripped, as labels are.
+
+    Raises DataError for numbers in two forms: 7 and 007 may be one patient or two.
+    """
+    if column not in (own := tables.own_columns(rows)):
+        raise DataError(f"group_column {column!r} is not in the tables, which have {own}")
+    strip = lambda v: unicodedata.normalize("NFC", v.strip()) if isinstance(v, str) else v
+    values = rows[column].astype(object).map(strip).replace("", None)
+    seen: dict[decimal.Decimal, str] = {}
+    for text in sorted(v for v in {*values} if isinstance(v, str) and _NUMBER.fullmatch(v)):
+        if (other := seen.setdefault(decimal.Decimal(text), text)) != text:
+            both = f"has {other!r} and {text!r}, one number in two forms"
+            raise DataError(f"group_column {column!r} {both}; write it as one, or as two names")
+    return pd.factorize(values)[0]
 
 
 def _hashes(files: pd.Series) -> pd.Series:

@@ -27,7 +27,7 @@ def verify_images(
     valid images are cached in CACHE/facts until a file's size or time changes.
     """
     paths = frame.path.tolist()
-    stats = [_stat(path) for path in paths]
+    stats = [file_stat(path) for path in paths]
     store = CACHE / "facts" / (text_digest("\n".join(sorted(set(paths))))[:24] + ".parquet")
     known = _read_facts(store) if cache else {}
     facts = [known.get(stat) for stat in stats]
@@ -81,7 +81,11 @@ def _facts(path: str) -> tuple:
         return size, 0, 0, digest, error.reason, error.detail
 
 
-def _stat(path: str) -> tuple[str, int, int, int] | None:
+def file_stat(path: str) -> tuple[str, int, int, int] | None:
+    """STAT of an image's file, or of its archive: equal while nothing is written to it.
+
+    None if there is no such file.
+    """
     try:
         found = os.stat(image_files.stored_in(path)[0])
     except OSError:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench import CACHE, runs
+from workbench import CACHE, counted, runs
 from workbench.data import Batch
 from workbench.distillation.teachers import DistillationError
 
@@ -47,7 +47,8 @@ class TeacherLogitCache:
                 f"teacher logits need {need / 1e9:,.2f} GB, more than is free in {self.folder}; "
                 "set cache_teacher_logits: false or WORKBENCH_CACHE"
             )
-        return f"teacher logits are cached in {self.folder}: {len(cached)} of {epochs} epochs"
+        text = f"{len(cached)} of {counted(epochs, 'epoch')}"
+        return f"teacher logits are cached in {self.folder}: {text}"
 
     def read(self, batch: Batch) -> Tensor | None:
         """float32 (n, teachers * C), or None if a row is missing or corrupt."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from workbench import schedule
+from workbench import counted, schedule
 from workbench.recipe import Recipe
 from workbench.recipe_checks import is_part, mixes, on_logits, one_each
 
@@ -57,11 +57,12 @@ def examine(
     if classes < 2:
         from workbench import data
 
-        raise data.DataError(f"found {classes} class(es); a classifier needs two or more")
+        raise data.DataError(f"found {counted(classes, 'class')}; a classifier needs two or more")
     per_epoch = schedule.steps_per_epoch(images, recipe.batch_size, recipe.drop_last)
     if per_epoch == 0:
         raise schedule.TrainingError(
-            f"batch_size {recipe.batch_size} exceeds the {images} images: drop_last leaves no batch"
+            f"batch_size {recipe.batch_size} exceeds the {counted(images, 'image')}: drop_last "
+            "leaves no batch"
         )
     warnings = [
         *_optimizer_warnings(recipe, classes),
@@ -74,7 +75,8 @@ def examine(
     if counts is not None:
         per_class += f", {min(counts):,} in the smallest and {max(counts):,} in the largest"
         if empty := list(counts).count(0):
-            text = f"{empty:,} of {classes:,} classes have no training image"
+            have = "has" if empty == 1 else "have"
+            text = f"{empty:,} of {classes:,} classes {have} no training image"
             warnings.append((f"{text}; see workbench check-data", "the data"))
     if downscaled == 0:
         text = f"train_resize {recipe.train_resize} shrinks none of {images:,} training images"
@@ -122,17 +124,21 @@ def _half_life(recipe: Recipe) -> float:
 
 def _facts(recipe: Recipe, images: int, classes: int, per_epoch: int) -> Iterator[str]:
     steps = recipe.epochs * per_epoch
-    text = f"{per_epoch:,} steps an epoch of {images:,} images, {steps:,} steps in all"
+    text = f"{counted(per_epoch, 'step')} an epoch of {counted(images, 'image')}, "
+    text += f"{counted(steps, 'step')} in all"
     if (rest := images % recipe.batch_size) and not recipe.drop_last:
-        text += f"; the last step of an epoch has {rest:,} images instead of {recipe.batch_size:,}"
+        last = "the last" if per_epoch > 1 else "that"
+        text += f"; {last} step of an epoch has {counted(rest, 'image')} instead of "
+        text += f"{recipe.batch_size:,}"
     yield f"{text}."
     if (times := recipe.repeated_aug) > 1:
         yield f"An epoch uses 1 / {times} of the images, each {times} times."
     lr_at = schedule.lr_schedule(recipe, per_epoch)
     text = f"lr starts at its peak of {recipe.lr:g}"
     if warmup := schedule.warmup_steps(recipe, per_epoch):
-        text = f"lr rises from {lr_at(0):.3g} to its peak of {recipe.lr:g} over {warmup:,} steps "
-        text += f"({warmup / per_epoch:.3g} of {recipe.epochs} epochs)"
+        text = f"lr rises from {lr_at(0):.3g} to its peak of {recipe.lr:g} over "
+        text += f"{counted(warmup, 'step')} ({warmup / per_epoch:.3g} of "
+        text += f"{counted(recipe.epochs, 'epoch')})"
     middle, last = lr_at(steps // 2), lr_at(steps - 1)
     yield f"{text}, is {middle:.3g} half way and {last:.3g} in the last step."
     if recipe.ema_decay is not None:

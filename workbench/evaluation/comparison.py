@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench import counted
 from workbench.evaluation import metrics
 from workbench.evaluation.recipe_diff import differing_options, identity, recipe_difference
 from workbench.evaluation.statistics import difference, holm, top1_interval
@@ -309,7 +310,7 @@ def _left_out(
     """Cautions on images and runs that are left out."""
     for run in runs:
         if lost := run.images - len(images):
-            yield f"{run.name}: {lost:,} images are left out that other runs lack"
+            yield f"{run.name}: {counted(lost, 'image')} left out that other runs lack"
     if len(runs) > 1 and not all("val_data" in run.environment for run in runs):
         yield "validation images are matched by name only, a run has no fingerprint"
     seed = lambda run: (run.identity, run.recipe["seed"])

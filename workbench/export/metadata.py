@@ -139,6 +139,8 @@ def model_card(
     warnings = []
     if leaks := environment.get("train_val_duplicates"):
         warnings.append(f"{leaks:,} of the validation images were in training too.")
+    if environment.get("trained_on_validation"):
+        warnings.append("Weights it started from, or a teacher, were trained on validation images.")
     if empty := environment.get("empty_classes"):
         warnings.append(f"Without a training image: {', '.join(empty)}.")
     normalised = "0 to 255 minus `pixel_means`, divided by `pixel_stds` of parameters.json, float32"

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench import data
+from workbench import counted, data
 from workbench.augmentation import EvalTransform
 from workbench.evaluation import statistics
 from workbench.export.archive import FORMATS, ExportError
@@ -147,7 +147,9 @@ def problems(report: Mapping[str, Any]) -> list[str]:
     for name, entry in report["formats"].items():
         flips = entry["flips"] - entry["ties"]
         if name not in LOSSY and flips:
-            found.append(f"{name} has other predictions than torch for {flips} images beyond ties")
+            found.append(
+                f"{name} has other predictions than torch for {counted(flips, 'image')} beyond ties"
+            )
     for name, entry in report["script"].items():
         if (difference := entry["max_abs_diff"]) > TIE:
             found.append(f"probabilities of predict.py with {name} differ by {difference:.2g}")

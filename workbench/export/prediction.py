@@ -26,6 +26,7 @@ from torch import nn
 
 from workbench import data, image_files, runs, training
 from workbench.data import images
+from workbench.data.verify import file_stat
 from workbench.evaluation import inference
 from workbench.export.annotation import annotate_batch, annotation_paths
 from workbench.export.inputs import Entry, PredictionError, find_images, printable
@@ -37,6 +38,7 @@ from workbench.recipe import Recipe
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 Row = dict[str, Any]  # of a table, by column
+Stats = list[tuple | None]  # of files
 
 
 class RunSource(nn.Module):
@@ -206,8 +208,9 @@ def predict_to_file(
     """Writes the table of `predict` to a new .csv, .jsonl or .parquet file.
 
     Returns the number of images by reason of failure, most frequent first; "" counts the predicted
-    ones. Raises PredictionError, also if an interrupted call had other inputs, weights or
-    arguments, or if another process writes this file.
+    ones. After an interruption it goes on before the first image whose file was changed since.
+    Raises PredictionError, also if that call had other inputs, weights or arguments, or if another
+    process writes this file.
     """
     check_numbers(top, batch_size)
     out = Path(out).expanduser()
@@ -229,11 +232,13 @@ def predict_to_file(
         with runs.locking(partial) as (handle, locked):
             if not locked:
                 raise PredictionError(f"{out} is being written by another process; wait for it")
-            done = _resume(handle, partial, out, header, entries)
+            stats = [file_stat(entry.path) for entry in entries]  # before any is read
+            done = _resume(handle, partial, out, header, entries, stats)
             for rows in predict_batches(source, entries[done:], top, batch_size, workers):
                 batch = slice(done, done + len(rows))
                 annotate_batch(entries[batch], targets[batch], rows)
-                _append(handle, rows)
+                pairs = zip(rows, stats[batch], strict=True)
+                _append(handle, [row | {"stat": stat and stat[1:]} for row, stat in pairs])
                 done += len(rows)
             _finish(out, partial, columns(source, top))
             counts = Counter(row["error"].partition(":")[0] for row in _read_rows(partial))
@@ -250,9 +255,11 @@ def _refuse_existing(out: Path) -> None:
         raise PredictionError(f"{out} exists and is not replaced; move it, or choose another out")
 
 
-def _resume(handle: int, partial: Path, out: Path, header: Row, entries: list[Entry]) -> int:
+def _resume(
+    handle: int, partial: Path, out: Path, header: Row, entries: list[Entry], stats: Stats
+) -> int:
     """Truncates the partial file after the last complete batch; returns its number of images."""
-    end, done = _complete(partial, header, entries)
+    end, done = _complete(partial, header, entries, stats)
     if done < len(entries):
         if not end and os.path.lexists(out):
             partial.unlink()  # new
@@ -264,8 +271,11 @@ def _resume(handle: int, partial: Path, out: Path, header: Row, entries: list[En
     return done
 
 
-def _complete(partial: Path, header: Row, entries: list[Entry]) -> tuple[int, int]:
-    """(bytes, images) up to the last complete batch. Raises PredictionError for other arguments."""
+def _complete(partial: Path, header: Row, entries: list[Entry], stats: Stats) -> tuple[int, int]:
+    """(bytes, images) up to the last complete batch of unchanged files.
+
+    Raises PredictionError for other arguments.
+    """
     first, *lines = partial.read_bytes().splitlines(keepends=True) or [b""]
     if not first.endswith(b"\n") and _line(header).startswith(first):
         return 0, 0  # new, or interrupted in the header
@@ -275,9 +285,10 @@ def _complete(partial: Path, header: Row, entries: list[Entry]) -> tuple[int, in
             f"{partial} is of a call with other {', '.join(changed)}; use the same arguments to "
             "resume, or delete it"
         )
-    pairs = zip(lines, entries, strict=False)
-    valid = itertools.takewhile(lambda pair: _parse(pair[0]).get("file") == pair[1].file, pairs)
-    done = sum(1 for _ in valid)
+    there = ((row.get("file"), row.get("stat")) for row in map(_parse, lines))
+    here = ((e.file, stat and [*stat[1:]]) for e, stat in zip(entries, stats, strict=True))
+    pairs = zip(there, here, strict=False)
+    done = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     if done < len(entries):
         done -= done % header["batch_size"]
     return len(first) + sum(map(len, lines[:done])), done
@@ -307,7 +318,9 @@ def _append(handle: int, rows: Sequence[Row]) -> None:
 def _read_rows(partial: Path) -> Iterator[Row]:
     with open(partial, "rb") as file:
         next(file)
-        yield from map(json.loads, file)
+        for row in map(json.loads, file):
+            row.pop("stat", None)
+            yield row
 
 
 def _finish(out: Path, partial: Path, columns: list[str]) -> None:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from workbench import data, training
+from workbench import counted, data, training
 from workbench.augmentation import EvalTransform
 from workbench.export import archive, metadata, onnx, parity
 from workbench.export.archive import FORMATS, ExportError, PackageError
@@ -75,7 +75,7 @@ def measure(path: str | Path, seconds: float = 1.0, **overrides: Any) -> dict[st
         count, expected = flips[flips.format == name].row.nunique(), packed["formats"][name]["top1"]
         if count or entry["top1"] != expected:
             top1 = f"top-1 is {entry['top1']:.2f} here, {expected:.2f} in the package"
-            report["problems"].append(f"{name}: {count} predictions differ, {top1}")
+            report["problems"].append(f"{name}: {counted(count, 'other prediction')}, {top1}")
     return report
 
 

@@ -1,5 +1,8 @@
 """One batch through the custom parts of a recipe, before the first step."""
 
+import math
+import warnings
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -7,39 +10,69 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench import data, evaluation, models, parts
+from workbench import data, evaluation, models, parts, runs
 from workbench.evaluation import inference
 from workbench.parts import PartError
 from workbench.recipe_checks import is_part
+from workbench.training.distributed import is_main
 from workbench.training.inputs import DeviceTransform, Normalize, eval_transform, train_batches
 from workbench.training.state import TrainState
 from workbench.training.validation import name_rows
 
 IMAGES = 4
+FAILED = (
+    "is nan in metrics.csv where it fails, and the training goes on; stop, correct the metric and "
+    "resume, or call it with Run.predictions(), those of the last epoch"
+)
 
 
 class Metrics:
     """The custom metrics of a recipe, as one function of a table of predictions."""
 
     def __init__(self, references: list[str], example: pd.DataFrame | None = None):
+        """Raises PartError for a metric that fails on the example."""
         self.functions = {name: parts.load("metrics", name) for name in references}
-        self.names: list[str] = list(self(example)) if references else []
+        self.owners: dict[str, str] = {}  # the metric of each name
+        self.failed: dict[str, str] = {}  # by metric, how it failed first in the run
+        for name in references:
+            self.owners |= dict.fromkeys(self._values(name, example, self.owners), name)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.owners]
+
+    def resumed(self, run: runs.Run) -> "Metrics":
+        """These, with what failed before a resume, but for a metric that was replaced since."""
+        known = run.environment().get("failed_metrics", {}) if run.file("last.pt").exists() else {}
+        self.failed |= {name: known[name] for name in known if name in self.functions}
+        return self
 
     def __call__(self, predictions: pd.DataFrame) -> dict[str, float]:
-        """The numbers by name. Raises PartError."""
+        """The numbers by name; nan those of a metric that fails, with one warning in a run."""
         found: dict[str, float] = {}
-        for reference, function in self.functions.items():
-            values = parts.run("metrics", reference, function, predictions.copy())
-            pairs = values.items() if isinstance(values, dict) else [(None, None)]
-            if not all(isinstance(k, str) and isinstance(v, Real | np.bool_) for k, v in pairs):
-                must = "it must give {name: number}"
-                raise PartError(f"metrics {reference!r} gives {values!r}; {must}")
-            taken = {*values} - {*evaluation.custom_metrics(values)} | {*values} & {*found}
-            for key in taken:
-                text = f"gives {key!r}, another column of metrics.csv; rename it"
-                raise PartError(f"metrics {reference!r} {text}")
-            found |= {key: float(value) for key, value in values.items()}
+        for name in self.functions:
+            try:
+                found |= self._values(name, predictions, found)
+            except PartError as error:  # no reason to lose what was trained
+                own = [key for key, owner in self.owners.items() if owner == name]
+                missing = [key for key in own if key not in found]
+                found |= dict.fromkeys(missing, math.nan)
+                if name not in self.failed:
+                    self.failed[name] = f"{error}; {', '.join(missing)} {FAILED}"
+                    if is_main():
+                        warnings.warn(self.failed[name], stacklevel=2)
         return found
+
+    def _values(self, name: str, predictions: pd.DataFrame, known: Iterable) -> dict[str, float]:
+        """The numbers of one metric, which has no name of `known`. Raises PartError."""
+        values = parts.run("metrics", name, self.functions[name], predictions.copy())
+        pairs = values.items() if isinstance(values, dict) else [(None, None)]
+        if not all(isinstance(k, str) and isinstance(v, Real | np.bool_) for k, v in pairs):
+            raise PartError(f"metrics {name!r} gives {values!r}; it must give {{name: number}}")
+        for key in {*values} - {*evaluation.custom_metrics(values)} | {*values} & {*known}:
+            text = f"gives {key!r}, another column of metrics.csv; rename it"
+            raise PartError(f"metrics {name!r} {text}")
+        return {key: float(value) for key, value in values.items()}
 
 
 def dry_run(state: TrainState, dataset: data.Dataset) -> Metrics:

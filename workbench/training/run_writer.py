@@ -3,7 +3,7 @@
 import time
 from typing import Any, NoReturn
 
-from workbench import data, runs
+from workbench import counted, data, runs
 from workbench.schedule import TrainingError
 from workbench.training.environment import peak_memory
 from workbench.training.inputs import sampler_options
@@ -70,10 +70,10 @@ class RunWriter:
             self.run.save_frame("nonfinite.csv", batch[["file", "label"]].assign(step=step))
         first = ", ".join(repr(f) for f in batch.file.head(3))
         raise TrainingError(
-            f"the loss is {loss} at step {step}; its {len(batch)} images ({first}, ...) are listed "
-            "in nonfinite.csv. Nothing was saved since the last checkpoint. Most often lr is too "
-            "high or the warm-up too short; try a smaller lr, clip_grad_norm, or precision: fp32, "
-            "under another name"
+            f"the loss is {loss} at step {step}; nonfinite.csv lists its "
+            f"{counted(len(batch), 'image')} ({first}, ...). Nothing was saved since the last "
+            "checkpoint. Most often lr is too high or the warm-up too short; try a smaller lr, "
+            "clip_grad_norm, or precision: fp32, under another name"
         )
 
     # ---- checkpoints and status
@@ -108,10 +108,14 @@ class RunWriter:
             last, status = self.run.metrics().iloc[-1], "finished"
             ema = f", EMA {last.ema_top1:.2f} %" if "ema_top1" in last else ""
             message = (
-                f"finished: top-1 {last.top1:.2f} %{ema} of {int(last.val_images)} validation "
-                f"images after {state.epoch} epochs"
+                f"finished: top-1 {last.top1:.2f} %{ema} of "
+                f"{counted(int(last.val_images), 'validation image')} after "
+                f"{counted(state.epoch, 'epoch')}"
             )
             if state.stopped_early:
-                message += f", stopped after {state.worse} evaluation(s) without a higher top-1"
+                times = counted(state.worse, "evaluation")
+                message += f", stopped after {times} without a higher top-1"
+        notes = [*state.metrics.failed.values(), *self.environment["trained_on_validation"]]
+        message = "; ".join([message, *notes])
         self.run.file("STOP").unlink(missing_ok=True)
         self.run.set_status(status, step=state.step, steps=state.steps, message=message)

@@ -1,6 +1,9 @@
 """From a recipe and a run folder to a training at its first step, with everything checked."""
 
+import contextlib
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,6 +19,13 @@ from workbench.training.environment import code_digest, environment
 from workbench.training.optim import check_optimizer
 from workbench.training.run_writer import RunWriter
 from workbench.training.state import TrainState
+
+# Options that decide which images are validated.
+SPLIT = "train_list train_root val_list val_root val_fraction fold group_column".split()
+
+# What decides the last bits of a teacher's logits.
+LOGIT_KEYS = "data precision processes threads device torch torchvision timm numpy".split()
+LOGIT_KEYS += ["pillow", "opencv", "simplejpeg"]
 
 
 def set_up(
@@ -42,7 +52,7 @@ def set_up(
     state = TrainState(recipe, model, dataset, dist)
     if state.has_batch_norm:
         _check_batch_norm(recipe, len(dataset.train), dist.world)
-    state.metrics = dry_run(state, dataset)
+    state.metrics = dry_run(state, dataset).resumed(run)
     start = f"initialised from seed {recipe.seed}" if report is None else str(report)
     if checkpoint is not None:
         state.load_state_dict(checkpoint, same_recipe=source is run)
@@ -54,15 +64,13 @@ def set_up(
                     f"resume_from {recipe.resume_from!r} is at step {state.step}, and this recipe "
                     f"ends at {state.steps}; use `weights`, or more epochs"
                 )
-    facts = environment(state, dataset) | {"start": start}
-    former = source.environment().get("initial_weights", "")
-    facts["initial_weights"] = report.digest if report else former
+    digest = report.digest if report else source.environment().get("initial_weights", "")
+    facts = environment(state, dataset) | {"start": start, "initial_weights": digest}
+    facts["trained_on_validation"] = trained_on_validation(recipe, dataset)
     if state.distiller:
         facts["teachers"] = state.distiller.record()
         if recipe.cache_teacher_logits:
-            keys = "data precision processes threads device torch torchvision timm numpy pillow"
-            keys = [*keys.split(), "opencv", "simplejpeg"]
-            same = {key: facts[key] for key in keys} | {"code": code_digest()}
+            same = {key: facts[key] for key in LOGIT_KEYS} | {"code": code_digest()}
             facts["teacher_cache"] = state.distiller.open_logit_cache(state.steps_per_epoch, **same)
     with dist.main_first():  # the others read the quarantine that rank 0 truncates
         if dist.is_main:
@@ -93,6 +101,36 @@ def resumed_state(recipe: Recipe) -> dict[str, Any]:
             f"of {here}; use `weights`, which starts with a new optimizer"
         )
     return checkpoint
+
+
+def trained_on_validation(recipe: Recipe, dataset: data.Dataset) -> list[str]:
+    """Sentences on the runs that a recipe starts or distils from that trained on its validation.
+
+    Runs of the same data with other lists, fold or val_fraction, and what these started from, by
+    the paths in their lists as they are now. A run of other data is not looked at.
+    """
+    start = lambda one: [*filter(None, [one.weights, one.resume_from]), *one.teacher]
+    base = lambda one: (one.dataset, one.dataset_args, ROOT / Path(one.data_dir).expanduser())
+    split = lambda one: [getattr(one, key) for key in SPLIT]
+    paths = lambda frame: {*frame.path.map(os.path.normpath)}
+    found, sources, known = [], start(recipe), set()
+    while sources:
+        folder = ROOT / Path(source := sources.pop(0)).expanduser()
+        folder = folder if folder.is_dir() else folder.parent
+        if folder in known or not (folder / "recipe.yaml").exists():
+            continue
+        known.add(folder)
+        with contextlib.suppress(runs.RunError, ValueError, OSError):  # it or its images are gone
+            there = Recipe(**runs.Run(folder).recipe())
+            sources += start(there)
+            if base(there) == base(recipe) and split(there) != split(recipe):
+                theirs = paths(data.load_dataset(there, folder=folder).train)
+                if count := len(theirs & paths(dataset.val)):
+                    found.append(
+                        f"{source} was trained on {count:,} of the {len(dataset.val):,} validation "
+                        "images, so top-1 is too high; use a run with the same lists and fold"
+                    )
+    return found
 
 
 def verified(recipe: Recipe, dataset: data.Dataset) -> tuple[data.Dataset, pd.DataFrame]:
@@ -140,7 +178,9 @@ def is_finished(recipe: Recipe, run: runs.Run, dataset: data.Dataset | None) -> 
     if run.file("recipe.yaml").exists():
         there, here = run.recipe(), recipe.model_dump(exclude=set(runtime_only))
         pairs = {key: (there[key], here[key]) for key in here if key in there}
-        if {*there.get("metrics", ())} <= {*recipe.metrics}:  # a new metric changes no weight
+        failed = run.environment().get("failed_metrics", ())
+        # A new metric, or another one for one that failed, changes no weight.
+        if {*there.get("metrics", ())} - {*failed} <= {*recipe.metrics}:
             pairs.pop("metrics", None)
         different = [f"{k}: {a!r} there, {b!r} here" for k, (a, b) in pairs.items() if a != b]
         if different:

@@ -19,7 +19,7 @@ from IPython import get_ipython
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from workbench import data, evaluation, runs, training
+from workbench import counted, data, evaluation, runs, training
 from workbench.progress import watched
 from workbench.recipe import Recipe
 from workbench.ui import plots
@@ -297,8 +297,8 @@ def _start_text(run: runs.Run, steps: int) -> str:
     """Lines on the data, the device and the initial weights of a run."""
     e = run.environment()
     if not e:
-        return f"{run.path}: {steps} steps"
-    images = f"{e['train_images']:,} training and {e['val_images']:,} validation images"
+        return f"{run.path}: {counted(steps, 'step')}"
+    images = f"{e['train_images']:,} training and {counted(e['val_images'], 'validation image')}"
     device = f"{e['device']}, {e['precision']}"
     lines = [f"{images}, {len(e['classes'])} classes; {device}; start: {e['start']}"]
     for t in e.get("teachers", []):
@@ -306,9 +306,11 @@ def _start_text(run: runs.Run, steps: int) -> str:
         lines.append(f"teacher: {t['source']}, {t['model']}, {size}, weights {t['digest']}")
     lines += [e[key] for key in ("teacher_cache", "skipped_files") if e.get(key)]
     if left_out := len(run.quarantine()):
-        lines.append(f"{left_out:,} images left out, named in quarantine.csv")
+        lines.append(f"{counted(left_out, 'image')} left out, named in quarantine.csv")
     if shared := e.get("train_val_duplicates"):
-        lines.append(f"{shared:,} validation images are in training too; workbench check-data")
+        text = counted(shared, "validation image")
+        lines.append(f"in training too: {text}; see workbench check-data")
+    lines += e.get("trained_on_validation", [])
     if e.get("empty_classes"):
         lines.append(f"classes without a training image: {e['empty_classes'][:8]}")
     return "\n".join(lines)
