@@ -113,7 +113,6 @@ WARNINGS = [
     ("[0.5, 0.5, 0.5] where its weights", {**KNOWN, "model": "vit_tiny_patch16_224",
      "pretrained": True, "lr": 0.01}, {"mean": [0.5] * 3, "std": [0.5] * 3}),
     ("leave random weights", {**KNOWN, "freeze": ["conv1"]}, {"pretrained": True}),
-    ("wrong gradients", {**KNOWN, "precision": "bf16", "device": "cpu"}, {"precision": "auto"}),
     ("leave random weights", {**KNOWN, "head_only_epochs": 5}, {"weights": "a.pt", "lr": 0.01}),
 ]  # fmt: skip
 

@@ -160,6 +160,15 @@ def test_what_freed_memory_held_changes_no_bit(tmp_path, undisturbed):
     assert_same_run(undisturbed, run)
 
 
+def test_bf16_on_a_cpu_is_refused_where_weights_meet_nothing_but_padding(tmp_path):
+    """The last stage of test_resnet: 3 pixels with stride 2, on 2 and, at 64 pixels, on 4."""
+    options = {"precision": "bf16", "device": "cpu", **ONE_EPOCH}
+    with pytest.raises(training.TrainingError, match="kernel of 3 pixels and an input of 2; use"):
+        train(small(tmp_path / "small", **options))
+    larger = {"image_size": 64, "val_resize": 64, "train_fraction": 0.06}
+    assert len(train(small(tmp_path / "larger", **larger, **options)).metrics()) == 1
+
+
 def test_auto_computes_in_fp32_on_a_cpu_that_has_bf16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert training.pick_precision("auto", torch.device("cpu")) == "fp32"

@@ -256,9 +256,6 @@ def _measured_warnings(recipe: Recipe) -> Warnings:
 
     if text := training.other_normalization(recipe):
         yield text, "its run's recipe; timm's pretrained_cfg"
-    if recipe.precision == "bf16" and training.pick_device(recipe.device).type == "cpu":
-        text = "bf16 on a CPU has wrong gradients of kernels larger than their input"
-        yield f"{text}; use precision: fp32", "oneDNN 3.12 in torch 2.14"
 
 
 def nothing_left(recipe: Recipe, draws: int = 200) -> str:

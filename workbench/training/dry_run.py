@@ -1,4 +1,4 @@
-"""One batch through the custom parts of a recipe, before the first step."""
+"""Checks of the model and of the custom parts of a recipe, before the first step."""
 
 import math
 import warnings
@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from workbench import data, evaluation, models, parts, runs
 from workbench.evaluation import inference
 from workbench.parts import PartError
 from workbench.recipe_checks import is_part
+from workbench.schedule import TrainingError
 from workbench.training.distributed import is_main
 from workbench.training.inputs import DeviceTransform, Normalize, eval_transform, train_batches
 from workbench.training.state import TrainState
@@ -76,8 +78,13 @@ class Metrics:
 
 
 def dry_run(state: TrainState, dataset: data.Dataset) -> Metrics:
-    """Checks shapes, types and random numbers of the custom parts. Raises PartError."""
+    """Checks shapes, types and random numbers of the custom parts. Raises PartError.
+
+    TrainingError for a model that cannot be trained in bf16 on a CPU.
+    """
     recipe = state.recipe
+    if recipe.precision == "bf16" and state.dist.device.type == "cpu":
+        _check_bf16(state)
     if recipe.transform:
         _check_transform(state)
     if is_part(recipe.loss):
@@ -94,6 +101,36 @@ def dry_run(state: TrainState, dataset: data.Dataset) -> Metrics:
     rows = np.arange(len(val))
     frame = frame.iloc[rows % len(frame)].assign(row=rows, label=val.label.to_numpy())
     return Metrics(recipe.metrics, name_rows(frame.reset_index(drop=True), val))
+
+
+def _check_bf16(state: TrainState) -> None:
+    """Raises TrainingError for a convolution with weights that meet nothing but padding.
+
+    oneDNN 3.12 (torch 2.14) leaves gradients of some of them as memory was. None is wrong in fp32.
+    """
+    found, size = [], state.recipe.image_size
+
+    def look(conv: nn.Conv2d, given: tuple[torch.Tensor]) -> None:
+        same = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        padding = same if isinstance(conv.padding, str) else conv.padding
+        axes = given[0].shape[2:], conv.kernel_size, conv.stride, padding, conv.dilation
+        for side, kernel, stride, pad, dilation in zip(*axes, strict=True):
+            starts = np.arange(-pad, side + pad - dilation * (kernel - 1), stride)
+            at = starts[:, None] + dilation * np.arange(kernel)
+            if not ((at >= 0) & (at < side)).any(0).all():
+                found.append(f"a kernel of {kernel} pixels and an input of {side}")
+
+    convolutions = [m for m in state.model.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [conv.register_forward_pre_hook(look) for conv in convolutions]
+    with models.eval_mode(state.model), torch.no_grad():
+        state.model(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    if found:
+        raise TrainingError(
+            f"precision bf16 on a CPU: torch computes wrong gradients for {found[0]}; use "
+            "precision: fp32 or larger images"
+        )
 
 
 def _check_transform(state: TrainState) -> None:
