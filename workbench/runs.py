@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # imported where needed, so that `workbench runs` starts with
     import pandas as pd
 
 TABLES = ("metrics.csv", "steps.csv", "quarantine.csv")
+REQUESTS = ("STOP", "PAUSE")  # files of others in a run folder, the first counts most
 
 
 class RunError(RuntimeError):
@@ -112,7 +114,9 @@ class Run:
     status.json          running, stopped, finished or failed, and the step
     last.pt              the checkpoint a resume starts from
     best.safetensors     weights of the best validated epoch (chosen on that list)
-    STOP                 created by a user or a widget: training stops at the next step
+    summary.png          curves, weakest classes and worst images of a finished run
+    STOP, PAUSE          created by a user or a widget: training stops at the next step, or waits
+                         there until the file is removed
     """
 
     def __init__(self, path: str | Path):
@@ -165,15 +169,15 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """A row per finished epoch, empty before the first."""
-        return _parsed(self._text("metrics.csv"))
+        return _parsed(self.text("metrics.csv"))
 
     def steps(self) -> pd.DataFrame:
         """A row per log_every steps, empty before the first."""
-        return _parsed(self._text("steps.csv"))
+        return _parsed(self.text("steps.csv"))
 
     def quarantine(self) -> pd.DataFrame:
         """The images that could not be read: side, file, label, reason, detail, step."""
-        return _parsed(self._text("quarantine.csv"))
+        return _parsed(self.text("quarantine.csv"))
 
     def choose_weights(self, asked: str = "") -> tuple[str, str]:
         """ "raw" or "ema", and a text with the last top-1 of both.
@@ -198,7 +202,7 @@ class Run:
         frame = pd.read_parquet(path)
         return frame if weights is None else frame[frame.weights == weights].reset_index(drop=True)
 
-    def _text(self, name: str) -> str:
+    def text(self, name: str) -> str:
         """The complete lines of a table: a killed writer may leave half a line."""
         try:
             text = self.file(name).read_bytes().decode()  # with the line ends as they are
@@ -217,6 +221,17 @@ class Run:
             return isinstance(error, BlockingIOError)
         return False
 
+    def writer(self) -> str:
+        """The process that is writing this run, "process 12 on host"; "" if none is."""
+        if not self.locked():
+            return ""
+        return self.file("lock").read_text(errors="replace") or "another process"
+
+    def remove_requests(self) -> None:
+        """Removes the files that ask a training to stop or to pause."""
+        for name in REQUESTS:
+            self.file(name).unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[Run]:
         """Creates and locks the folder. Raises RunError if another process has locked it."""
@@ -228,11 +243,11 @@ class Run:
             raise RunError(f"cannot write {self.path}: {error}; choose another runs_dir") from None
         with locking(lock) as (_, ours):
             if not ours:
-                owner = lock.read_text(errors="replace") or "another process"
+                owner = self.writer() or "another process"
                 stop = f"wait for it, or stop it with: touch {self.file('STOP')}"
                 raise RunError(f"{self.path} is being written by {owner}; {stop}")
             with contextlib.suppress(OSError):  # a full disk is reported by the first file
-                lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+                lock.write_text(this_process())
             for leftover in self.path.glob(".*.*.????????"):  # of a writer that was killed
                 leftover.unlink(missing_ok=True)
             self._writing = True
@@ -260,7 +275,7 @@ class Run:
             file.seek(0)
             columns = next(csv.reader(file), None)
             if new := [key for key in row if columns and key not in columns]:
-                header, *rows = csv.reader(io.StringIO(self._text(name), newline=""))
+                header, *rows = csv.reader(io.StringIO(self.text(name), newline=""))
                 self._replace_rows(name, [header + new, *(r + [""] * len(new) for r in rows)])
                 return self.append(name, row)
             writer = csv.DictWriter(file, columns or list(row), lineterminator="\n")
@@ -277,7 +292,7 @@ class Run:
         for name in TABLES:
             if not self.file(name).exists():
                 continue
-            header, *rows = list(csv.reader(io.StringIO(self._text(name), newline=""))) or [[]]
+            header, *rows = list(csv.reader(io.StringIO(self.text(name), newline=""))) or [[]]
             header = [RENAMED_COLUMNS.get(column, column) for column in header]
             at = header.index("step") if "step" in header else len(header)
             rows = [r for r in rows if r[at:] and r[at].lstrip("-").isdigit()]
@@ -307,7 +322,7 @@ class Run:
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:
-            raise RunError(f"{path} cannot be read ({_first_line(error)}); move it away") from None
+            raise RunError(f"{path} cannot be read ({first_line(error)}); move it away") from None
 
     def save_weights(self, name: str, tensors: Mapping[str, Any], metadata: Mapping) -> None:
         """Replaces a safetensors file; metadata values become text."""
@@ -350,17 +365,19 @@ class Run:
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(self.path).free / 1e6 if self.path.exists() else 0.0
             raise RunError(
-                f"{self.path}: {name} was not written ({_first_line(error)}; {free:,.0f} MB "
+                f"{self.path}: {name} was not written ({first_line(error)}; {free:,.0f} MB "
                 "free there); the same command resumes from the last checkpoint"
             ) from error
 
 
-def _first_line(error: Exception) -> str:
+def this_process() -> str:
+    """What Run.writer returns for runs that this process writes."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def first_line(error: Exception) -> str:
     text = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {text}"
-
-
-COLUMNS = "run state model dataset seed epoch epochs top1 ema_top1 top5 n train_loss minutes"
 
 
 def _parsed(text: str) -> pd.DataFrame:
@@ -368,34 +385,6 @@ def _parsed(text: str) -> pd.DataFrame:
 
     frame = pd.read_csv(io.StringIO(text)) if text else pd.DataFrame()
     return frame.rename(columns=RENAMED_COLUMNS)
-
-
-def rows(root: str | Path = "runs") -> list[dict[str, Any]]:
-    """A dict for each run folder below `root`, newest first; unknown values are None.
-
-    The state of a folder that cannot be read is "unreadable"; nothing is raised.
-    """
-    found = []
-    # Since Python 3.12 glob yields dangling links as well.
-    for path in filter(Path.exists, sorted(Path(root).glob("*/recipe.yaml"))):
-        run = Run(path.parent)
-        written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(path.stat().st_mtime))
-        row = dict.fromkeys([*COLUMNS.split(), "device"])
-        row |= {"run": run.path.name, "updated": written}
-        try:
-            status, recipe, environment = run.status(), run.recipe(), run.environment()
-            lines = list(csv.DictReader(io.StringIO(run._text("metrics.csv"))))
-            last = {k: float(v) for k, v in lines[-1].items() if v} if lines else {}
-            row |= {k: recipe.get(k) for k in ("model", "dataset", "seed", "epochs")}
-            row |= {k: last.get(k) for k in ("top1", "top5", "ema_top1", "train_loss")}
-            row |= {"epoch": int(last.get("epoch", 0)), "device": environment.get("device")}
-            row["n"] = int(last["val_images"]) if "val_images" in last else None
-            row["minutes"] = environment.get("seconds", 0) / 60
-            row |= {"state": status["state"], "updated": status.get("updated", written)}
-        except Exception as error:
-            row |= {"state": "unreadable", "message": _first_line(error)}
-        found.append(row)
-    return sorted(found, key=lambda row: row["updated"], reverse=True)
 
 
 def finished(root: str | Path, **environment: Any) -> list[Run]:
@@ -422,17 +411,21 @@ def unused_name(recipe: Recipe) -> Recipe:
     return unused_name(recipe.replace(name=f"{recipe.name}_2"))
 
 
-def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
+def follow(
+    run: Run, poll: float = 0.5, stop: threading.Event | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows `training.fit` yields, read from the files of a run in any process.
 
-    Yields the existing rows, then new ones as they are written; returns when the run ends.
+    Yields the existing rows, then new ones as they are written; returns when the run ends, or
+    after `stop`, which ends the following alone.
     """
+    stop = stop or threading.Event()
     seen: dict[str, list[str]] = {"steps.csv": [], "metrics.csv": []}  # lines yielded
     while True:
         live = run.locked()  # first, so that rows written before the end are read below
         rows = []
         for name, kind in (("steps.csv", "step"), ("metrics.csv", "epoch")):
-            text = run._text(name)
+            text = run.text(name)
             lines = text.splitlines()
             # After a resume the lines from some point on are others: those are new.
             known = max(1, len(os.path.commonprefix([seen[name], lines])))
@@ -440,8 +433,8 @@ def follow(run: Run, poll: float = 0.5) -> Iterator[dict[str, Any]]:
             if len(lines) > known:
                 new = _parsed(text).iloc[known - 1 :].astype(object)
                 new = new.where(new.notna(), None)
-                rows += [{"kind": kind, **row} for row in new.to_dict("records")]
+                steps = {"kind": kind, "steps": run.status()["steps"]}
+                rows += [steps | row for row in new.to_dict("records")]
         yield from sorted(rows, key=lambda row: row["step"])
-        if not live:
+        if not live or stop.wait(poll):
             return
-        time.sleep(poll)

@@ -49,7 +49,8 @@ def sweep(
     pinned = recipes if trials else [parts.pin(one) for one in recipes]
     values = {key: [getattr(one, key) for one in pinned] for key in axes}
     values = {k: [v for i, v in enumerate(vs) if v not in vs[:i]] for k, vs in values.items()}
-    _write_sweep_file(folder, recipe, axes if trials else values)
+    names = [] if trials else [one.folder.name for one in recipes]
+    _write_sweep_file(folder, recipe, axes if trials else values, names)
     tasks, run = recipes, functools.partial(_train, datasets={})  # of each process the last one
     if trials:
         tasks, run = range(trials), functools.partial(_next_trial, recipe, kinds, trials, {})
@@ -148,7 +149,9 @@ def folder_of(recipe: Recipe, axes: Iterable[str]) -> Path:
     return ROOT / recipe.runs_dir / f"{recipe.name}-sweep{options}"
 
 
-def _write_sweep_file(folder: Path, recipe: Recipe, axes: Mapping[str, list]) -> None:
+def _write_sweep_file(
+    folder: Path, recipe: Recipe, axes: Mapping[str, list], names: list[str]
+) -> None:
     if (folder / "sweep.yaml").exists():
         former, there = read_sweep_file(folder)
         keys = [k for k in FIELDS if k not in runtime_only and k not in axes]
@@ -161,6 +164,7 @@ def _write_sweep_file(folder: Path, recipe: Recipe, axes: Mapping[str, list]) ->
             )
     lines = [f"  {key}: {params_files.dump(values)}" for key, values in axes.items()]
     lines = ["axes:", *lines, "recipe:", *(f"  {x}" for x in recipe.yaml(FIELDS).splitlines())]
+    lines.append(f"runs: {params_files.dump(names)}")  # in their order: what is not there waits
     folder.mkdir(parents=True, exist_ok=True)
     with runs.atomic_write(folder / "sweep.yaml") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -294,18 +294,6 @@ def test_runs_that_cannot_be_compared_are_named(six, tmp_path):
             compare(paths, **options)
 
 
-def test_usable_runs_are_listed_and_others_have_a_reason(six, tmp_path):
-    (six[0] / "predictions.parquet").unlink()
-    (six[1] / "recipe.yaml").write_text("{")
-    (tmp_path / "half").mkdir()
-    (tmp_path / "a file").touch()
-    usable, left_out = comparison.usable(tmp_path)
-    assert {run.path for run in usable} == set(six[2:])
-    assert left_out.pop("plain-seed0") == "finished, not evaluated yet"
-    assert list(left_out) == ["plain-seed1"] and "no readable run" in left_out["plain-seed1"]
-    assert comparison.usable(tmp_path / "nowhere") == ([], {})
-
-
 # ---- what changed
 
 

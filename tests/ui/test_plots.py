@@ -1,5 +1,6 @@
 """Charts and image grids: labelled, complete, drawn without a screen."""
 
+import base64
 import io
 import struct
 
@@ -9,13 +10,12 @@ import pytest
 import torch
 from conftest import run_folder
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from workbench import evaluation, schedule
 from workbench.evaluation import comparison
 from workbench.ui import image_grids, plots
-from workbench.ui.figure import DPI, Figure, missing_glyphs_allowed
+from workbench.ui.figure import SCALE, Sheet, text_width
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 IMAGES = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(5)]
@@ -33,7 +33,7 @@ DISTILLED = METRICS.assign(train_task_loss=[1, 0.8, 0.5], train_kd_loss=[0.5, 0.
 EMPTY = pd.DataFrame()
 FIGURES = {
     "one lr": lambda: plots.lr_curves({"cosine": (COSINE, 100, 10)}),
-    "probabilities": lambda: plots.probabilities(Image.fromarray(IMAGES[0]), TABLE),
+    "probabilities": lambda: plots.probabilities({"a.png": (Image.fromarray(IMAGES[0]), TABLE)}),
     "curves": lambda: plots.curves(STEPS, METRICS),
     "curves of nothing": lambda: plots.curves(EMPTY, EMPTY),
     "curves of a first epoch": lambda: plots.curves(STEPS.head(4), EMPTY),
@@ -58,9 +58,10 @@ def lines(ax: Axes) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_fits_a_page_and_all_axes_are_labelled(name):
     figure = FIGURES[name]()
-    png = figure._repr_png_()
-    assert png.startswith(b"\x89PNG")
-    assert all(50 < side <= 1300 for side in struct.unpack(">II", png[16:24]))
+    png, metadata = figure.png(), figure._repr_mimebundle_()[1]["image/png"]
+    width, height = struct.unpack(">II", png[16:24])
+    assert png.startswith(b"\x89PNG") and metadata == {"width": width / 2}
+    assert 50 < width / 2 <= image_grids.WIDTH and 50 < height / 2 <= 1300
     for ax in figure.axes:
         if ax.axison:  # no image
             assert ax.get_ylabel() and ax.get_xlabel()
@@ -110,13 +111,15 @@ def test_top1_curves_show_the_last_value_and_skip_epochs_without_one():
     assert legend(plots.top1_curves({"mine": metrics}, "ema").axes[0]) == ["mine: 70.00 %"]
 
 
-def test_twenty_runs_are_distinct_beside_their_legend():
-    figure = FIGURES["top-1 of many"]()
+def test_of_twenty_runs_the_first_the_best_and_the_worst_have_names_and_colours():
+    ends = {f"run {i}": METRICS.assign(top1=50.0 + (7 * i + 10) % 20) for i in range(20)}
+    figure = plots.top1_curves(ends)
     [ax] = figure.axes
-    assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 20
-    figure.png()  # computes the layout
-    box = ax.get_legend().get_window_extent()
-    assert box.x0 >= ax.get_window_extent().x1 and box.height < figure.bbox.height
+    best = sorted(ends, key=lambda name: -ends[name].top1.iloc[-1])
+    named = {name.split(":")[0] for name in legend(ax)}
+    assert named == {"run 0", *best[:3], *best[-3:], "13 others"} and len(legend(ax)) == 8
+    styles = [(line.get_color(), line.get_linestyle()) for line in ax.lines[:20]]
+    assert len(set(styles)) == 8 and styles.count(("#bbbbbb", "-")) == 13
 
 
 def test_an_lr_curve_has_the_values_of_its_schedule_and_equal_shapes_share_a_line():
@@ -126,9 +129,9 @@ def test_an_lr_curve_has_the_values_of_its_schedule_and_equal_shapes_share_a_lin
     assert line.get_ydata()[0] == pytest.approx(0.04)
     half = schedule.Cosine(0.2, 100, warmup=schedule.Warmup(10, 0.1))
     other = (schedule.MultiStep(0.4, (50,)), 100, 10)
-    ax = plots.lr_curves({"a": (COSINE, 100, 10), "b": (half, 100, 5), "other": other}).axes[0]
-    assert list(lines(ax)) == ["a\nb", "other"]
-    assert max(line.get_ydata().max() for line in ax.lines) == pytest.approx(1.0)
+    figure = plots.lr_curves({"a": (COSINE, 100, 10), "b": (half, 100, 5), "other": other})
+    assert [ax.get_title() for ax in figure.axes] == ["a, b", "other"]
+    assert [ax.lines[0].get_ydata().max() for ax in figure.axes] == pytest.approx([1.0, 1.0])
 
 
 # ---- classes
@@ -147,31 +150,46 @@ def test_changes_are_sorted_and_show_both_values():
     assert few.get_title() == "the 1 of 4 classes that changed most"
 
 
-@pytest.mark.parametrize("before, after", [(0.0, 100.0), (100.0, 0.0), (50.0, 51.0), (50.0, 50.0)])
-def test_texts_of_bars_are_inside_the_axes(before, after):
-    table = BY_CLASS.head(2).assign(before=[before, after], after=[after, before])
-    figure = plots.changes(table, ["before", "after"])
-    figure.png()
-    [ax] = figure.axes
-    inside = ax.get_window_extent()
-    for box in [text.get_window_extent() for text in ax.texts]:
-        assert inside.x0 <= box.x0 and box.x1 <= inside.x1
-
-
 def test_probabilities_have_one_unit_however_small_they_are():
     assert texts(FIGURES["probabilities"]().axes[1]) == ["99.9 %", "8.0 %", "0.05 %", "9e-05 %"]
 
 
-def test_confusions_show_counts_and_how_many_classes_there_are():
-    table = evaluation.confusion(PREDICTIONS, CLASSES, most=2)
-    [ax, _] = plots.confusion(table).axes
-    assert ax.get_title() == "the 2 of 4 classes confused most"
-    assert [int(text) for text in texts(ax)] == [n for n in table.to_numpy().ravel() if n]
+def test_a_confusion_has_shares_of_the_true_class_and_lists_the_largest_mistakes():
+    table = pd.DataFrame([[90, 8, 2], [0, 10, 0], [1, 0, 4]], CLASSES[:3], CLASSES[:3])
+    table.attrs = {"classes": 4, "images": [100, 10, 5]}
+    matrix, pairs, bar = plots.confusion(table).axes
+    assert texts(matrix) == ["90", "8", "2", "100", "20", "80"]
+    assert matrix.get_title() == "the 3 of 4 classes confused most"
+    assert [tick.get_text() for tick in pairs.get_yticklabels()] == [
+        "ant \u2192 bee", "ant \u2192 cat", "cat \u2192 ant"
+    ]  # fmt: skip
+    assert texts(pairs) == ["8 of 100", "2 of 100", "1 of 5"]
+    assert [bar.get_width() for bar in pairs.patches] == [8, 2, 1]
+    # The colours range over the mistakes, of which the largest share is 1 of 5.
+    assert bar.get_ylim() == (0, 20) and matrix.images[0].get_array().mask[0, 0]
+
+
+def test_a_perfect_confusion_says_so():
+    table = evaluation.confusion(PREDICTIONS.assign(class1=PREDICTIONS.label), CLASSES)
+    assert plots.confusion(table).axes[1].get_title() == "no class is confused"
+
+
+def test_a_change_of_confusions_names_classes_and_signs():
     table = pd.DataFrame([[-5.0, 5.0], [0.0, 0.0]], ["7", "21"], ["7", "21"])
     table.attrs["classes"] = 30
-    [ax, _] = plots.confusion_change(table).axes
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["7", "21"]
-    assert texts(ax) == ["-5", "+5"] and "2 of 30 classes" in ax.get_title()
+    matrix, pairs, _ = plots.confusion_change(table).axes
+    assert [t.get_text() for t in matrix.get_xticklabels()] == ["7", "21"]
+    assert texts(matrix) == ["-5", "+5"] and "2 of 30 classes" in matrix.get_title()
+    assert texts(pairs) == ["+5"]
+
+
+def test_agreement_has_the_colours_of_different_runs():
+    table = pd.DataFrame([[100, 97.2], [97.2, 100]], ["a", "b"], ["a", "b"])
+    ax, bar = plots.agreement(table).axes
+    assert texts(ax) == ["100.0", "97.2", "97.2", "100.0"] and bar.get_ylim() == (97, 98)
+    for equal in (100.0, 97.0):
+        low, high = plots.agreement(table * 0 + equal).axes[1].get_ylim()
+        assert low <= equal <= high <= 100 and high - low == 1
 
 
 # ---- comparison
@@ -185,8 +203,8 @@ def test_intervals_show_mean_runs_and_interval_in_the_colours_of_the_curves(tmp_
     [ax] = plots.intervals(result.table, {g.name: g.top1 for g in result.groups}).axes
     row = result.table.iloc[0]
     assert list(ax.lines[0].get_xdata()) == [row.low, row.high]
-    assert np.array_equal(ax.lines[1].get_xdata(), result.groups[0].top1)
-    assert list(ax.lines[2].get_xdata()) == [row.top1]
+    assert list(ax.lines[1].get_xdata()) == [row.top1]
+    assert np.array_equal(ax.lines[2].get_xdata(), result.groups[0].top1)
     assert texts(ax)[0] == f"{row.top1:.2f} %, over 2 seeds"
     curves = plots.overlay(comparison.curves(result.groups), "epoch", "top-1 (%)").axes[0]
     colours = [line.get_color() for line in curves.lines if line.get_label()[0] != "_"]
@@ -227,8 +245,8 @@ def test_reliability_and_distances_show_their_tables():
 # ---- image grids
 
 
-def pixels(figure: Figure) -> np.ndarray:
-    return figure.axes[0].images[0].get_array()
+def pixels(sheet: Sheet) -> np.ndarray:
+    return np.asarray(sheet.image)
 
 
 @pytest.mark.parametrize("title_lines", [1, 6])
@@ -236,40 +254,82 @@ def pixels(figure: Figure) -> np.ndarray:
 @pytest.mark.parametrize("heading", ["", "35 mistakes of the teacher, below each the label"])
 def test_titles_and_heading_of_a_grid_are_complete_and_apart(title_lines, count, heading):
     titles = ["\n".join(["0.62 cat"] * title_lines)] * count
-    figure = image_grids.grid((IMAGES * 5)[:count], titles, heading=heading)
-    ink = np.asarray(Image.open(io.BytesIO(figure.png())).convert("L")) < 128
+    sheet = image_grids.grid((IMAGES * 5)[:count], titles, heading=heading)
+    ink = np.asarray(Image.open(io.BytesIO(sheet.png())).convert("L")) < 128
     assert ink.any() == bool(heading or count)
     assert not (ink[0].any() or ink[:, 0].any() or ink[:, -1].any())
     rows = np.flatnonzero(ink.any(1))
     if heading and count:  # a white line between heading and titles
-        assert (np.diff(rows[: rows.searchsorted(40)]) > 1).any()
+        assert (np.diff(rows[: rows.searchsorted(80)]) > 1).any()
+    assert sheet.texts == [heading] * bool(heading)
+    assert [title for title, _ in sheet.cells] == titles
 
 
-def test_images_keep_their_shape_and_are_as_large_as_a_cell():
+def test_images_keep_their_shape_and_have_two_pixels_for_each_of_a_cell():
+    side = SCALE * image_grids.SIDE
     wide = (pixels(image_grids.grid([np.zeros((50, 400, 3), np.uint8)])) == 0).all(2)
-    assert wide.any(1).sum() == image_grids.SIDE / 8 and wide.any(0).sum() == image_grids.SIDE
+    assert wide.any(1).sum() == side / 8 and wide.any(0).sum() == side
     blue = pixels(image_grids.grid([Image.new("RGBA", (300, 300), "#0000ff")]))
-    assert (blue == (0, 0, 255)).all(2).sum() == image_grids.SIDE**2
-    heading = "a sentence as long as that of a model which has no map, and then some more of it"
-    sheet = pixels(image_grids.image_rows({"1": (IMAGES[:1], "a")}, heading))
-    assert sheet.shape[1] >= 6.5 * len(heading)
+    assert (blue == (0, 0, 255)).all(2).sum() == side**2
 
 
-def test_titles_fit_their_cells():
+def test_a_sheet_is_no_wider_than_a_notebook_and_wraps_its_heading():
+    sheet = image_grids.grid(IMAGES * 5, columns=24, heading="a sentence of a model " * 20)
+    assert sheet.image.width <= SCALE * image_grids.WIDTH and "\n" in sheet.texts[0]
+    rows = {str(i): (IMAGES, [""] * 5) for i in range(4)}
+    side_by_side = image_grids.image_rows(rows, columns=3).image
+    assert side_by_side.width <= SCALE * image_grids.WIDTH
+
+
+def test_an_original_is_twice_as_large_and_photographs_are_displayed_as_a_jpeg():
+    image = np.full((250, 400, 3), (200, 30, 60), np.uint8)
+    sheet = image_grids.grid([image] * 7, ["one"] * 7, columns=6, original=(image, "all"))
+    files, sizes = sheet._repr_mimebundle_()
+    opened = Image.open(io.BytesIO(base64.b64decode(files["image/jpeg"])))
+    assert opened.width == 2 * sizes["image/jpeg"]["width"] == 2 * image_grids.NARROW
+    boxes = [box for _, box in sheet.cells]
+    for left, top, right, bottom in boxes:
+        assert (right - left) / (bottom - top) == pytest.approx(400 / 250, rel=0.02)
+        inside = np.asarray(opened).astype(int)[top + 2 : bottom - 2, left + 2 : right - 2]
+        assert np.abs(inside - (200, 30, 60)).max() <= 6
+    assert boxes[0][2] - boxes[0][0] > 2 * (boxes[1][2] - boxes[1][0])
+
+
+def test_small_images_are_displayed_as_squares_of_their_exact_colours():
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    sheet = image_grids.grid([noise])
+    file = base64.b64decode(sheet._repr_mimebundle_()[0]["image/png"])
+    [(_, box)] = sheet.cells
+    drawn = np.asarray(Image.open(io.BytesIO(file)).crop(box))
+    np.testing.assert_array_equal(drawn, noise.repeat(6, 0).repeat(6, 1))
+
+
+@pytest.mark.parametrize(
+    "title", ["translate_x -100 px", "a" * 60, "several words " * 9, "宝" * 30]
+)
+def test_no_title_is_wider_than_its_image(title):
+    black = [np.zeros((8, 8, 3), np.uint8)] * 5
+    narrow = image_grids.image_rows({"": (black, [title] * 5)}, columns=2, width=800)
+    for sheet in (image_grids.grid(black, [title] * 5), narrow):
+        dark = np.flatnonzero((pixels(sheet) < 128).all(2).any(0))
+        first, last = sheet.cells[0][1], sheet.cells[-1][1]
+        assert first[0] - 1 <= dark.min() and dark.max() <= last[2]
+
+
+def test_a_title_ends_after_the_most_lines():
+    sheet = image_grids.grid(IMAGES[:1], ["\n".join("abcdefgh")], most_lines=6)
+    assert sheet.cells[0][0] == "a\nb\nc\nd\ne\nf …"
+
+
+def test_titles_have_one_size_and_fit_their_cells():
     names = [
         "cat", "Jaguar XK XKR 2012", "BMW 3 Series Wagon 2012", "$x$ " + 40 * "W",
         "0.62 Rolls-Royce Phantom Drophead Coupe Convertible 2012\n0.38 cat", "中文名字",
     ]  # fmt: skip
-    figure = image_grids.grid([IMAGES[0]] * len(names), names, columns=6)
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    titles = figure.axes[0].texts
-    assert titles[0].get_fontsize() == 8 > titles[1].get_fontsize() > titles[2].get_fontsize() > 5
-    assert [title.get_text() for title in titles][:3] == names[:3]
-    assert titles[4].get_text() == "0.62 Rolls-R...ertible 2012\n0.38 cat"
-    with missing_glyphs_allowed():
-        for title in titles:
-            width = title.get_window_extent(renderer).width / figure.dpi * DPI
-            assert width < image_grids.CELL and title.get_fontsize() >= 5
+    titles = [title for title, _ in image_grids.grid([IMAGES[0]] * 6, names, columns=6).cells]
+    assert titles[:3] == ["cat", "Jaguar XK XKR\n2012", "BMW 3 Series\nWagon 2012"]
+    assert titles[4] == "0.62 Rolls-Royce\nPhantom...le 2012\n0.38 cat"
+    assert max(map(text_width, titles)) < image_grids.CELL
 
 
 def test_a_label_is_a_name_or_the_shares_of_a_mix():

@@ -1,7 +1,9 @@
 """The run picker, the views that follow it, and the comparison notebook on real runs."""
 
+import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from workbench import ROOT, runs
 from workbench.evaluation import comparison
 from workbench.evaluation.comparison import ComparisonError
 from workbench.recipe import Recipe
+from workbench.ui import plots, run_table
 from workbench.ui.run_picker import RunPicker
 from workbench.ui.widgets import InteractiveView, View
 
@@ -49,8 +52,8 @@ def names_of(picker: RunPicker) -> list[str]:
     return [group.name for group in picker.result.groups]
 
 
-def label_of(picker: RunPicker, name: str) -> str:
-    return dict(map(reversed, picker.runs.options))[name]
+def keys_of(picker: RunPicker) -> set[str]:
+    return {row["key"] for row in picker.table.rows}
 
 
 def edit_json(path: Path, name: str, **values) -> None:
@@ -69,7 +72,7 @@ def test_all_seeds_of_the_newest_recipe_and_of_its_baseline_are_picked(root):
     edit_json(aged(run_folder(root, "elsewhere"), 5000), "environment.json", val_data="w")
     picker = RunPicker(root)
     assert names_of(picker) == ["a", "c"] and picker.result.table.seeds.tolist() == [12, 12]
-    assert label_of(picker, "elsewhere-seed0") and "elsewhere-seed0" not in picker.runs.value
+    assert "elsewhere-seed0" in keys_of(picker) - {*picker.table.selected}
 
 
 def test_the_baseline_differs_in_the_fewest_options_unless_it_is_named(root):
@@ -82,8 +85,8 @@ def test_unfinished_runs_are_picked_only_with_the_option_or_by_name(root):
     edit_json(aged(run_folder(root, "c", 2, lr=0.3), 5), "status.json", state="stopped")
     edit_json(aged(run_folder(root, "d", lr=0.4), 1), "status.json", state="interrupted")
     picker = RunPicker(root)
-    assert set(picker.runs.value) == {"a-seed0", "a-seed1", "c-seed0", "c-seed1"}
-    assert label_of(picker, "d-seed0")
+    assert set(picker.table.selected) == {"a-seed0", "a-seed1", "c-seed0", "c-seed1"}
+    assert "d-seed0" in keys_of(picker)
     assert names_of(RunPicker(root, unfinished=True)) == ["a", "d"]
     assert names_of(RunPicker(root, ["c-seed2", "d-seed0"])) == ["c", "d"]
     with pytest.raises(ComparisonError, match="no evaluated run e-seed0; see workbench runs"):
@@ -97,28 +100,39 @@ def test_views_follow_the_picked_runs(root):
     picker, drawn = RunPicker(root, every(root)), []
     view = InteractiveView(lambda result: drawn.append(len(result.groups)) or result.table, picker)
     before = html_of(view)
-    picker.runs.value = ("b-seed0", "a-seed0")
+    picker.table.selected = ["b-seed0", "a-seed0"]
     assert drawn[0] == 3 and drawn[-1] == 2
     assert html_of(view) != before and "InteractiveView" not in html_of(view)
     picker.baseline.value = "b"
     assert names_of(picker) == ["b", "a"]
-    picker.runs.value = ()
+    picker.table.selected = []
     assert picker.result is None and "no run to compare" in html_of(view)
-    picker.runs.value = ("c-seed0", "a-seed0")
+    picker.table.selected = ["c-seed0", "a-seed0"]
     assert "no recipe &#x27;b&#x27; here" in html_of(view)
     picker.baseline.value = ""
     assert names_of(picker) == ["a", "c"]
     (root / "a-seed0" / "predictions.parquet").write_bytes(b"PAR1")
-    picker.runs.value = ("b-seed0", "a-seed0")
+    picker.table.selected = ["b-seed0", "a-seed0"]
     assert "a-seed0 out, or train it further" in html_of(view)
 
 
-def test_a_word_narrows_the_list_and_keeps_picked_runs(root):
+def test_a_run_without_predictions_may_be_selected_and_is_not_compared(root):
     picker = RunPicker(root, ["a-seed0", "b-seed0"])
-    picker.search.value = "C-"
-    shown = [name for _, name in picker.runs.options]
-    assert sorted(shown) == ["a-seed0", "b-seed0", "c-seed0", "c-seed1"]
-    assert set(picker.runs.value) == {"a-seed0", "b-seed0"} and names_of(picker) == ["a", "b"]
+    before = picker.result
+    (root / "c-seed0" / "predictions.parquet").unlink()
+    picker.refresh()
+    picker.table.selected = [*picker.table.selected, "c-seed0"]
+    assert names_of(picker) == ["a", "b"] and picker.result is not before
+
+
+def test_the_marks_of_the_table_have_the_colours_of_the_recipes_in_figures(root):
+    picker = RunPicker(root, ["a-seed0", "b-seed0", "b-seed1"], baseline="b")
+    blue, orange = plots.COLOURS[:2]
+    assert picker.table.colours == {"b-seed0": blue, "b-seed1": blue, "a-seed0": orange}
+    lines = plots.intervals(picker.result.table, {g.name: g.top1 for g in picker.result.groups})
+    assert [line.get_color() for line in lines.axes[0].lines[::3]] == [blue, orange]
+    picker.table.selected = []
+    assert picker.table.colours == {}
 
 
 def test_views_share_the_recipe_control_and_one_recipe_is_no_error(root):
@@ -128,26 +142,36 @@ def test_views_share_the_recipe_control_and_one_recipe_is_no_error(root):
     assert picker.recipe.options == ("b", "c") and drawn == {"one": "c", "two": "c"}
     picker.recipe.value = "b"
     assert drawn == {"one": "b", "two": "b"}
-    picker.runs.value = ("c-seed0", "b-seed0", "a-seed0")
+    picker.table.selected = ["c-seed0", "b-seed0", "a-seed0"]
     assert picker.recipe.value == "b", "the choice stays"
     drawn.clear()
-    picker.runs.value = ("a-seed0", "a-seed1")
+    picker.table.selected = ["a-seed0", "a-seed1"]
     assert "There is one recipe" in html_of(views[0]) and "Error" not in html_of(views[0])
     assert drawn == {}
-    picker.runs.value = ("a-seed0", "c-seed0")
+    picker.table.selected = ["a-seed0", "c-seed0"]
     assert drawn == {"one": "c", "two": "c"} and "one recipe" not in html_of(views[0])
 
 
-def test_a_run_in_training_is_marked_and_followed(root):
-    run, picker = runs.Run(root / "a-seed0"), RunPicker(root)
-    assert label_of(picker, "a-seed0").endswith("(finished, epoch 2)")
-    before = picker.stamp()
-    with run.writing():
-        run.set_status("running")
-        run.append("metrics.csv", {"epoch": 3, "step": 6, "top1": 90.0})
-        assert picker.stamp() != before
-        picker.refresh()
-    assert label_of(picker, "a-seed0") == " 90.00 %  a-seed0  (\u25cf training, epoch 3)"
+def test_a_comparison_follows_the_selected_runs_and_no_others(root, monkeypatch):
+    monkeypatch.setattr(run_table, "PERIOD", 0.01)
+    monkeypatch.setattr(run_table, "watched", lambda: "jupyter")
+
+    async def changed(name: str, **row) -> bool:
+        picker = RunPicker(root, ["a-seed0", "b-seed0"])
+        before, run = picker.result, runs.Run(root / name)
+        with run.writing():
+            run.append("metrics.csv", {"epoch": 3, "step": 6, **row})
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            [shown] = [r["cells"][3][0] for r in picker.table.rows if r["key"] == name]
+            if shown.startswith("3 of"):
+                break
+        picker.close()
+        assert shown.startswith("3 of")
+        return picker.result is not before
+
+    assert asyncio.run(changed("a-seed0", top1=90.0))
+    assert not asyncio.run(changed("c-seed0", top1=90.0))
 
 
 @pytest.mark.parametrize("kind", ["empty", "missing", "half"])
@@ -158,13 +182,12 @@ def test_a_folder_without_a_run_is_a_message_in_every_view(tmp_path, kind):
     if kind == "half":
         run_folder(folder, "half").joinpath("predictions.parquet").unlink()
         (folder / "odd").mkdir()
-        (folder / "odd" / "recipe.yaml").write_text("[]")
+        (folder / "odd" / "recipe.yaml").write_text("{")
     picker = RunPicker(folder)
     assert picker.result is None and "0 evaluated runs in" in html_of(picker)
     assert "no run to compare" in html_of(InteractiveView(lambda result: result.table, picker))
     if kind == "half":
-        assert "left out: half-seed0 (finished, not evaluated yet)" in html_of(picker)
-        assert "left out: odd" in html_of(picker)
+        assert "unreadable" in html_of(picker)
 
 
 # ---- the notebook
@@ -195,10 +218,11 @@ def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(tmp_p
     [verdict] = found.sentences()
     assert verdict in shown["verdict"]["text/html"]
     assert f"{found.table.top1[1]:.2f}" in shown["table"]["text/html"]
-    assert "lr 0.1 (0.001)" in shown["table"]["text/html"]
-    for figure in ("intervals", "curves", "classes", "flips", "confusion", "reliability"):
+    assert ">top-1 (%)</th>" in shown["table"]["text/html"]
+    options = re.findall(r"<t[hd] [^>]*>(.*?)</t[hd]>", shown["options"]["text/html"])
+    assert options == ["option", "steady", "quick", "lr", "0.001", "0.1"]
+    for figure in "intervals curves classes flips confusion reliability agreement".split():
         assert "image/png" in shown[figure], figure
-    assert "steady-seed1" in shown["agreement"]["text/html"]
     assert "color:#D55E00" not in str(shown), "no view ended in an error"
     written = pd.read_csv(place / "table.csv")
     assert written.recipe.tolist() == ["steady", "quick"]
@@ -224,8 +248,8 @@ def test_the_notebook_splits_top1_by_the_columns_of_a_table_where_there_are_some
     for path in root.iterdir():
         frame = pd.read_parquet(path / "predictions.parquet")
         frame.assign(camera=frame.row % 2).to_parquet(path / "predictions.parquet")
-    names["picker"].runs.value = ("a-seed0", "b-seed0", "b-seed1")
-    assert "<td>camera</td>" in html_of(view) and "<td>b</td>" in html_of(view)
+    names["picker"].table.selected = ["a-seed0", "b-seed0", "b-seed1"]
+    assert ">camera</td>" in html_of(view) and ">b</td>" in html_of(view)
 
 
 def test_the_notebook_without_a_run_shows_what_to_do_and_raises_nothing(tmp_path):

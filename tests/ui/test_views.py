@@ -17,32 +17,33 @@ from workbench.evaluation import comparison
 from workbench.evaluation.grad_cam import grad_cam
 from workbench.recipe import Recipe
 from workbench.ui import image_grids, views
-from workbench.ui.figure import Figure
+from workbench.ui.figure import Sheet
 
 STRONG = Recipe(
     crop_scale=[0.3, 1.0], hflip=0.5, brightness=0.4, hue=0.1, randaug_n=2, randaug_variant="timm"
 )
 
 
-def shown(figure: Figure) -> np.ndarray:
-    """The pixels of a figure of images, as they are before any saving."""
-    return figure.axes[0].images[0].get_array()
+def cell(sheet: Sheet, i: int, size: int = 32) -> np.ndarray:
+    """The i-th image of a sheet at its own size, of which the cell is a multiple."""
+    pixels = placed(sheet, i)
+    factor, rest = divmod(pixels.shape[0], size)
+    assert rest == 0 and pixels.shape[0] == pixels.shape[1]
+    return pixels[::factor, ::factor]
 
 
-def cell(figure: Figure, i: int, columns: int, size: int = 32) -> np.ndarray:
-    """The i-th image of a grid at its own size: SIDE is a multiple of it."""
-    canvas, words = shown(figure), figure.axes[0].texts
-    side, factor = image_grids.SIDE, image_grids.SIDE // size
-    heading = words[0].get_fontsize() > 8
-    above, rows = 25 * heading, math.ceil((len(words) - heading) / columns)
-    line = (canvas.shape[0] - above) // rows
-    bottom = above + line * (i // columns + 1) - 4
-    left = image_grids.CELL * (i % columns) + (image_grids.CELL - side) // 2
-    return canvas[bottom - side : bottom, left : left + side][::factor, ::factor]
+def placed(sheet: Sheet, i: int) -> np.ndarray:
+    """The i-th image as it is on the sheet."""
+    return np.asarray(sheet.image.crop(sheet.cells[i][1]))
 
 
-def texts(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+def texts(sheet: Sheet) -> list[str]:
+    """Heading, names of rows and titles."""
+    return [*sheet.texts, *filter(None, titles(sheet))]
+
+
+def titles(sheet: Sheet) -> list[str]:
+    return [title for title, _ in sheet.cells]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,9 @@ def digits() -> data.Dataset:
 
 
 def test_augmentation_grid_shows_the_samples_of_training(digits):
-    row, columns = 5, 10
+    row = 5
     image = images.decode(digits.train.path[row])
-    figure = views.augmentation_grid(STRONG, image, row)
+    sheet = views.augmentation_grid(STRONG, image, row)
     steps = data.steps_per_epoch(len(digits.train), 100)
     transform = training.train_transform(STRONG)
     for epoch in range(2):
@@ -64,58 +65,111 @@ def test_augmentation_grid_shows_the_samples_of_training(digits):
         loader = data.train_loader(digits.train, transform, seed=0, batch_size=100, steps=of_epoch)
         [batch_images] = [b.images[b.indices == row] for b in loader if row in b.indices]
         sample = batch_images[0].permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(cell(figure, epoch + 1, columns), sample)
-    np.testing.assert_array_equal(cell(figure, 0, columns), training.eval_transform(STRONG)(image))
+        np.testing.assert_array_equal(cell(sheet, epoch + 2), sample)
+    np.testing.assert_array_equal(cell(sheet, 1), training.eval_transform(STRONG)(image))
     later = views.augmentation_grid(STRONG, image, row, first_epoch=1)
-    np.testing.assert_array_equal(cell(later, 1, columns), cell(figure, 2, columns))
-    assert texts(figure)[0] == "validation" and texts(figure)[2].startswith("epoch 2")
+    np.testing.assert_array_equal(cell(later, 2), cell(sheet, 3))
+    assert titles(sheet)[:2] == ["original, 8 x 8", "validation"]
+    assert titles(sheet)[3].startswith("epoch 2")
     other = views.augmentation_grid(STRONG.replace(seed=1), image, row)
-    assert not np.array_equal(shown(figure), shown(other))
+    assert not np.array_equal(other.image, sheet.image)
 
 
 def test_samples_are_of_the_downscaled_image_as_in_training(tmp_path):
     image = images.decode(save_noise(tmp_path / "mine.jpg", 1, (180, 120)))
     recipe = Recipe(train_resize=40, crop_scale=[0.3, 1.0], hflip=0.5)
-    figure = views.augmentation_grid(recipe, image, 3)
+    sheet = views.augmentation_grid(recipe, image, 3)
     wanted = training.train_transform(recipe)(image, data.rng_for(0, data.DRAW, 0, 3))
-    np.testing.assert_array_equal(cell(figure, 1, 10), wanted)
+    np.testing.assert_array_equal(cell(sheet, 2), wanted)
+    left, top, right, bottom = sheet.cells[0][1]
+    assert (right - left) / (bottom - top) == pytest.approx(180 / 120, rel=0.01)
 
 
-def row_names(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.axes[0].texts if text.get_ha() == "right"]
+BLACK, WHITE = (np.full((32, 32, 3), level, np.uint8) for level in (0, 255))
+
+
+@pytest.mark.parametrize("kind", ["mixup_alpha", "cutmix_alpha"])
+@pytest.mark.parametrize("show", [views.augmentation_grid, views.operations])
+def test_samples_are_mixed_with_the_other_image_by_the_share_in_their_title(kind, show):
+    randaug = {"randaug_n": 1, "randaug_m": 0.0}  # of which one operation inverts
+    recipe = Recipe(**{kind: 1.0}, **(randaug if show == views.operations else {}))
+    sheet = show(recipe, BLACK, other=WHITE)
+    mixed = [(i, t.split("label ")[1].split()[0]) for i, t in enumerate(titles(sheet))
+             if "label" in t and "invert" not in t]  # fmt: skip
+    assert len(mixed) >= 12
+    for i, share in mixed:
+        pixels = cell(sheet, i) / 255
+        assert pixels.mean() == pytest.approx(1 - float(share), abs=0.01)
+        assert (kind == "cutmix_alpha") == bool(set(np.unique(pixels)) <= {0, 1})
+
+
+def test_samples_and_operations_are_erased_as_often_as_the_recipe_says():
+    recipe = Recipe(erase_prob=0.5, erase_mode="const")
+    grey = np.uint8(np.round(255 * np.array(recipe.mean)))
+    covered = lambda sheet, i: (cell(sheet, i) == grey).all(2).mean()
+    sheet = views.augmentation_grid(recipe, BLACK)
+    shares = [covered(sheet, i) for i in range(2, 21)]
+    assert 4 <= np.count_nonzero(shares) <= 15 and max(shares) <= 0.4
+    assert covered(sheet, 1) == 0, "validation is never erased"
+    of_randaug = views.operations(recipe.replace(randaug_n=1, randaug_m=0.0), WHITE)
+    assert any(covered(of_randaug, i) for i in range(1, 16))
+
+
+def test_each_operation_shows_mixing_and_erasing_at_three_strengths():
+    recipe = Recipe(mixup_alpha=0.2, cutmix_alpha=1.0, erase_prob=0.1, erase_mode="const")
+    recipe = recipe.replace(crop_ratio=[1.0, 1.0])
+    sheet = views.sweep(recipe, BLACK, other=WHITE)
+    assert sheet.texts == ["mixup", "cutmix", "erasing"]
+    light = [placed(sheet, i).mean() / 255 for i in range(6)]
+    assert light == pytest.approx([0, 0.25, 0.5] * 2, abs=0.02)
+    grey = np.uint8(np.round(255 * np.array(recipe.mean)))
+    erased = [(placed(sheet, i) == grey).all(2).mean() for i in range(6, 9)]
+    assert erased == pytest.approx([0.02, 0.18, 0.33], abs=0.02)
 
 
 def test_a_sweep_is_without_randaugment_and_a_table_if_all_is_off(digits):
     image = images.decode(digits.train.path[0])
-    expected = ["crop", "aspect", "flip", "brightness", "hue"]
-    assert row_names(views.sweep(STRONG, image)) == expected
+    sheet = views.sweep(STRONG, image, "strong")
+    assert sheet.texts == ["strong", "crop", "aspect", "flip", "brightness", "hue"]
+    assert len(titles(sheet)) == 4 * 3 + 2
     nothing = views.sweep(Recipe(crop_ratio=[1.0, 1.0]), image, "plain")
     assert nothing.to_dict("list") == {"plain": ["crop, flip and jitter are off"]}
+
+
+def test_the_operations_of_randaugment_follow_the_magnitude(digits):
+    image = images.decode(digits.train.path[0])
+    rotated = lambda m: next(
+        t for t in titles(views.operations(Recipe(randaug_n=1, randaug_m=m), image)) if "rot" in t
+    )
+    assert rotated(5.0) == "rotate\n15°" and rotated(10.0) == "rotate\n30°"
+    sheet = views.operations(Recipe(), image)  # RandAugment is off
+    assert len(sheet.cells) == 16 and "magnitude 7, variant up" in sheet.texts[0]
 
 
 @pytest.mark.parametrize("variant", ["up", "timm"])
 def test_every_operation_of_randaugment_has_a_row_even_when_it_is_off(variant, digits):
     image = images.decode(digits.train.path[0])
     recipe = Recipe(randaug_n=1, randaug_variant=variant, crop_scale=[0.1, 1.0])
-    figure = views.magnitudes(recipe, image)
     operations = views.magnitude_table(recipe)[variant]["operation"].tolist()
-    assert row_names(figure) == operations and len(operations) == 15
-    assert f"variant {variant}" in texts(figure)[0]
-    assert len(row_names(views.magnitudes(Recipe(), image))) == 15
+    shown = texts(views.magnitudes(recipe, image))
+    assert set(operations) <= set(shown) and len(operations) == 15
+    assert f"variant {variant}" in shown[0]
+    other = views.magnitude_table(Recipe())["up"]["operation"]
+    assert set(other) <= set(texts(views.magnitudes(Recipe(), image)))
 
 
 def test_model_inputs_are_those_of_the_first_step_with_their_mean(digits):
     recipe = STRONG.replace(erase_prob=1.0, mixup_alpha=0.8)
-    figure = views.model_inputs(recipe, digits)
+    sheet = views.model_inputs(recipe, digits)
     tensors, targets = training.preview_batch(recipe, digits, 24)
     mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
     for i in range(24):
         pixels = (tensors[i].permute(1, 2, 0) * std + mean) * 255
-        difference = cell(figure, i, 12) - pixels.clamp(0, 255).numpy()
+        difference = cell(sheet, i) - pixels.clamp(0, 255).numpy()
         assert np.abs(difference).max() <= 0.51
     heading = f"(24, 3, 32, 32), mean {tensors.mean():.2f}, std {tensors.std():.2f}"
-    assert texts(figure)[0] == heading
-    assert texts(figure)[1] == image_grids.label_text(targets[0], digits.classes)
+    assert sheet.texts == [heading]
+    assert titles(sheet)[0] == image_grids.label_text(targets[0], digits.classes)
 
 
 def test_other_predictions_of_an_exported_network_are_shown_by_format(digits):
@@ -125,7 +179,7 @@ def test_other_predictions_of_an_exported_network_are_shown_by_format(digits):
     figure = views.other_predictions(flips, "int8", Recipe(), digits.classes)
     assert texts(figure) == ["int8: 1 other predictions", "1\nto 4\nis 1"]
     see = training.eval_transform(Recipe())
-    np.testing.assert_array_equal(cell(figure, 0, 1), see(images.decode(val.path.iloc[0])))
+    np.testing.assert_array_equal(cell(figure, 0), see(images.decode(val.path.iloc[0])))
     none = views.other_predictions(flips, "program", Recipe(), digits.classes)
     assert isinstance(none, pd.DataFrame) and none.empty
 
@@ -203,13 +257,9 @@ def test_a_row_is_the_image_and_the_map_of_each_class_with_its_probability(image
         expected += [str(i + 1), f"predicted {NAMES[i]}: {p[i, i]:.2f}"]
         expected += [f"label {NAMES[6 - i]}: {p[i, 6 - i]:.2f}"]
     assert sorted(texts(figure)) == sorted(expected)
-    # The first row, twice as large as its images: 48 pixels in a cell of 96.
-    margin, top = 12 + 7, 25 + 4 + image_grids.LINE
     maps = [grad_cam(model, batch[:1], [c])[0] for c in (0, 6)]
     for k, image in enumerate([inputs[0], *(image_grids.tinted(inputs[0], cam) for cam in maps)]):
-        left = margin + image_grids.CELL * k + (image_grids.CELL - image_grids.SIDE) // 2
-        part = shown(figure)[top : top + image_grids.SIDE : 2, left : left + image_grids.SIDE : 2]
-        assert np.abs(part.astype(int) - image).max() <= 1
+        assert np.abs(cell(figure, k, 48).astype(int) - image).max() <= 1
 
 
 def test_a_model_without_a_map_has_a_sentence_in_the_heading(image_files):

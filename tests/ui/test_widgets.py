@@ -2,16 +2,21 @@
 
 import asyncio
 import base64
+import io
+import subprocess
+import sys
 import threading
 import time
+from xml.etree import ElementTree
 
 import ipywidgets
 import numpy as np
 import pytest
+from PIL import Image
 
-from workbench import ROOT, progress, runs, training
-from workbench.recipe import Recipe, RecipeError, inactive_options
-from workbench.ui import image_grids, views, widgets
+from workbench import progress, runs, training
+from workbench.recipe import Recipe
+from workbench.ui import image_grids, widgets
 from workbench.ui.recipe_editor import RecipeEditor
 from workbench.ui.run_picker import RunPicker
 
@@ -19,7 +24,10 @@ IMAGES = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(5)]
 
 
 def png_of(view: widgets.View) -> bytes:
-    return base64.b64decode(view._repr_mimebundle_()["image/png"])
+    shown, metadata = view._repr_mimebundle_()
+    png = base64.b64decode(shown["image/png"])
+    assert metadata == {"image/png": {"width": Image.open(io.BytesIO(png)).width // 2}}
+    return png
 
 
 def test_an_interactive_view_follows_its_controls_and_has_a_static_image(monkeypatch):
@@ -37,15 +45,16 @@ def test_an_interactive_view_follows_its_controls_and_has_a_static_image(monkeyp
     slider.set_state({"value": 3})  # what a browser sends
     assert seen == [(0, "x"), (3, "x")]
     assert png_of(view) == view.image.value != before
+    assert view.image.width == str(Image.open(io.BytesIO(view.image.value)).width // 2)
     slider.value = 1
     assert "ValueError: no &lt;such&gt; level" in view.text.value and not view.image.value
     slider.value = 2
     assert view.text.value == ""
     # Readers prefer a widget, and without its front end show nothing: headless there is none.
     widget = "application/vnd.jupyter.widget-view+json"
-    assert widget not in view._repr_mimebundle_()
+    assert widget not in view._repr_mimebundle_()[0]
     monkeypatch.setattr(widgets, "watched", lambda: "jupyter")
-    assert png_of(view) == view.image.value and widget in view._repr_mimebundle_()
+    assert png_of(view) == view.image.value and widget in view._repr_mimebundle_()[0]
 
 
 def test_no_widget_replaces_a_method_of_ipywidgets():
@@ -117,7 +126,7 @@ def test_a_long_epoch_prints_a_line_a_minute(printed, capsys):
     printed.show(STEP)
     [line] = capsys.readouterr().out.splitlines()[1:]
     speed = "loss 1.250, 320 img/s, 25% waiting for data"
-    assert line == f"epoch 1, step 10 of 40: {speed}, about 5 min left"
+    assert line == f"epoch 1, step 10 of 40: {speed}, 25%, 0:01:40 elapsed, 0:05:00 left"
 
 
 def test_a_terminal_gets_a_bar_with_loss_speed_and_waiting(tmp_path, capsys, monkeypatch):
@@ -151,12 +160,14 @@ def test_a_training_view_shows_step_speed_memory_and_what_was_left_out(tmp_path)
     view = widgets.TrainingView(run)
     view.show(EPOCH)
     view.show(STEP)
+    view.refresh()
     start, line = view.start.value, view.line.value
-    assert start.startswith("9 training and 3 validation images, 2 classes")
+    assert ">9 training and 3 validation images, 2 classes" in start
     assert "<br>1 image left out, named in quarantine.csv" in start
     assert "<br>in training too: 1 validation image;" in start
     assert "step 10 of 40: loss 1.250, 320 img/s, 25% waiting for data" in line
-    assert "GB of memory" in line and "about 5 min left" in line
+    assert "GB of memory" in line
+    assert view.time.value == "25%, 0:01:40 elapsed, 0:05:00 left"
     assert (view.bar.value, view.bar.max) == (10, 40)
     assert png_of(view) == view.curves.value
 
@@ -168,46 +179,152 @@ def until(true, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def test_pause_waits(tmp_path):
-    view, given = widgets.TrainingView(runs.Run(tmp_path)), []
-
-    def rows():
-        for i in range(1, 6):
-            given.append(i)
-            yield {**STEP, "step": i}
-
-    view.pausing.click()
-    thread = threading.Thread(target=view.consume, args=[rows()])
-    thread.start()
-    until(lambda: given)
-    time.sleep(0.2)
-    assert given == [1], "no row while paused"
-    view.pausing.click()
-    thread.join(20)
-    assert len(given) == 5 and view.stopping.disabled and view.pausing.disabled
-
-
-def test_the_stop_button_ends_a_training_that_can_be_resumed(tmp_path):
-    recipe = Recipe(epochs=500, workers=0, train_fraction=0.1, log_every=1, runs_dir=str(tmp_path))
-    run = runs.Run(recipe.folder)
-    view = widgets.TrainingView(run)
-    rows = training.fit(recipe, run, stop=view.stop)
+def trained(recipe: Recipe, view: widgets.TrainingView) -> threading.Thread:
+    """A thread that trains a recipe and shows it, at its second step or later."""
+    rows = training.fit(recipe, view.run, stop=view.stop)
     thread = threading.Thread(target=view.consume, args=[rows])
     thread.start()
-    until(lambda: view.bar.value >= 2)
+    until(lambda: view.refresh() or view.bar.value >= 2)
+    return thread
+
+
+@pytest.fixture
+def long(tmp_path) -> Recipe:
+    return Recipe(epochs=500, workers=0, train_fraction=0.1, log_every=1, runs_dir=str(tmp_path))
+
+
+def test_a_paused_training_says_so_in_every_view_and_each_of_them_resumes_it(long):
+    run = runs.Run(long.folder)
+    view, other = widgets.TrainingView(run), widgets.TrainingView(run, run.writer())
+    thread = trained(long, view)
+    assert not view.pausing.disabled
+    view.pausing.click()
+    until(lambda: run.status()["message"].startswith("paused"))
+    for shown in (view, other):
+        shown.show({**STEP, "step": 2, "steps": 999})
+        shown.refresh()
+        assert shown.pausing.description == "Resume"
+        assert shown.line.value.startswith(f"paused after step {run.status()['step']} of")
+    step = view.bar.value
+    other.pausing.click()
+    until(lambda: view.refresh() or view.bar.value > step)
+    assert view.pausing.description == "Pause" and "img/s" in view.line.value
+    view.stopping.click()
+    thread.join(60)
+    assert view.stopping.disabled and view.pausing.disabled
+
+
+def test_the_stop_button_ends_a_training_that_can_be_resumed(long):
+    run = runs.Run(long.folder)
+    view = widgets.TrainingView(run)
+    thread = trained(long, view)
     view.stopping.click()
     thread.join(60)
     assert run.status()["state"] == "stopped" and run.file("last.pt").exists()
-    assert "the same command resumes it" in view.line.value
-    step = run.status()["step"]
-    assert next(iter(training.fit(recipe, run)))["step"] == step + 1
+    step, steps = run.status()["step"], run.status()["steps"]
+    assert view.line.value == f"stopped at step {step} of {steps}; run the cell again to resume"
+    assert view.bar.bar_style == "warning"
+    assert next(iter(training.fit(long, run)))["step"] == step + 1
 
 
-def test_the_stop_button_of_another_processs_run_writes_a_stop_file(tmp_path):
-    run = runs.Run(tmp_path)
-    view = widgets.TrainingView(run, own_process=False)
+def test_after_an_early_stop_the_view_says_why_it_ended(tmp_path):
+    recipe = Recipe(epochs=9, early_stopping=1, lr=1e-9, workers=0, train_fraction=0.1,
+                    runs_dir=str(tmp_path))  # fmt: skip
+    view = widgets.TrainingView(runs.Run(recipe.folder))
+    view.consume(training.fit(recipe, view.run))
+    epochs = len(view.run.metrics())
+    assert 2 <= epochs < 9 and view.bar.bar_style == "success"
+    text = f"after {epochs} epochs of 9, stopped early after 1 evaluation without a higher top-1"
+    assert view.line.value.startswith("finished: top-1 ") and view.line.value.endswith(text)
+
+
+def table(shown: str) -> list[list[str]]:
+    """The cells of an HTML table by row."""
+    return [[cell.text or "" for cell in row] for row in ElementTree.fromstring(shown).iter("tr")]
+
+
+def test_the_table_of_epochs_has_the_last_ones_and_marks_the_best(tmp_path):
+    run = started(runs.Run(tmp_path))
+    for epoch in range(1, 21):
+        top1 = {2: 80.0, 5: 80.0}.get(epoch, 50.0 + epoch)
+        row = {"epoch": epoch, "step": 10 * epoch, "train_loss": 1 / epoch, "train_top1": 1.0,
+               "val_loss": None if epoch == 19 else 0.5, "top1": top1, "recall": 0.25}  # fmt: skip
+        run.append("metrics.csv", row | {"ema_top1": 60.0, "ema_recall": 0.5})
+        run.append("steps.csv", {"step": 10 * epoch, "loss": 1.0, "seconds": 2.5 * epoch})
+    titles, *rows = table(widgets.TrainingView(run).epochs.value)
+    assert titles[:7] == "epoch,train loss,val loss,top-1 (%),EMA top-1 (%),recall,seconds".split(
+        ","
+    )
+    assert [row[0] for row in rows] == ["2", *map(str, range(6, 21))], "the last and the best"
+    assert [row[-1] for row in rows] == ["best", *[""] * 15], "the first one of two"
+    assert rows[-1][:7] == ["20", "0.0500", "0.5000", "70.00", "60.00", "0.25", "2.5"]
+    assert rows[-2][2] == "", "not evaluated"
+
+
+# ---- a run of another process
+
+
+@pytest.fixture
+def elsewhere(long):
+    """A run that another process trains."""
+    code = "import sys; from workbench import runs, training; from workbench.recipe import Recipe; "
+    code += (
+        "recipe = Recipe(**eval(sys.argv[1])); list(training.fit(recipe, runs.Run(recipe.folder)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, repr(long.model_dump())])
+    run = runs.Run(long.folder)
+    until(lambda: len(run.steps()) >= 2, 60)
+    yield run
+    process.kill()
+    process.wait()
+
+
+def followed(call, monkeypatch) -> tuple[widgets.TrainingView, threading.Thread]:
+    """The view that a call of a notebook displays, and the thread it runs in."""
+    shown: list[widgets.TrainingView] = []
+    monkeypatch.setattr(widgets, "watched", lambda: "jupyter")
+    monkeypatch.setattr(widgets, "display", shown.append)
+    thread = threading.Thread(target=lambda: asyncio.run(call))
+    thread.start()
+    until(lambda: shown and shown[0].bar.value >= 2)
+    return shown[0], thread
+
+
+@pytest.mark.slow
+def test_train_follows_a_run_that_another_process_trains_pauses_and_stops_it(
+    elsewhere, long, monkeypatch
+):
+    view, thread = followed(widgets.train(long, elsewhere), monkeypatch)
+    assert f"trained by {elsewhere.writer()}" in view.start.value
+    view.pausing.click()
+    until(lambda: view.line.value.startswith("paused after step"))
+    assert view.pausing.description == "Resume" and elsewhere.locked()
+    step = len(elsewhere.steps())
+    view.pausing.click()
+    until(lambda: view.bar.value > step)
     view.stopping.click()
-    assert run.file("STOP").exists() and view.pausing.disabled
+    thread.join(60)
+    assert elsewhere.status()["state"] == "stopped"
+    assert "stopped by the STOP file" in view.line.value
+
+
+@pytest.mark.slow
+def test_interrupt_ends_the_following_and_not_the_training(elsewhere, monkeypatch):
+    view, thread = followed(widgets.watch(elsewhere), monkeypatch)
+    view.stop.set()  # as Interrupt does
+    thread.join(60)
+    assert "no longer followed; process" in view.line.value and view.pausing.disabled
+    assert not elsewhere.file("STOP").exists() and elsewhere.locked()
+
+
+def test_a_run_of_another_recipe_is_not_followed(long, monkeypatch):
+    run = runs.Run(long.folder)
+    monkeypatch.setattr(runs, "this_process", lambda: "process 1 on another host")
+    with run.writing():
+        long.to_yaml(run.file("recipe.yaml"))
+        monkeypatch.undo()
+        with pytest.raises(runs.RunError, match="has a run of another recipe .lr: 0.1 there"):
+            asyncio.run(widgets.train(long.replace(lr=0.2), run))
 
 
 def test_an_error_of_the_training_reaches_the_cell(tmp_path):
@@ -236,109 +353,3 @@ def test_interrupt_waits_for_the_step_and_ends_normally(tmp_path):
 
     asyncio.run(interrupted())
     assert ended == ["with a checkpoint"]
-
-
-# ---- controls
-
-
-def editor(**options) -> RecipeEditor:
-    return RecipeEditor(Recipe(**options), views.AUGMENTATION)
-
-
-def test_there_is_a_control_for_every_augmentation_option():
-    fields = list(Recipe.model_fields)
-    assert views.AUGMENTATION == fields[fields.index("crop_scale") : fields.index("teacher")]
-
-
-OTHER = {"randaug_m": 3.0, "kd_loss": ["kl"], "erase_count": 3, "milestones": [1], "gamma": 0.5,
-         "momentum": 0.5, "switch_prob": 0.1, "deep_stem": True, "temperature": 2.0}  # fmt: skip
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
-def test_untouched_controls_are_the_recipe_and_inactive_options_are_refused_by_it(path):
-    recipe = Recipe.from_yaml(path)
-    assert RecipeEditor(recipe, views.AUGMENTATION).result == recipe
-    inactive, refused = inactive_options(recipe.model_dump()), ""
-    for name in [name for name, value in OTHER.items() if value != getattr(recipe, name)]:
-        try:
-            recipe.replace(**{name: OTHER[name]})
-        except RecipeError as error:
-            refused = str(error)
-        assert (f"{name}: {OTHER[name]!r} has no effect" in refused) == (name in inactive)
-
-
-@pytest.mark.parametrize("name", views.AUGMENTATION)
-def test_both_ends_of_every_control_are_allowed(name):
-    options = editor(randaug_n=2, mixup_alpha=0.2, cutmix_alpha=1.0, erase_prob=0.5)
-    control = options.controls[name]
-    ends = [getattr(control, "min", False), getattr(control, "max", True)]
-    if isinstance(control, ipywidgets.FloatRangeSlider):
-        ends = [(end, end) for end in ends]
-    for end in getattr(control, "options", ends):
-        control.value = end
-        assert options.problem == "" and options.result is not None
-        value = getattr(options.result, name)
-        assert value == (list(end) if isinstance(end, tuple) else end)
-        assert type(value) is type(getattr(Recipe(), name))
-
-
-def test_a_browser_that_moves_a_slider_to_its_nearest_step_changes_nothing():
-    recipe = Recipe(crop_scale=[0.083, 1.0], hflip=0.123, randaug_n=1, randaug_std=0.555)
-    options = RecipeEditor(recipe, views.AUGMENTATION)
-    options.controls["crop_ratio"].set_state({"value": [0.75, 1.33]})
-    options.controls["crop_scale"].set_state({"value": [0.08, 1.0]})
-    options.controls["hflip"].set_state({"value": 0.12})
-    options.controls["randaug_std"].set_state({"value": 0.56})
-    assert options.result == recipe
-    options.controls["crop_ratio"].set_state({"value": [0.75, 1.35]})
-    assert options.result.crop_ratio == [0.75, 1.35]
-
-
-def test_the_lines_to_copy_are_the_options_with_an_effect(tmp_path):
-    recipe = Recipe(name="mine", hflip=0.5, lr=0.2)
-    options = RecipeEditor(recipe, views.AUGMENTATION)
-    options.controls["randaug_n"].value = 2
-    options.controls["crop_scale"].value = (0.3, 1.0)
-    options.controls["brightness"].value = 0.1 + 0.2  # as a slider of steps adds up
-    assert "brightness: 0.3  # factor" in options.yaml.value
-    assert "switch_prob" not in options.yaml.value
-    file = tmp_path / "mine.yaml"
-    file.write_text("name: mine\nlr: 0.2\n" + options.yaml.value)
-    assert Recipe.from_yaml(file) == options.result
-    assert options.result == recipe.replace(randaug_n=2, crop_scale=[0.3, 1.0], brightness=0.3)
-    paper = options._repr_mimebundle_()["text/html"]
-    assert paper.startswith("<pre>crop_scale: [0.3, 1.0]")
-
-
-def test_an_option_without_effect_is_disabled_and_keeps_its_value():
-    options = editor(randaug_n=2)
-    m, n = options.controls["randaug_m"], options.controls["randaug_n"]
-    m.value = 9.0
-    assert not m.disabled and options.result.randaug_m == 9
-    n.value = 0
-    assert m.disabled and options.result.randaug_m == 7.0 and options.problem == ""
-    n.value = 1
-    assert not m.disabled and options.result.randaug_m == 9
-
-
-def test_errors_of_the_recipe_are_shown_in_the_editor_and_its_views():
-    options = editor(batch_size=1)
-    view = widgets.InteractiveView(lambda recipe: [f"hflip {recipe.hflip}"], options)
-    assert "hflip 0.0" in view.text.value
-    options.controls["mixup_alpha"].value = 0.2
-    assert options.result is None and "no other to mix with" in options.note.value
-    assert "no other to mix with" in view.text.value
-    options.controls["mixup_alpha"].value = 0.0
-    options.controls["hflip"].value = 0.25
-    assert options.problem == "" and "hflip 0.25" in view.text.value
-
-
-def test_copy_sends_the_lines_to_the_browser():
-    options = editor()
-    assert options.script.outputs == ()
-    options.copy.click()
-    [output] = options.script.outputs
-    assert "hflip: 0.0" in output["data"]["application/javascript"]
-    assert options.copy.description == "Copied"
-    options.controls["hflip"].value = 0.5
-    assert options.copy.description == "Copy"

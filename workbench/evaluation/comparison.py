@@ -55,7 +55,7 @@ class EvaluatedRun:
     """The files of a run that a comparison needs, read once."""
 
     def __init__(self, run: Run, weights: str = "raw"):
-        self.name = run.path.name
+        self.name, self.path = run.path.name, run.path
         try:
             self.recipe = defaults() | run.recipe()
             self.environment, self.state = run.environment(), run.status()["state"]
@@ -408,21 +408,6 @@ def markdown(table: pd.DataFrame) -> str:
     text = table.map(lambda v: "" if pd.isna(v) else f"{v:.2f}" if isinstance(v, float) else str(v))
     rows = [[*table.columns], ["---"] * len(table.columns), *text.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
-
-
-def usable(root: str | Path) -> tuple[list[Run], dict[str, str]]:
-    """The evaluated runs in a folder, newest first, and by name why others are left out."""
-    runs, left_out = [], {}
-    for path in sorted(Path(root).glob("*/recipe.yaml")):
-        run = Run(path.parent)
-        try:
-            run.recipe(), run.environment()
-            if not run.file("predictions.parquet").exists():
-                raise RunError(f"{run.status()['state']}, not evaluated yet")
-            runs.append((run.file("predictions.parquet").stat().st_mtime, run))
-        except (RunError, OSError) as error:  # also a folder that was just removed
-            left_out[run.path.name] = str(error)
-    return [run for _, run in sorted(runs, key=lambda pair: -pair[0])], left_out
 
 
 def newest_pair(runs: Sequence[Run], baseline: str = "") -> list[Run]:

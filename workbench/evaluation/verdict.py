@@ -53,10 +53,10 @@ class Verdict:
         d, (theirs, ours) = self.difference, self.difference.seeds
         turned = d.points < 0 and (self.significant or d.points <= -LARGE)
         low, high = (-d.high, -d.low) if turned else (d.low, d.high)
-        less = "< " if d.p <= MIN_P else ""
-        text = f"{100 * LEVEL:.0f} % interval {low:.2f} to {high:.2f}, p {less}{_p_text(d.p)}"
+        text = f"{100 * LEVEL:.0f} % interval {low:.2f} to {high:.2f}, p {p_text(d.p)}"
         if d.comparisons > 1:
-            text += f", {less}{_p_text(d.adjusted)} adjusted for {d.comparisons} comparisons"
+            less = "< " if MIN_P == d.p < d.adjusted else ""
+            text += f", {less}{p_text(d.adjusted)} adjusted for {d.comparisons} comparisons"
         if ours == theirs == 1:
             return f"{text}, one run each on {d.images:,} images"
         seeds = f"{ours} seed{'s' * (ours > 1)} of {self.name} and {theirs} of {self.baseline}"
@@ -64,7 +64,10 @@ class Verdict:
         return f"{text}, {seeds}, {d.images:,} images"
 
 
-def _p_text(p: float) -> str:
+def p_text(p: float) -> str:
+    """A p value with one or two digits; "< 1e-16" for those below the precision of a double."""
+    if p <= MIN_P:
+        return f"< {p:.1g}"
     if 0.045 <= p < 0.055:  # not rounded to the other side of 0.05
         return f"{p:.3g}"
     return f"{p:.1g}" if p < 0.095 else f"{p:.2f}"

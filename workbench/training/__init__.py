@@ -27,5 +27,5 @@ from workbench.training.inputs import (
 from workbench.training.loop import fit, lr_range_test
 from workbench.training.losses import loss_function
 from workbench.training.optim import check_optimizer, create_optimizer, ema_update, lr_scales
-from workbench.training.setup import resumed_state, trained_on_validation
+from workbench.training.setup import check_same_recipe, resumed_state, trained_on_validation
 from workbench.training.validation import eval_workers, initial_loss, predictions

@@ -25,10 +25,8 @@ from workbench.training.meter import Row
 from workbench.training.run_writer import RunWriter
 from workbench.training.setup import is_finished, set_up
 from workbench.training.state import TrainState
-from workbench.training.stop_request import StopRequest
+from workbench.training.stop_request import CONTINUE, PAUSE, SAVE, STOP, StopRequest
 from workbench.training.validation import no_validation, validate
-
-CONTINUE, SAVE, STOP = range(3)
 
 _live: "weakref.WeakValueDictionary[str, Iterator[Row]]" = weakref.WeakValueDictionary()
 
@@ -60,8 +58,10 @@ def fit(
 
     Ctrl-C, SIGTERM, a STOP file in the folder, `stop` and leaving the loop end it at the next
     step: last.pt is written, the state is "stopped", and fit returns. A second Ctrl-C interrupts
-    at once. `dataset` is a Dataset, which saves reading the lists again, or a custom part as those
-    in `custom`: the user's own loss, loss_args and so on (workbench.parts). Raises RunError,
+    at once. While there is a PAUSE file fit waits after a step, with last.pt written.
+
+    `dataset` is a Dataset, which saves reading the lists again, or a custom part as those in
+    `custom`: the user's own loss, loss_args and so on (workbench.parts). Raises RunError,
     DataError, ModelError, PartError, DistillationError or TrainingError, mostly before a step.
     """
     if callable(dataset):
@@ -134,7 +134,7 @@ def _train(
             epoch_ends = state.step % state.steps_per_epoch == 0
             row_due = epoch_ends or state.step % recipe.log_every == 0
             save_due = epoch_ends or writer.checkpoint_due()
-            action = dist.max(STOP if stopping.reason() else SAVE if save_due else CONTINUE)
+            action = dist.max(max(stopping.action(), SAVE if save_due else CONTINUE))
             if not row_due and action == CONTINUE:
                 continue
 
@@ -151,8 +151,21 @@ def _train(
                 writer.save()
             if dist.is_main:  # last, so that nothing is lost when the caller leaves the loop here
                 yield from rows
+            if action == PAUSE and not state.finished:
+                action = wait_while_paused(writer, stopping)
             meter.start_clock(new_window=row_due)
         writer.close(stopping.reason())
+
+
+def wait_while_paused(writer: RunWriter, stopping: StopRequest) -> int:
+    """Returns the action after a pause, in every process at once: CONTINUE or STOP."""
+    writer.say_paused(True)
+    action = PAUSE
+    while action == PAUSE:
+        time.sleep(0.1)
+        action = writer.state.dist.max(stopping.action())
+    writer.say_paused(False)
+    return action
 
 
 def train_step(

@@ -95,6 +95,13 @@ class RunWriter:
             self.run.set_status("running", step=state.step, steps=state.steps)
         self.saved_at, self.saved_step = time.monotonic(), state.step
 
+    def say_paused(self, paused: bool) -> None:
+        """Puts into status.json that the training waits, or that it goes on."""
+        if self.is_main:
+            text = f"paused after step {self.state.step} of {self.state.steps}; "
+            text += f"it goes on when {self.run.file('PAUSE')} is removed"
+            self.run.set_status("running", message=text if paused else "")
+
     def close(self, reason: str | None) -> None:
         """Marks the run as finished, or as stopped for a reason."""
         if not self.is_main:
@@ -114,8 +121,9 @@ class RunWriter:
             )
             if state.stopped_early:
                 times = counted(state.worse, "evaluation")
-                message += f", stopped after {times} without a higher top-1"
+                message += f" of {state.recipe.epochs}, stopped early after {times} without a "
+                message += "higher top-1"
         notes = [*state.metrics.failed.values(), *self.environment["trained_on_validation"]]
         message = "; ".join([message, *notes])
-        self.run.file("STOP").unlink(missing_ok=True)
+        self.run.remove_requests()
         self.run.set_status(status, step=state.step, steps=state.steps, message=message)

@@ -168,26 +168,14 @@ def is_finished(recipe: Recipe, run: runs.Run, dataset: data.Dataset | None) -> 
 
     Raises RunError if the folder has a run of another recipe, or a finished run on other images.
     """
-    run.file("STOP").unlink(missing_ok=True)
+    run.remove_requests()
     if not run.file("last.pt").exists():
         return False
     if not recipe.auto_resume:
         raise runs.RunError(
             f"{run.path} has a run already and auto_resume is false; give this one another name"
         )
-    if run.file("recipe.yaml").exists():
-        there, here = run.recipe(), recipe.model_dump(exclude=set(runtime_only))
-        pairs = {key: (there[key], here[key]) for key in here if key in there}
-        failed = run.environment().get("failed_metrics", ())
-        # A new metric, or another one for one that failed, changes no weight.
-        if {*there.get("metrics", ())} - {*failed} <= {*recipe.metrics}:
-            pairs.pop("metrics", None)
-        different = [f"{k}: {a!r} there, {b!r} here" for k, (a, b) in pairs.items() if a != b]
-        if different:
-            raise runs.RunError(
-                f"{run.path} has a run of another recipe ({'; '.join(different)}); give this one "
-                f"another name and, to continue from there, resume_from: {run.path}"
-            )
+    check_same_recipe(recipe, run)
     if run.status()["state"] != "finished":
         return False
     try:
@@ -197,6 +185,24 @@ def is_finished(recipe: Recipe, run: runs.Run, dataset: data.Dataset | None) -> 
     _check_classes(run, dataset)
     _check_unchanged(run, {"data": data.fingerprint(dataset)})
     return True
+
+
+def check_same_recipe(recipe: Recipe, run: runs.Run) -> None:
+    """Raises RunError if the folder has a run of another recipe."""
+    if not run.file("recipe.yaml").exists():
+        return
+    there, here = run.recipe(), recipe.model_dump(exclude=set(runtime_only))
+    pairs = {key: (there[key], here[key]) for key in here if key in there}
+    failed = run.environment().get("failed_metrics", ())
+    # A new metric, or another one for one that failed, changes no weight.
+    if {*there.get("metrics", ())} - {*failed} <= {*recipe.metrics}:
+        pairs.pop("metrics", None)
+    different = [f"{k}: {a!r} there, {b!r} here" for k, (a, b) in pairs.items() if a != b]
+    if different:
+        raise runs.RunError(
+            f"{run.path} has a run of another recipe ({'; '.join(different)}); give this one "
+            f"another name and, to continue from there, resume_from: {run.path}"
+        )
 
 
 def _check_classes(run: runs.Run, dataset: data.Dataset) -> None:

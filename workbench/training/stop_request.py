@@ -1,4 +1,4 @@
-"""Requests to stop a training, noticed between two steps."""
+"""Requests to stop or pause a training, noticed between two steps."""
 
 import signal
 import threading
@@ -8,9 +8,11 @@ from typing import Self
 
 from workbench import runs
 
+CONTINUE, SAVE, PAUSE, STOP = range(4)  # of several processes the largest counts
+
 
 class StopRequest:
-    """Notices Ctrl-C, SIGTERM, the STOP file and an event, without interrupting a step.
+    """Notices Ctrl-C, SIGTERM, an event, and the files STOP and PAUSE, without interrupting a step.
 
     Inside `with`, signals wait for the end of the step; a second Ctrl-C interrupts at once.
     """
@@ -19,7 +21,7 @@ class StopRequest:
         self.run, self.event = run, event
         self.signal: str | None = None
         self._next_check = 0.0
-        self._file_found = False
+        self._found = ""  # the file
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -43,8 +45,16 @@ class StopRequest:
             return self.signal
         if self.event.is_set():
             return "the stop event"
+        return "the STOP file" if self._file() == "STOP" else None
+
+    def action(self) -> int:
+        """STOP, PAUSE or CONTINUE."""
+        return STOP if self.reason() else PAUSE if self._file() else CONTINUE
+
+    def _file(self) -> str:
+        """The file that was there at the last look; "" if there was none."""
         if self.run is not None and (start := time.monotonic()) >= self._next_check:
-            self._file_found = self.run.file("STOP").exists()
-            end = time.monotonic()
+            there = [name for name in runs.REQUESTS if self.run.file(name).exists()]
+            self._found, end = next(iter(there), ""), time.monotonic()
             self._next_check = end + 50 * (end - start)  # at most 2 % of the time, on any disk
-        return "the STOP file" if self._file_found else None
+        return self._found

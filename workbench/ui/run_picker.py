@@ -1,32 +1,27 @@
-"""A widget that picks runs of a folder and compares them."""
+"""A run table that compares the selected runs."""
 
-import asyncio
-import contextlib
-import html
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
-import pandas as pd
 
-from workbench import runs
 from workbench.evaluation import comparison
 from workbench.evaluation.comparison import ComparisonError
-from workbench.progress import watched
-from workbench.ui.widgets import Source
+from workbench.ui import plots
+from workbench.ui.run_table import RunTable
 
-FOLLOWED = ("metrics.csv", "predictions.parquet", "status.json")  # files that change in training
 FIRST = ("the first", "")
 ONE_RECIPE = "There is one recipe; pick runs of another to compare it with."
 
 
-class RunPicker(Source):
-    """A list of the evaluated runs of a folder, newest first; a search word narrows it.
+class RunPicker(RunTable):
+    """A run table whose `result` is the Comparison of the selected runs that are evaluated.
 
-    `result` is the Comparison of the picked runs. `recipe` is a control that InteractiveViews can
-    share: the recipe to show against the baseline. In Jupyter the folder is read every two seconds,
-    so that a run in training is followed. The static representation is the list.
+    `recipe` is a control that InteractiveViews can share: the recipe to show against the baseline.
+    The marks in the table have the colours of the recipes in figures. A run in training is
+    followed.
 
     Without `names` all seeds of the newest finished recipe and of its baseline are picked, see
     comparison.newest_pair; `unfinished` considers unfinished runs too. Raises ComparisonError for
@@ -42,70 +37,37 @@ class RunPicker(Source):
         weights: str = "raw",
         unfinished: bool = False,
     ):
-        self.folder = Path(folder)
-        self._stamp, self._updating = self.stamp(), False
-        self.search = ipywidgets.Text(description="search", placeholder="part of a name")
-        self.runs = ipywidgets.SelectMultiple(
-            description="runs", rows=12, layout={"width": "720px"}, tooltip="hold Ctrl for several"
-        )
         options = [FIRST, *([(baseline, baseline)] if baseline else [])]
         self.baseline = ipywidgets.Dropdown(options=options, value=baseline, description="baseline")
         kinds = ["raw", "ema"]
         self.weights = ipywidgets.Dropdown(options=kinds, value=weights, description="weights")
         self.recipe = ipywidgets.Dropdown(description="recipe")
-        self.note = ipywidgets.HTML()
-        super().__init__([self.search, self.runs, self.baseline, self.weights, self.note])
-        usable = self.refresh()
-        if missing := sorted(set(names) - {run.path.name for run in usable}):
+        self._updating = False
+        super().__init__(folder, names)
+        self.children = [*self.children, ipywidgets.HBox([self.baseline, self.weights])]
+        usable = self.evaluated()
+        if missing := sorted({*names} - {*map(self.key, usable)}):
             missing = ", ".join(missing)
             raise ComparisonError(f"{folder} has no evaluated run {missing}; see workbench runs")
-        done = [r for r in usable if unfinished or r.status()["state"] == "finished"]
-        pair = comparison.newest_pair(done, baseline)
-        self.runs.value = tuple(names) or tuple(run.path.name for run in pair)
-        self._compare_picked()
-        self.search.observe(self.refresh, names="value")
-        for control in (self.runs, self.baseline, self.weights):
-            control.observe(self._compare_picked, names="value")
-        if watched() == "jupyter":
-            with contextlib.suppress(RuntimeError):  # no event loop, so no front end either
-                self._watching = asyncio.get_running_loop().create_task(self._watch())
+        if not names:
+            done = [r for r in usable if unfinished or r.status()["state"] == "finished"]
+            pair = comparison.newest_pair(done, baseline)
+            self.table.selected = [*map(self.key, pair)]
+        self._follow()
+        self.table.observe(self._follow_soon, names="selected")
+        for control in (self.baseline, self.weights):
+            control.observe(self._follow, names="value")
 
-    def refresh(self, _: Any = None) -> list[runs.Run]:
-        """Reads the folder and returns its evaluated runs; picked runs stay picked."""
-        usable, left_out = comparison.usable(self.folder)
-        word, picked = self.search.value.lower(), self.runs.value
-        labels = {run.path.name: self._label(run) for run in usable}
-        self._updating = True  # setting the options clears the value
-        self.runs.options = [
-            (label, name)
-            for name, label in labels.items()
-            if word in name.lower() or name in picked
-        ]
-        self.runs.value = tuple(name for name in picked if name in labels)
-        self._updating = False
-        hint = "" if usable else "; make demo trains one"
-        lines = [f"{len(usable)} evaluated runs in {self.folder}, {len(left_out)} left out{hint}"]
-        lines += [f"left out: {name} ({reason})" for name, reason in left_out.items()][:5]
-        self.note.value = "<br>".join(map(html.escape, lines))
-        return usable
-
-    def _label(self, run: runs.Run) -> str:
-        state = run.status()["state"].replace("running", "\u25cf training")
-        rows = run.metrics().reindex(columns=["epoch", "top1"])
-        top1 = rows.top1.dropna().tail(1)
-        text = f"{top1.item():6.2f} %" if len(top1) else "     - %"
-        return f"{text}  {run.path.name}  ({state}, epoch {rows.epoch.max():.0f})"
-
-    def _compare_picked(self, _: Any = None) -> None:
+    def _follow(self, _: Any = None) -> None:
         if self._updating:
             return
-        newest_first = [name for _, name in self.runs.options if name in self.runs.value]
-        folders = [self.folder / name for name in reversed(newest_first)]
+        evaluated = {run.path for run in self.evaluated()}
+        folders = [run.path for run in self.selected if run.path in evaluated]
         weights, baseline = self.weights.value, self.baseline.value
         try:
             result = comparison.compare(folders, weights=weights, baseline=baseline)
         except (ComparisonError, OSError) as error:
-            self.problem, self.result = str(error), None
+            self.problem, self.result, self.table.colours = str(error), None, {}
             return
         names = [group.name for group in result.groups]
         self._updating = True
@@ -117,24 +79,8 @@ class RunPicker(Source):
         self.recipe.options = others
         if others:
             self.recipe.value = shown if shown in others else others[-1]
+        colours = zip(result.groups, itertools.cycle(plots.COLOURS))
+        self.table.colours = {
+            self.key(run): colour for group, colour in colours for run in group.runs
+        }
         self.result = result
-
-    def stamp(self) -> tuple:
-        """Differs when a run of the folder has a new row, new predictions or a new state."""
-        files = [file for name in FOLLOWED for file in sorted(self.folder.glob(f"*/{name}"))]
-        with contextlib.suppress(OSError):
-            return tuple((str(file), file.stat().st_mtime_ns) for file in files)
-        return ()
-
-    async def _watch(self) -> None:
-        while self.comm is not None:  # until it is closed
-            await asyncio.sleep(2)
-            if (stamp := self.stamp()) != self._stamp:
-                self._stamp = stamp
-                self.refresh()
-                self._compare_picked()
-
-    def static_repr(self) -> dict[str, str]:
-        rows = [("\u2713" * (name in self.runs.value), text) for text, name in self.runs.options]
-        table = pd.DataFrame(rows, columns=["picked", "run"])
-        return {"text/html": table.to_html(index=False, border=0) + self.note.value}

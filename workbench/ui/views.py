@@ -1,6 +1,6 @@
 """Figures and tables of images: augmentation, model inputs, changed predictions, Grad-CAM."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,43 +16,161 @@ from workbench.recipe import Recipe
 from workbench.ui import image_grids
 from workbench.ui.figure import Figure
 
-AUGMENTATION = """
-crop_scale crop_ratio hflip brightness contrast saturation hue autoaugment
-randaug_n randaug_m randaug_std randaug_increasing randaug_variant
-mixup_alpha cutmix_alpha switch_prob mix_per_sample mix_prob erase_prob erase_mode erase_count
-""".split()  # options that these figures show
+AUGMENTATION = {
+    "crop and colour": "crop_scale crop_ratio hflip brightness contrast saturation hue".split(),
+    "RandAugment": """
+        autoaugment randaug_n randaug_m randaug_std randaug_increasing randaug_variant
+    """.split(),
+    "mixing and erasing": """
+        mixup_alpha cutmix_alpha switch_prob mix_per_sample mix_prob
+        erase_prob erase_mode erase_count
+    """.split(),
+}  # options that these figures show, by group
 
 
 def augmentation_grid(
-    recipe: Recipe, image: Image.Image, row: int = 0, first_epoch: int = 0, *, heading: str = ""
+    recipe: Recipe,
+    image: images.AnyImage,
+    row: int = 0,
+    first_epoch: int = 0,
+    *,
+    other: images.AnyImage | None = None,
+    heading: str = "",
 ) -> Figure:
-    """An image as in validation, then as training sees it in 19 epochs.
+    """An image, as validation takes it, and as the model takes it in 19 epochs of training.
 
-    The same samples as in training, which depend on seed, epoch and `row` of the training list.
-    Titles are the sampled parameters except those of the crop.
+    Crop, flip and colours are those of training, which depend on seed, epoch and `row` of the
+    training list. Erasing and mixing with `other` (None: with the image itself) are sampled as for
+    a step of these two. Titles are the sampled parameters except those of the crop, and the share
+    of the image in its label where it is mixed.
     """
     transform = training.train_transform(recipe)
-    views, titles = [training.eval_transform(recipe)(image)], ["validation"]
-    image = transform.resize.image(image)
-    for epoch in range(first_epoch, first_epoch + 19):
-        rng = data.rng_for(recipe.seed, data.DRAW, epoch, row)
-        params = transform.sample_params(rng, image.width, image.height)
-        views.append(transform.apply(image, params))
-        text = augmentation.describe(params).replace(", ", "\n")
-        titles.append(f"epoch {epoch + 1}\n{text}".strip())
-    return image_grids.grid(views, titles, columns=10, heading=heading)
+    original, validated = _original(image), training.eval_transform(recipe)(image)
+    pair = [transform.resize.image(one) for one in (image, image if other is None else other)]
+    views: tuple[list, list] = ([], [])
+    heads, texts, epochs = [], [], range(first_epoch, first_epoch + 19)
+    for epoch in epochs:
+        for i, one in enumerate(pair):  # the other is the next row
+            rng = data.rng_for(recipe.seed, data.DRAW, epoch, row + i)
+            params = transform.sample_params(rng, one.width, one.height)
+            if i == 0:
+                heads.append(f"epoch {epoch + 1}{', flip' * params['flip']}")
+                words = augmentation.describe({**params, "flip": False})
+                texts.append(words.replace(", ", "\n"))
+            if i == 0 or recipe.mixup_alpha or recipe.cutmix_alpha:
+                views[i].append(transform.apply(one, params))
+    shown, notes = _as_inputs(recipe, *views, epochs)
+    lines = zip(heads, notes, texts, strict=True)
+    titles = ["\n".join(filter(None, some)) for some in lines]
+    shown, titles = [validated, *shown], ["validation", *titles]
+    options = {"heading": heading, "original": original, "most_lines": 5}  # fits a window
+    return image_grids.grid(shown, titles, columns=6, **options)
 
 
-def sweep(recipe: Recipe, image: Image.Image, heading: str = "") -> Figure | pd.DataFrame:
-    """Crop, flip and jitter from weakest to strongest, one at a time; a table if all are off."""
+def _original(image: images.AnyImage) -> image_grids.Cell:
+    pixels = images.image(image).pixels()
+    return pixels, f"original, {pixels.shape[1]} x {pixels.shape[0]}"
+
+
+def _as_inputs(
+    recipe: Recipe, views: list[np.ndarray], others: list[np.ndarray], steps: Iterable[int]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Views erased and mixed with the others, and notes on their shares; `steps` are seeds."""
+    mixes = recipe.mixup_alpha or recipe.cutmix_alpha
+    if not mixes and not recipe.erase_prob:
+        return views, [""] * len(views)
+    transform = training.DeviceTransform(recipe, 2, torch.device("cpu"))
+    two, shown, notes = torch.arange(2), [], []
+    for view, other, step in zip(views, others if mixes else views, steps, strict=True):
+        batch = data.Batch(_tensor([view, other]), two, two, two, step, True, 2, [])
+        tensors, targets = transform(batch)
+        shown.append(transform.normalize.undo(tensors[:1])[0].numpy())
+        share = float(targets[0, 0]) if mixes else 1.0
+        notes.append(f"label {share:.2f}" if share < 0.9995 else "")
+    return shown, notes
+
+
+def _tensor(views: Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 (n, 3, h, w) of arrays (h, w, 3)."""
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+
+
+def sweep(
+    recipe: Recipe,
+    image: images.AnyImage,
+    heading: str = "",
+    other: images.AnyImage | None = None,
+) -> Figure | pd.DataFrame:
+    """Crop, flip, jitter, mixing with `other` and erasing: lowest, middle and highest value.
+
+    One at a time; a table if all are off.
+    """
     transform = training.train_transform(recipe)
-    rows = _sweep_rows(transform, image, randaug=False)
+    found = _sweep_rows(transform, image, randaug=False)
+    some = lambda row: row[:: len(row) // 2]  # 3 of 5, both of 2
+    rows = {name: (some(shown), some(titles)) for name, (shown, titles) in found.items()}
+    pair = (transform.at(one, {}) for one in (image, image if other is None else other))
+    rows |= _mixing_rows(recipe, *pair)
     if not rows:
         return pd.DataFrame({heading or "operations": ["crop, flip and jitter are off"]})
-    return image_grids.image_rows(rows, heading)
+    columns = 1 + (len(rows) > 4)
+    return image_grids.image_rows(rows, heading, columns, image_grids.NARROW)
 
 
-def magnitudes(recipe: Recipe, image: Image.Image) -> Figure:
+def _mixing_rows(
+    recipe: Recipe, image: np.ndarray, other: np.ndarray
+) -> dict[str, tuple[list[np.ndarray], list[str]]]:
+    """Mixup and CutMix with shares of 1, 3/4 and 1/2, erasing of 2, 18 and 33 % of the area."""
+    transform = training.DeviceTransform(recipe, 2, torch.device("cpu"))
+    pair, size = transform.normalize(_tensor([image, other])), recipe.image_size
+    rows: dict[str, tuple[list[np.ndarray], list[str]]] = {}
+
+    def add(name: str, tensors: torch.Tensor, title: str) -> None:
+        shown, titles = rows.setdefault(name, ([], []))
+        shown.append(transform.normalize.undo(tensors[:1])[0].numpy())
+        titles.append(title)
+
+    def box(area: float) -> list[int]:
+        side = round(size * area**0.5)
+        return [low := (size - side) // 2, low, low + side, low + side]
+
+    for share in (1.0, 0.75, 0.5):
+        for name, boxed in (("mixup", False), ("cutmix", True)):
+            if getattr(recipe, f"{name}_alpha"):
+                boxes = np.array([box(1 - share) if boxed else [0] * 4] * 2)
+                lam = np.full(2, share)
+                mixed, _ = transform.mix.apply(pair, torch.eye(2), np.arange(2), lam, boxes)
+                add(name, mixed, f"label {share:.2f}")
+    for area in np.linspace(*transform.erase.area, 3) if transform.erase else ():
+        erased = transform.erase.apply(pair.clone(), np.array([[box(area)]] * 2), np.arange(2))
+        add("erasing", erased, f"{area:.0%} of the area")
+    return rows
+
+
+def operations(
+    recipe: Recipe, image: images.AnyImage, other: images.AnyImage | None = None
+) -> Figure:
+    """The operations of the recipe's RandAugment variant at magnitude `randaug_m`.
+
+    In the positive direction, from the whole image, and erased and mixed as the recipe says.
+    """
+    recipe = recipe.replace(randaug_n=recipe.randaug_n or 2)
+    transform = training.train_transform(recipe)
+    kind = transform.randaug
+    steps = [kind.at(name, recipe.randaug_m, recipe.image_size) for name in kind.levels]
+    settings = [{"randaug": [step]} for step in steps]
+    views = [transform.at(image, setting) for setting in settings]
+    others = [transform.at(image if other is None else other, {})] * len(views)
+    shown, notes = _as_inputs(recipe, views, others, range(len(views)))
+    titles = [augmentation.describe(s).replace(" ", "\n", 1) for s in settings]
+    titles = [f"{title}\n{note}".strip() for title, note in zip(titles, notes, strict=True)]
+    heading = f"each operation alone at magnitude {recipe.randaug_m:g}, variant {kind.variant}"
+    whole, size = _original(image)
+    shown, titles = [whole, *shown], [size, *titles]
+    return image_grids.grid(shown, titles, columns=6, heading=heading)
+
+
+def magnitudes(recipe: Recipe, image: images.AnyImage) -> Figure:
     """The operations of the recipe's RandAugment variant at magnitudes 0, 2.5, 5, 7.5 and 10.
 
     Those with two directions in the positive one.
@@ -96,10 +214,10 @@ def model_inputs(recipe: Recipe, content: data.Dataset) -> Figure:
     1 if the recipe's `mean` and `std` fit.
     """
     tensors, targets = training.preview_batch(recipe, content)
-    views = training.Normalize(recipe, tensors.device).undo(tensors)
+    views = training.Normalize(recipe, tensors.device).undo(tensors).numpy()
     heading = f"{tuple(tensors.shape)}, mean {tensors.mean():.2f}, std {tensors.std():.2f}"
     titles = [image_grids.label_text(target, content.classes) for target in targets]
-    return image_grids.grid(views, titles, columns=12, heading=heading)
+    return image_grids.grid(views, titles, columns=6, heading=heading, most_lines=5)
 
 
 def distances(
@@ -218,4 +336,4 @@ def grad_cam_grid(
     if not rows or len(rows[0][0]) == 1:
         return image_grids.grid([], heading="; ".join(notes))
     numbered = {str(i): row for i, row in enumerate(rows, 1)}
-    return image_grids.image_rows(numbered, "; ".join(notes), columns=min(3, len(rows)))
+    return image_grids.image_rows(numbered, "; ".join(notes), columns=min(2, len(rows)))

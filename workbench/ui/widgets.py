@@ -1,31 +1,48 @@
 """Widgets of the notebooks. In a saved notebook each is also a static figure or table."""
 
+from __future__ import annotations
+
 import asyncio
 import base64
 import contextlib
+import functools
 import html
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 import pandas as pd
-import psutil
-import torch
 import traitlets
 from IPython import get_ipython
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from workbench import counted, data, evaluation, runs, training
-from workbench.progress import watched
+from workbench import ROOT
+from workbench.progress import is_voila, watched
 from workbench.recipe import Recipe
-from workbench.ui import plots
-from workbench.ui.figure import Figure
+from workbench.runs import Run, follow, this_process
+from workbench.ui import plots, training_text
+from workbench.ui.figure import Figure, css_width
+from workbench.ui.tables import html_table
+
+if TYPE_CHECKING:  # loads torch, for seconds, which 05 does without
+    from workbench import data
+    from workbench.ui.run_table import RunTable
 
 Row = dict[str, Any]  # of training.fit
+# A page that is opened again shows the saved notebook, and JupyterLab saves every two minutes: the
+# view of a training that goes on would be gone.
+SAVE_NOTEBOOK = """
+setTimeout(() => {
+  const panel = element.closest('.jp-NotebookPanel');
+  panel?.querySelector('[data-jp-item-name="save"] jp-button')?.click();
+}, 1000);
+"""
+STYLES = {"running": "info", "finished": "success", "stopped": "warning"}  # of a bar, by state
 
 
 class View(ipywidgets.VBox):
@@ -35,10 +52,15 @@ class View(ipywidgets.VBox):
         """The static representation by MIME type."""
         raise NotImplementedError
 
-    def _repr_mimebundle_(self, **keywords: Any) -> dict[str, Any]:
+    def _repr_mimebundle_(self, **keywords: Any) -> Any:
         if watched() != "jupyter":  # a viewer without the widget's front end would show nothing
-            return {"text/plain": type(self).__name__, **self.static_repr()}
-        return {**super()._repr_mimebundle_(**keywords), **self.static_repr()}
+            shown = {"text/plain": type(self).__name__}
+        else:
+            shown = super()._repr_mimebundle_(**keywords)
+        static = self.static_repr()
+        images = {k: base64.b64decode(file) for k, file in static.items() if k.startswith("image/")}
+        widths = {kind: {"width": css_width(file)} for kind, file in images.items()}
+        return (shown | static, widths) if widths else shown | static
 
 
 class Source(View):
@@ -48,12 +70,14 @@ class Source(View):
     problem = traitlets.Unicode()
 
 
-def png_repr(png: bytes) -> dict[str, str]:
-    return {"image/png": base64.b64encode(png).decode()}
+def image_repr(file: bytes, format: str = "png") -> dict[str, str]:
+    return {f"image/{format}": base64.b64encode(file).decode()}
 
 
 class InteractiveView(View):
-    """Controls above the figure, table or sentences that `draw` returns for their values.
+    """Controls above what `draw` returns for their values: a figure, a table or sentences.
+
+    Or both sentences and a figure or None.
 
     `draw` takes the values by name; the `result` of a `source` comes first. The view is updated
     whenever a control or the source changes; the tooltip of a control without a value is shown
@@ -62,7 +86,7 @@ class InteractiveView(View):
 
     def __init__(
         self,
-        draw: Callable[..., Figure | pd.DataFrame | list[str]],
+        draw: Callable[..., Figure | pd.DataFrame | list[str] | tuple[list[str], Figure | None]],
         source: Source | None = None,
         **controls: ipywidgets.ValueWidget,
     ):
@@ -72,19 +96,20 @@ class InteractiveView(View):
             control.observe(self._update, names="value")
         if source is not None:
             source.observe(self._update, names=["result", "problem"])
-        self._update()
-        super().__init__([*controls.values(), self.text, self.image])
+        _draw_later(self._update) if is_voila() else self._update()
+        above = ipywidgets.Box([*controls.values()], layout={"flex_flow": "row wrap"})
+        super().__init__([above, self.text, self.image])
 
     def _update(self, _: Any = None) -> None:
         try:
             text, image = self._content()
         except Exception as error:  # a callback of a widget has no cell to raise in
             text, image = _error_html(f"{type(error).__name__}: {error}"), b""
-        self.text.value, self.image.value = text, image
+        self.text.value, self.image.value, self.image.width = text, image, str(css_width(image))
         self.image.layout.display = None if image else "none"
 
     def _content(self) -> tuple[str, bytes]:
-        """HTML, and a PNG."""
+        """HTML, and an image."""
         results = [self._source.result] if self._source else []
         if None in results:
             return _error_html(self._source.problem), b""
@@ -93,10 +118,41 @@ class InteractiveView(View):
                 return control.tooltip, b""
         values = {name: control.value for name, control in self._controls.items()}
         shown = self._draw(*results, **values)
-        return ("", shown.png()) if isinstance(shown, Figure) else (_to_html(shown), b"")
+        text = ""
+        if isinstance(shown, tuple):  # sentences and a figure, of which each may be missing
+            sentences, shown = shown
+            text = _to_html(sentences) if sentences else ""
+            if shown is None:
+                return text, b""
+        if not isinstance(shown, Figure):
+            return _to_html(shown), b""
+        self.image.format = shown.format
+        return text, shown.file()
 
     def static_repr(self) -> dict[str, str]:
-        return png_repr(self.image.value) if self.image.value else {"text/html": self.text.value}
+        if not self.image.value:
+            return {"text/html": self.text.value}
+        return image_repr(self.image.value, self.image.format)
+
+
+_waiting: list[Callable[[], None]] = []
+
+
+def _draw_later(draw: Callable[[], None]) -> None:
+    """Draws after the last cell, before which Voila shows nothing, in the order of the calls."""
+    if not _waiting:
+        InteractiveView.drawing = asyncio.get_running_loop().create_task(_draw_waiting())
+    _waiting.append(draw)
+
+
+async def _draw_waiting() -> None:
+    count = 0
+    while count < len(_waiting):  # other cells follow
+        count = len(_waiting)
+        await asyncio.sleep(0.5)
+    while _waiting:
+        _waiting.pop(0)()
+        await asyncio.sleep(0.05)  # for messages of the page
 
 
 def _error_html(text: str) -> str:
@@ -105,65 +161,90 @@ def _error_html(text: str) -> str:
 
 def _to_html(shown: pd.DataFrame | list[str]) -> str:
     if isinstance(shown, pd.DataFrame):
-        index = not isinstance(shown.index, pd.RangeIndex)
-        return shown.to_html(float_format="{:.2f}".format, na_rep="", border=0, index=index)
+        return html_table(shown)
     items = "".join(f"<li>{html.escape(str(line))}</li>" for line in shown)
-    return f"<ul style='line-height: 1.4'>{items}</ul>"
+    return f"<ul style='line-height: 1.4'>{items}</ul>" if items else ""
 
 
 # ---- training
 
 
-async def train(recipe: Recipe, run: runs.Run, *, dataset: data.Dataset | None = None) -> None:
+async def train(recipe: Recipe, run: Run, *, dataset: data.Dataset | None = None) -> None:
     """Trains a recipe in a cell: `await widgets.train(recipe, run)`.
 
     In Jupyter a TrainingView shows the progress; Interrupt does the same as its Stop button.
-    Elsewhere Progress prints it. Raises what training.fit raises.
+    Elsewhere Progress prints it. A run that another process or machine is training is followed as
+    by `watch`. Then summary.png is written. Raises what training.fit raises.
     """
+    from workbench import training
+    from workbench.ui import summary
+
+    writer = run.writer()
+    if writer in ("", this_process()):
+        await _show(run, lambda stop: training.fit(recipe, run, dataset=dataset, stop=stop))
+        summary.write(run)
+    else:
+        training.check_same_recipe(recipe, run)
+        await _show(run, lambda stop: follow(run, stop=stop), writer)
+
+
+async def watch(run: Run) -> None:
+    """Follows a run that another process or machine trains: `await widgets.watch(run)`.
+
+    The buttons leave it a STOP or PAUSE file; Interrupt ends the following alone.
+    """
+    await _show(run, lambda stop: follow(run, stop=stop), run.writer() or "no process")
+
+
+async def _show(
+    run: Run, rows: Callable[[threading.Event], Iterable[Row]], writer: str = ""
+) -> None:
+    """Shows the rows that end after an event; `writer` is another process that trains the run."""
     if watched() == "jupyter":
-        view = TrainingView(run)
-        await view.show_all(training.fit(recipe, run, dataset=dataset, stop=view.stop))
+        view = TrainingView(run, writer)
+        await view.show_all(rows(view.stop))
         return
     progress = Progress(run)
-    for row in training.fit(recipe, run, dataset=dataset):
+    for row in rows(threading.Event()):
         progress.show(row)
     progress.close()
 
 
-async def watch(run: runs.Run) -> None:
-    """Follows a run that another process trains; the Stop button leaves it a STOP file."""
-    view = TrainingView(run, own_process=False)
-    await view.show_all(runs.follow(run))
+def runs(folder: str | Path = "runs") -> RunTable:
+    """The run table of a folder, relative to the project; `.selected` is a list of Run."""
+    from workbench.ui.run_table import RunTable  # which imports this module
+
+    return RunTable(ROOT / folder)
 
 
 class Progress:
     """Prints a line per epoch and, in a terminal, a bar; in a batch job a line per minute."""
 
-    def __init__(self, run: runs.Run):
+    def __init__(self, run: Run):
         self.run, self.batch, self.printed_at = run, watched() == "batch", 0.0
         self.bar: tqdm | None = None  # before the first row
 
     def show(self, row: Row) -> None:
         """Takes one row of training.fit."""
         if self.bar is None:
-            self._print(_start_text(self.run, row["steps"]))
+            self._print(training_text.start_text(self.run, row["steps"]))
             done, name = max(0, row["step"] - 1), self.run.path.name
             options = {"initial": done, "unit": "step", "desc": name, "disable": self.batch}
             self.bar = tqdm(total=row["steps"], **options)
         self.bar.update(row["step"] - self.bar.n)
         if row["kind"] == "epoch":
-            self._print(_epoch_text(row))
+            self._print(training_text.epoch_text(row))
         elif not self.batch:
-            self.bar.set_postfix_str(_speed_text(row), refresh=False)
+            self.bar.set_postfix_str(training_text.speed_text(row), refresh=False)
         elif time.monotonic() - self.printed_at > 60:
-            self._print(_step_text(row))
+            self._print(f"{training_text.step_text(row)}, {training_text.time_text(row)}")
 
     def close(self) -> None:
         """Ends the bar and prints the state of the run."""
         if self.bar is not None:
             self.bar.close()
         nothing_to_do = self.bar is None and self.run.status()["state"] == "finished"
-        self._print("nothing to do: " * nothing_to_do + _end_text(self.run))
+        self._print("nothing to do: " * nothing_to_do + training_text.end_text(self.run))
 
     def _print(self, text: str) -> None:
         tqdm.write(text)  # above the bar
@@ -172,26 +253,38 @@ class Progress:
 
 
 class TrainingView(View):
-    """A training in progress: a bar, the latest row, curves, a Stop and a Pause button.
+    """A training in progress: bar, time, latest row, curves, epochs, a Stop and a Pause button.
 
     All of it is widget state, which survives closing the tab. The static representation is the
-    curves. Of another process (not `own_process`) it can be stopped but not paused.
+    curves. Of a run that another process, `writer`, trains, Stop leaves a STOP file.
     """
 
-    def __init__(self, run: runs.Run, *, own_process: bool = True):
-        self.run, self.own_process, self.stop = run, own_process, threading.Event()
+    def __init__(self, run: Run, writer: str = ""):
+        self.run, self.writer, self.stop = run, writer, threading.Event()
+        self._rows: dict[str, Row] = {}  # the last one by kind
+        self._lock, self._ended = threading.Lock(), False
+        fixed = {"flex": "none"}
         self.start = ipywidgets.HTML()
-        self.bar = ipywidgets.IntProgress(layout={"width": "400px"})
+        self.time = ipywidgets.HTML("waiting for the first step", layout=fixed)
+        self.bar = ipywidgets.IntProgress(bar_style="info", layout={"width": "240px"})
         self.line = ipywidgets.HTML(html.escape(f"{run.path.name}: reading the data"))
-        self.curves = ipywidgets.Image(format="png", width=810)
-        self.pausing = ipywidgets.Button(description="Pause", disabled=not own_process)
+        self.curves = ipywidgets.Image(format="png", layout=fixed)
+        self.epochs = ipywidgets.HTML(layout=fixed)
+        button = functools.partial(ipywidgets.Button, layout={"width": "80px", "flex": "none"})
+        tooltip = "waits after the next step, with a checkpoint"
+        self.pausing = button(description="Pause", disabled=True, tooltip=tooltip)
         tooltip = "stops at the next step with a checkpoint to resume from"
-        self.stopping = ipywidgets.Button(description="Stop", tooltip=tooltip)
+        self.stopping = button(description="Stop", tooltip=tooltip)
         self.stopping.on_click(self._stop)
         self.pausing.on_click(self._pause)
         self._draw()
-        buttons = ipywidgets.HBox([self.bar, self.pausing, self.stopping])
-        super().__init__([self.start, buttons, self.line, self.curves])
+        wrap = {"flex_flow": "row wrap"}
+        buttons = ipywidgets.HBox([self.bar, self.time, self.pausing, self.stopping], layout=wrap)
+        beside = ipywidgets.HBox([self.curves, self.epochs], layout=wrap)
+        script = {"output_type": "display_data", "metadata": {}}
+        script["data"] = {"application/javascript": SAVE_NOTEBOOK}
+        save = ipywidgets.Output(outputs=(script,), layout={"height": "0px", "margin": "0px"})
+        super().__init__([self.start, buttons, self.line, beside, save])
 
     async def show_all(self, rows: Iterable[Row]) -> None:
         """Displays itself and shows the rows, which a thread iterates, until they end."""
@@ -202,56 +295,101 @@ class TrainingView(View):
             with _idle_messages(kernel) if kernel else contextlib.nullcontext():
                 while not work.done():  # wakes up for a signal that another thread received
                     await asyncio.sleep(0.2)
+                    await asyncio.to_thread(self.refresh)
         except asyncio.CancelledError:  # Interrupt; a second one does not wait for the step
-            self._stop()
+            self.stop.set()
         await work
 
     def consume(self, rows: Iterable[Row]) -> None:
-        """Shows rows until they end, and waits between them while paused."""
+        """Takes rows until they end."""
         try:
             for row in rows:
                 self.show(row)
-                while self.pausing.description == "Resume" and not self._stop_requested():
-                    time.sleep(0.05)
         finally:
-            self.stopping.disabled = self.pausing.disabled = True
-            self._say(_end_text(self.run))
-            self._draw()
+            self.refresh()
+            with self._lock:
+                self._ended = self.stopping.disabled = self.pausing.disabled = True
+                self.bar.bar_style = STYLES.get(self.run.status()["state"], "danger")
+                self._say(self._end_text())
+                self._draw()
 
     def show(self, row: Row) -> None:
-        """Takes one row of training.fit."""
-        self.bar.max, self.bar.value = row["steps"], row["step"]
-        if not self.start.value:
-            text = html.escape(_start_text(self.run, row["steps"]))
-            self.start.value = text.replace("\n", "<br>")
-        if row["kind"] == "step":
-            self._say(f"{_step_text(row)}, {_memory()}")
-        if row["kind"] == "epoch" or time.monotonic() - self._drawn_at > 5:
-            self._draw()
+        """Takes one row of training.fit. Of a followed run there may be thousands at once."""
+        self._rows[row["kind"]] = row
+        self._new_epoch |= row["kind"] == "epoch"
 
-    def _stop_requested(self) -> bool:
-        return self.stop.is_set() or self.run.file("STOP").exists()
+    def refresh(self) -> None:
+        """Shows the last rows, and whether the run is paused, here or by others."""
+        with self._lock:
+            if self._ended or not self._rows:
+                return
+            self.pausing.disabled = False  # from here on the training looks for the file
+            row = max(self._rows.values(), key=lambda row: row["step"])
+            self.bar.max, self.bar.value = row["steps"] or row["step"], row["step"]
+            if not self.start.value:
+                text = html.escape(self._heading()).replace("\n", "<br>")
+                self.start.value = f"<div style='line-height: 1.4'>{text}</div>"
+            text = "" if (last := self._rows.get("step")) is None else training_text.step_text(last)
+            if last:
+                self.time.value = training_text.time_text(last)
+                text += "" if self.writer else f", {training_text.memory()}"
+            paused = self.run.file("PAUSE").exists()
+            self.pausing.description = "Resume" if paused else "Pause"
+            if paused:
+                message = self.run.status()["message"]
+                text = message if message.startswith("paused") else "pausing after the next step"
+            if not self.stopping.disabled:
+                self._say(text)
+            if self._new_epoch or time.monotonic() - self._drawn_at > 5:
+                self._draw()
+
+    def _heading(self) -> str:
+        text = training_text.start_text(self.run, self.bar.max)
+        if self.writer:
+            text += (
+                f"\ntrained by {self.writer}; Stop and Pause leave files in {self.run.path}, "
+                "Interrupt ends this view alone"
+            )
+        return text
 
     def _pause(self, _: Any) -> None:
-        paused = self.pausing.description == "Resume"
-        self.pausing.description = "Pause" if paused else "Resume"
+        if (file := self.run.file("PAUSE")).exists():
+            file.unlink(missing_ok=True)
+        else:
+            file.touch()
+        self.refresh()
 
-    def _stop(self, _: Any = None) -> None:
-        self.stop.set()
+    def _stop(self, _: Any) -> None:
         self.stopping.disabled = True
         self._say("stopping at the next step ...")
-        if not self.own_process:
+        if self.writer:
             self.run.file("STOP").touch()
+        else:
+            self.stop.set()
+
+    def _end_text(self) -> str:
+        status = self.run.status()
+        if status["state"] == "running":
+            return f"no longer followed; {self.writer} is still training {self.run.path}"
+        if status["state"] == "stopped" and not self.writer:
+            position = f"step {status['step']} of {status['steps']}"
+            return f"stopped at {position}; run the cell again to resume"
+        return training_text.end_text(self.run)
 
     def _say(self, text: str) -> None:
         self.line.value = html.escape(text)
 
     def _draw(self) -> None:
-        self.curves.value = plots.curves(self.run.steps(), self.run.metrics()).png()
+        self._new_epoch = False
+        per_epoch = self.run.environment().get("steps_per_epoch", 0)
+        metrics, steps = self.run.metrics(), self.run.steps()
+        png = plots.live_curves(steps, metrics, per_epoch).png()
+        self.curves.value, self.curves.width = png, str(css_width(png))
+        self.epochs.value = training_text.epochs_html(metrics, steps)
         self._drawn_at = time.monotonic()
 
     def static_repr(self) -> dict[str, str]:
-        return png_repr(self.curves.value)
+        return image_repr(self.curves.value)
 
 
 @contextlib.contextmanager
@@ -273,63 +411,3 @@ def _idle_messages(kernel: Any) -> Iterator[None]:
         yield
     finally:
         kernel.shell_handlers["comm_msg"] = handle
-
-
-def _memory() -> str:
-    text = f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory"
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
-    return text
-
-
-def _step_text(row: Row) -> str:
-    minutes = (row["steps"] - row["step"]) * row["seconds"] / row["step"] / 60
-    position = f"epoch {row['epoch']}, step {row['step']} of {row['steps']}"
-    return f"{position}: {_speed_text(row)}, about {minutes:.0f} min left"
-
-
-def _speed_text(row: Row) -> str:
-    speed = f"{row['images_per_second']:.0f} img/s, {row['data_wait']:.0%} waiting for data"
-    return f"loss {row['loss']:.3f}, {speed}"
-
-
-def _start_text(run: runs.Run, steps: int) -> str:
-    """Lines on the data, the device and the initial weights of a run."""
-    e = run.environment()
-    if not e:
-        return f"{run.path}: {counted(steps, 'step')}"
-    images = f"{e['train_images']:,} training and {counted(e['val_images'], 'validation image')}"
-    device = f"{e['device']}, {e['precision']}"
-    lines = [f"{images}, {len(e['classes'])} classes; {device}; start: {e['start']}"]
-    for t in e.get("teachers", []):
-        size = f"{t['image_size']} pixels"
-        lines.append(f"teacher: {t['source']}, {t['model']}, {size}, weights {t['digest']}")
-    lines += [e[key] for key in ("teacher_cache", "skipped_files") if e.get(key)]
-    if left_out := len(run.quarantine()):
-        lines.append(f"{counted(left_out, 'image')} left out, named in quarantine.csv")
-    if shared := e.get("train_val_duplicates"):
-        text = counted(shared, "validation image")
-        lines.append(f"in training too: {text}; see workbench check-data")
-    lines += e.get("trained_on_validation", [])
-    if e.get("empty_classes"):
-        lines.append(f"classes without a training image: {e['empty_classes'][:8]}")
-    return "\n".join(lines)
-
-
-def _epoch_text(row: Row) -> str:
-    text = f"epoch {row['epoch']:3d}  step {row['step']}/{row['steps']}  lr {row['lr']:.4g}  "
-    text += f"train loss {row['train_loss']:.4f}"
-    if "train_kd_loss" in row:
-        text += f" (task {row['train_task_loss']:.4f}, distillation {row['train_kd_loss']:.4f})"
-    text += f" top-1 {row['train_top1']:.2f}"
-    if row["top1"] is not None:
-        text += f"  val loss {row['val_loss']:.4f} top-1 {row['top1']:.2f} (n={row['val_images']})"
-    if row.get("ema_top1") is not None:
-        text += f"  EMA top-1 {row['ema_top1']:.2f}"
-    own = [name for name in evaluation.custom_metrics(row) if row[name] is not None]
-    return text + "".join(f"  {name} {row[name]:.4g}" for name in own)
-
-
-def _end_text(run: runs.Run) -> str:
-    status = run.status()
-    return status["message"] or f"{run.path} is {status['state']}"
