@@ -94,6 +94,19 @@ def test_a_run_is_compared_with_the_other_seeds_of_its_recipe(tmp_path):
     assert evaluation.headline(Run(third)).endswith("within what seeds differ.")
 
 
+def test_cautions_of_a_comparison_are_said_and_a_damaged_neighbour_is_left_out(tmp_path):
+    long = Run(run_folder(tmp_path, "long", epochs=9))
+    leak = run_folder(tmp_path, "leak", epochs=2)
+    facts = {**Run(leak).environment(), "trained_on_validation": ["weights saw 3 images"]}
+    (leak / "environment.json").write_text(json.dumps(facts))
+    sentence = evaluation.headline(Run(leak), long)
+    assert "epochs 9" in sentence and "weights saw 3 images" in sentence
+    for seed in (1, 2):
+        run_folder(tmp_path, "long", seed, epochs=9)
+    (tmp_path / "long-seed1" / "predictions.parquet").write_bytes(b"damaged")
+    assert "above seed 2 (" in (text := evaluation.headline(long)) or "below seed 2 (" in text
+
+
 def test_runs_of_other_images_or_that_have_not_finished_are_no_other_seeds(tmp_path):
     path = run_folder(tmp_path, "a", 0, epochs=2)
     alone = evaluation.headline(Run(path))

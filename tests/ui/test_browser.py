@@ -410,8 +410,9 @@ def step(page: Page) -> int | None:
 
 
 def paused_step(page: Page) -> int:
-    """The step at which a training waits, once it has not changed for two seconds."""
-    return _until(lambda: (at := step(page)) and time.sleep(2) or step(page) == at and at, 30)
+    """The step after which a training waits."""
+    text = lambda: cell(page, "training").inner_text()
+    return int(_until(lambda: re.search(r"paused after step (\d+) of", text()), 30)[1])
 
 
 def test_a_training_is_paused_three_times_beside_a_control_that_its_view_follows(page, lab, root):
@@ -467,7 +468,7 @@ def test_a_training_is_shown_again_in_another_tab_stopped_and_resumed(page, lab,
     _until(lambda: "widget-view" in (root / "notebooks" / "live.ipynb").read_text("utf-8"), 30)
     page.goto("about:blank")
     page.goto(lab.format("/lab/tree/notebooks/live.ipynb"), timeout=60_000)
-    _until(lambda: step(page) == paused, 60, Exception)
+    _until(lambda: paused_step(page) == paused, 60, Exception)
     view().get_by_role("button", name="Resume").click()
     _until(lambda: step(page) > paused, 30)
 

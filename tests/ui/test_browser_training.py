@@ -94,9 +94,7 @@ def test_a_run_in_a_terminal_is_followed_paused_resumed_and_stopped(page, lab, r
     run = runs.Run(recipe.folder)
     with terminal(recipe, root) as process:
         until(lambda: len(run.metrics()) >= 2, 120)
-        write_notebook(
-            root, "follow.ipynb", training_code(recipe) + "await widgets.train(recipe, run)"
-        )
+        write_notebook(root, "follow.ipynb", training_code(recipe))
         open_and_run(page, lab, "follow.ipynb")
         view = lambda: cell(page, "training")
         text = lambda: view().inner_text()

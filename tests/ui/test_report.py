@@ -44,6 +44,9 @@ def executed(tmp_path) -> Run:
     """A finished run with a notebook that was executed after its end."""
     run = Run(run_folder(tmp_path, "a", epochs=2))
     script = {"text_html": "<b>table</b>", "application_javascript": "alert(1)"}
+    trace = ["----> 1 secret_code = 1 / 0"]
+    failed = v4.new_output("error", ename="ZeroDivisionError", evalue="by zero", traceback=trace)
+    warned = v4.new_output("stream", name="stderr", text="warning:\n  secret_code = 0")
     sections = [
         v4.new_markdown_cell("# A title\n\n**Question:** why?\n\nIt **reads** and **writes**."),
         v4.new_code_cell("import secret_code", outputs=[]),
@@ -57,7 +60,7 @@ def executed(tmp_path) -> Run:
         v4.new_code_cell("photographs", outputs=shown(image_png=png(1600, 900))),
         v4.new_code_cell("widget", outputs=shown(**script)),
         v4.new_code_cell("print", outputs=shown("1 < 2 in text")),
-        v4.new_code_cell("1 / 0", outputs=[v4.new_output("error", traceback=["by zero"])]),
+        v4.new_code_cell("1 / 0", outputs=[failed, warned]),
     ]
     nbformat.write(v4.new_notebook(cells=sections), run.file("02_baseline.ipynb"))
     return run
@@ -73,6 +76,18 @@ def test_a_report_is_one_file_without_code_scripts_or_anything_to_load(executed)
         assert hidden not in text
     sources = re.findall(r"<img[^>]* src=[\"']([^\"']*)", text)
     assert len(sources) == 2 and all(source.startswith("data:image/") for source in sources)
+
+
+def test_names_are_text_and_not_html(tmp_path):
+    name = "<img src=x onerror=alert(1)>"
+    run = Run(run_folder(tmp_path, name, epochs=2))
+    facts = run.environment() | {"classes": [name, "b", "c", "d"]}
+    run.file("environment.json").write_text(json.dumps(facts))
+    title = v4.new_code_cell("# no title of a notebook")
+    nbformat.write(v4.new_notebook(cells=[title, v4.new_markdown_cell("# One line")]),
+                   run.file("02_baseline.ipynb"))  # fmt: skip
+    text = report.write(run).read_text(encoding="utf-8")
+    assert "<img src=x" not in text and "&lt;img src=x" in text
 
 
 def test_a_report_begins_with_headline_and_summary_and_then_the_question(executed):

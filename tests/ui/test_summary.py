@@ -114,8 +114,19 @@ def test_it_changes_neither_list_nor_comparison_and_is_written_anew(run):
 
 
 @pytest.mark.parametrize("watched", ["batch", "jupyter"])
-def test_a_cell_that_trains_writes_it(run, watched, monkeypatch):
+def test_a_cell_that_trains_writes_it_and_one_that_finds_a_finished_run_does_not(
+    run, watched, monkeypatch
+):
+    def fit(*args, **options):
+        with run.writing():
+            run.set_status("finished")
+        yield from ()
+
     monkeypatch.setattr(widgets, "watched", lambda: watched)
-    monkeypatch.setattr(training, "fit", lambda *args, **options: iter([]))
+    monkeypatch.setattr(training, "fit", fit)
+    asyncio.run(widgets.train(Recipe(), run))
+    assert not run.file("summary.png").exists()
+    with run.writing():
+        run.set_status("running")
     asyncio.run(widgets.train(Recipe(), run))
     assert run.file("summary.png").exists()

@@ -334,6 +334,8 @@ def _inequalities(runs: list[EvaluatedRun], groups: list[SeedGroup], weights: st
         if run.state != "finished":
             epochs = f"{run.epoch} of {run.recipe['epochs']}"
             yield f"{run.name} is {run.state}, evaluated at epoch {epochs}"
+        for text in run.environment.get("trained_on_validation", ()):
+            yield f"{run.name}: {text}"
     first, *others = groups
     for group in others:
         for option in CAUTIONED:

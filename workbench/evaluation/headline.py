@@ -1,15 +1,15 @@
 """The result of a run as a sentence."""
 
+import contextlib
+
 import numpy as np
 import pandas as pd
 
-from workbench.evaluation.comparison import EvaluatedRun, compare
+from workbench.evaluation.comparison import ComparisonError, EvaluatedRun, compare
 from workbench.evaluation.metrics import per_class
-from workbench.evaluation.recipe_diff import identity
 from workbench.evaluation.statistics import LEVEL, difference, top1_interval
 from workbench.evaluation.verdict import p_text
-from workbench.recipe import defaults
-from workbench.runs import Run, finished
+from workbench.runs import Run, RunError, finished
 
 
 def headline(run: Run, against: Run | None = None) -> str:
@@ -26,6 +26,7 @@ def headline(run: Run, against: Run | None = None) -> str:
         return f"No result yet: {run.path.name} is {status['state']}{step}."
     result = EvaluatedRun(run, run.choose_weights()[0])
     parts = [_top1(result), *_classes(per_class(result.predictions, result.classes))]
+    parts += result.environment.get("trained_on_validation", [])
     if result.state == "finished":
         others = [against] if against else _other_seeds(run, result)
         others = [other for other in others if other.status()["state"] == "finished"]
@@ -64,9 +65,10 @@ def _other_seeds(run: Run, result: EvaluatedRun) -> list[Run]:
     same = {k: v for k, v in result.environment.items() if k in ("data", "val_data", "classes")}
     seeds = {}
     for other in finished(run.path.parent, **same):
-        recipe = defaults() | other.recipe()
-        if identity(recipe, other.environment()) == result.identity:
-            seeds.setdefault(recipe["seed"], other)
+        with contextlib.suppress(ComparisonError, RunError):  # of a damaged run
+            one = EvaluatedRun(other, result.weights)
+            if one.identity == result.identity:
+                seeds.setdefault(one.recipe["seed"], other)
     seeds.pop(result.recipe["seed"], None)
     return [seeds[seed] for seed in sorted(seeds)]
 
@@ -91,4 +93,4 @@ def _compared(run: Run, result: EvaluatedRun, others: list[Run]) -> list[str]:
     else:
         judged = ", significant for these two runs" if significant else ", not significant"
     size = f"{abs(d.points):.1f} points {'below' if d.points < 0 else 'above'}"
-    return [f"{size} {name} ({interval}){judged}"]
+    return [f"{size} {name} ({interval}){judged}", *found.cautions]

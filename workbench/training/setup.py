@@ -66,7 +66,8 @@ def set_up(
                 )
     digest = report.digest if report else source.environment().get("initial_weights", "")
     facts = environment(state, dataset) | {"start": start, "initial_weights": digest}
-    facts["trained_on_validation"] = trained_on_validation(recipe, dataset)
+    known = run.environment().get("trained_on_validation", []) if source is run else []
+    facts["trained_on_validation"] = trained_on_validation(recipe, dataset) or known
     if state.distiller:
         facts["teachers"] = state.distiller.record()
         if recipe.cache_teacher_logits:

@@ -104,7 +104,7 @@ def counterpart(run: Run) -> Run | None:
         return None
     scratch = [
         other for other in finished(run.path.parent, data=data)
-        if not any(map(other.recipe().get, ("weights", "pretrained", "teacher")))
+        if not any(map(other.recipe().get, ("weights", "pretrained", "teacher", "resume_from")))
     ]  # fmt: skip
     nearest = comparison.newest_pair([run, *scratch])[1:]
     return min(nearest, key=lambda other: other.recipe()["seed"] != recipe.seed, default=None)
@@ -134,7 +134,7 @@ def _write(run: Run, notebook: Path) -> Path:
     trained = html.escape(f"{run.status().get('updated', '')[:10]}, {trained}")
     parts = [f"<h1>{(name := html.escape(run.path.name))}</h1>"]
     sentence = evaluation.headline(run, counterpart(run)).replace(" %", "\N{NO-BREAK SPACE}%")
-    sentence = markdown2html(sentence)
+    sentence = markdown2html(html.escape(sentence, quote=False))
     parts += [f'<div class="headline">{sentence}</div>', f'<p class="facts">{trained}</p>']
     if (summary := run.file("summary.png")).exists():
         with Image.open(summary) as image:
@@ -156,12 +156,17 @@ def _for_readers(notebook: Any, resources: dict) -> tuple[Any, dict]:
             sections.append([])
         sections[-1].append(cell)
         cell.metadata.setdefault("alt", cell.id)  # of its figures
-        for output in cell.get("outputs", ()):
+        outputs = [o for o in cell.get("outputs", ()) if o.get("name") != "stderr"]
+        if cell.cell_type == "code":
+            cell.outputs = outputs  # without warnings, which have lines of code
+        for output in outputs:
             _shrink(output)
+            if output.output_type == "error":  # a traceback has lines of code
+                output.traceback = [f"{output.ename}: {output.evalue}"]
     notebook.cells = []
     for first, *code in sections:
-        if first.source.startswith("# "):
-            first.source = first.source.split("\n\n")[1]
+        if first.cell_type == "markdown" and first.source.startswith("# "):
+            first.source = "".join(first.source.split("\n\n")[1:2])
         elif "parameters" in str([cell.metadata.get("tags") for cell in code]):
             first.source = ""
         elif code and not any(cell.get("outputs") for cell in code):

@@ -26,7 +26,11 @@ WIDTH = 40  # characters of the value of an option
 COLUMNS = [  # of every run; those that are the same for all runs of a folder are options
     {"title": "recipe", "group": True},
     {"title": "seed", "number": True},
-    {"title": "top-1 (%), 95 % interval", "number": True, "help": "Wilson's interval, over images"},
+    {
+        "title": "top-1 (%), 95 % interval",
+        "number": True,
+        "help": "of raw weights; Wilson's interval",
+    },
     {"title": "epochs", "number": True},
     {"title": "minutes", "number": True},
     {"title": "state"},

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from workbench import ROOT
 from workbench.progress import is_voila, watched
 from workbench.recipe import Recipe
-from workbench.runs import Run, follow, this_process
+from workbench.runs import Run, RunError, follow, this_process
 from workbench.ui import plots, training_text
 from workbench.ui.figure import Figure, css_width
 from workbench.ui.tables import html_table
@@ -174,18 +174,23 @@ async def train(recipe: Recipe, run: Run, *, dataset: data.Dataset | None = None
 
     In Jupyter a TrainingView shows the progress; Interrupt does the same as its Stop button.
     Elsewhere Progress prints it. A run that another process or machine is training is followed as
-    by `watch`. Then summary.png is written. Raises what training.fit raises.
+    by `watch`; otherwise summary.png is written. Raises what training.fit raises, and RunError if a
+    followed run fails.
     """
-    from workbench import training
+    from workbench import parts, training
     from workbench.ui import summary
 
-    writer = run.writer()
+    writer, before = run.writer(), run.status()["state"]
     if writer in ("", this_process()):
         await _show(run, lambda stop: training.fit(recipe, run, dataset=dataset, stop=stop))
-        summary.write(run)
-    else:
-        training.check_same_recipe(recipe, run)
-        await _show(run, lambda stop: follow(run, stop=stop), writer)
+        if before != "finished":
+            summary.write(run)
+        return
+    training.check_same_recipe(parts.pin(recipe), run)
+    await _show(run, lambda stop: follow(run, stop=stop), writer)
+    training.check_same_recipe(parts.pin(recipe), run)  # recipe.yaml was missing or old before
+    if run.status()["state"] in ("failed", "interrupted"):
+        raise RunError(training_text.end_text(run))
 
 
 async def watch(run: Run) -> None:
