@@ -445,11 +445,11 @@ await widgets.train(recipe, runs.Run(recipe.folder))
         view.get_by_role("button", name="Pause").click()
         paused = paused_step(page)
         view.get_by_role("button", name="Resume").click()
-        assert _until(lambda at=paused: step(page) > at, 30)
+        assert _until(lambda at=paused: (step(page) or 0) > at, 30)
     view.get_by_role("button", name="Stop").click()
     run = runs.Run(root / "live" / "beside-seed0")
     _until(lambda: run.status()["state"] == "stopped", 60)
-    assert _until(lambda: f"after step {run.status()['step']} of" in view.inner_text(), 30)
+    assert _until(lambda: f"stopped at step {run.status()['step']} of" in view.inner_text(), 30)
     move("Home", 0)
 
 
@@ -470,14 +470,14 @@ def test_a_training_is_shown_again_in_another_tab_stopped_and_resumed(page, lab,
     page.goto(lab.format("/lab/tree/notebooks/live.ipynb"), timeout=60_000)
     _until(lambda: paused_step(page) == paused, 60, Exception)
     view().get_by_role("button", name="Resume").click()
-    _until(lambda: step(page) > paused, 30)
+    _until(lambda: (step(page) or 0) > paused, 30)
 
     view().get_by_role("button", name="Stop").click()
     run = runs.Run(root / "live" / "baseline-seed0")
     _until(lambda: run.status()["state"] == "stopped", 60)
     stopped = run.status()["step"]
     assert paused < stopped < run.status()["steps"]
-    _until(lambda: f"after step {stopped} of" in view().inner_text(), 30)
+    _until(lambda: f"stopped at step {stopped} of" in view().inner_text(), 30)
     rows = training.fit(Recipe.from_yaml(run.file("recipe.yaml")), runs.Run(run.path))
     row = next(rows)
     rows.close()
