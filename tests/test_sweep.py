@@ -350,12 +350,12 @@ def test_two_processes_share_a_study(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_results(tmp_path, jobs):
+@pytest.mark.parametrize(("jobs", "times"), [(1, 10), (2, 4)])
+def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_results(tmp_path, jobs, times):
     axes = {"lr": [0.03, 0.1, 0.3], "seed": range(3)}
     options = {"train_fraction": 0.3, "epochs": 4, "checkpoint_minutes": 0.0, "workers": 0}
     params, tables = tmp_path / "small.yaml", []
-    for kills in (0, 10):
+    for kills in (0, times):
         recipe = Recipe(name="small", runs_dir=str(tmp_path / str(kills)), **options)
         recipe.to_yaml(params)
         words = [sys.executable, "-m", "workbench", "sweep", params, "lr=0.03,0.1,0.3", "seed=0-2"]
