@@ -99,11 +99,11 @@ def _image_sheet(
 
     def place(x: int, top: int, room: tuple[int, int], image: AnyImage, title: str) -> None:
         nonlocal photographs
-        picture, scale = _fitted(image, SCALE * room[0], SCALE * room[1])
+        pixels, scale = _fitted(image, SCALE * room[0], SCALE * room[1])
         photographs |= scale < 4
-        left, top = SCALE * x + SCALE * room[0] // 2 - picture.width // 2, SCALE * top
-        canvas.paste(picture, (left, top))
-        cells.append((title, (left, top, left + picture.width, top + picture.height)))
+        left, top = SCALE * x + SCALE * room[0] // 2 - pixels.width // 2, SCALE * top
+        canvas.paste(pixels, (left, top))
+        cells.append((title, (left, top, left + pixels.width, top + pixels.height)))
         if title:
             write(x + room[0] / 2, top / SCALE - 3, title, "md")
 
