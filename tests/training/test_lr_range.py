@@ -44,6 +44,12 @@ def test_losses_are_those_of_steps_with_an_lr_that_grows(recipe, float64):
     np.testing.assert_allclose(table.smoothed_loss, expected)
 
 
+def test_what_training_refuses_is_refused(recipe):
+    small = {"precision": "bf16", "device": "cpu", "image_size": 16, "val_resize": 16}
+    with pytest.raises(training.TrainingError, match="bf16 on a CPU"):
+        training.lr_range_test(recipe.replace(**small))
+
+
 def test_it_ends_where_the_loss_diverges(recipe):
     table = training.lr_range_test(recipe.replace(lr=10.0), steps=60)
     assert 5 < len(table) < 60 and np.isfinite(table.loss).all()

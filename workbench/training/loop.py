@@ -20,6 +20,7 @@ from workbench.recipe import Recipe
 from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model
 from workbench.training.distributed import DistContext
+from workbench.training.dry_run import check_bf16
 from workbench.training.inputs import DeviceTransform, build_pixel_caches, train_batches
 from workbench.training.meter import Row
 from workbench.training.run_writer import RunWriter
@@ -203,6 +204,7 @@ def lr_range_test(
         model, _ = build_initial_model(recipe, dataset.classes)
         models.checkpoint_gradients(model, recipe.grad_checkpointing)
         state = TrainState(recipe, model, dataset, dist)
+        check_bf16(state)
         state.lr_at = lambda step: recipe.lr * 10 ** (5 * step / max(1, steps - 1) - 3)
         prepare = DeviceTransform(recipe, len(dataset.classes), dist.device)
         loading = dist.loader_options | {"workers": state.meter.workers}
