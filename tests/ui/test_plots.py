@@ -266,7 +266,7 @@ def test_titles_and_heading_of_a_grid_are_complete_and_apart(title_lines, count,
 
 
 def test_images_keep_their_shape_and_have_two_pixels_for_each_of_a_cell():
-    side = SCALE * image_grids.SIDE
+    side = SCALE * (image_grids.CELL - image_grids.GAP)
     wide = (pixels(image_grids.grid([np.zeros((50, 400, 3), np.uint8)])) == 0).all(2)
     assert wide.any(1).sum() == side / 8 and wide.any(0).sum() == side
     blue = pixels(image_grids.grid([Image.new("RGBA", (300, 300), "#0000ff")]))

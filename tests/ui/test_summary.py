@@ -53,21 +53,6 @@ def test_it_has_a_strip_of_mistakes_if_the_images_are_there(run):
     assert complete[1] - without[1] > 2 * 96
 
 
-@pytest.mark.parametrize("sizes", [(40, 32), (300, 300)])
-def test_it_is_small_even_with_images_of_noise(run, tmp_path, sizes):
-    rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("a", "b"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(10):
-                noise = rng.integers(0, 256, (*sizes[::-1], 3), dtype=np.uint8)
-                Image.fromarray(noise).save(tmp_path / part / name / f"{i}.png")
-    recipe = Recipe(dataset="files", data_dir=str(tmp_path), image_size=224, val_resize=224)
-    summary.write(with_images(run, recipe))
-    png = run.file("summary.png").read_bytes()
-    assert 20_000 < len(png) < 300_000 and size(png)[1] > 1000
-
-
 def test_its_headline_has_wilsons_interval_and_classes_their_most_frequent_mistake(
     run, monkeypatch
 ):

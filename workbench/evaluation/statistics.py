@@ -50,6 +50,12 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)  # clipped: rounding may give -1e-19
 
 
+def wilson_percent(top1: float, n: int) -> tuple[float, float]:
+    """`wilson` of a top-1 over n images, both in percent."""
+    low, high = wilson(round(top1 * n / 100), n)
+    return 100 * low, 100 * high
+
+
 def tango(only_a: int, only_b: int, images: int, level: float = LEVEL) -> tuple[float, float]:
     """The score interval of top-1 of b minus that of a for one run each, in points (Tango 1998)."""
     n, difference = images, (only_b - only_a) / images

@@ -135,7 +135,7 @@ def model_card(
     """The card of a package with this parity report; `environment` is that of the training."""
     formats, left_out, n = report["formats"], report["left_out"], report["images"]
     top1, preprocess = formats["torch"]["top1"], meta.preprocess
-    low, high = statistics.wilson(round(top1 * n / 100), n)
+    low, high = statistics.wilson_percent(top1, n)
     warnings = []
     if leaks := environment.get("train_val_duplicates"):
         warnings.append(f"{leaks:,} of the validation images were in training too.")
@@ -152,7 +152,7 @@ def model_card(
         "train_images": f"{environment['train_images']:,}",
         "recipe": recipe.fingerprint,
         "top1": f"{top1:.2f}",
-        "interval": f"{100 * low:.2f} to {100 * high:.2f}, n={n:,}",
+        "interval": f"{low:.2f} to {high:.2f}, n={n:,}",
         "formats": "\n".join(_row(name, entry) for name, entry in formats.items()),
         "left_out": "\n".join(f"Not in the package: {text}." for text in left_out.values()),
         "input": "uint8, 0 to 255" if preprocess.normalised_inside else normalised,

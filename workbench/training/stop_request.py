@@ -52,7 +52,7 @@ class StopRequest:
         return STOP if self.reason() else PAUSE if self._file() else CONTINUE
 
     def _file(self) -> str:
-        """The file that was there at the last look; "" if there was none."""
+        """STOP, PAUSE or "", as found when the folder was last read."""
         if self.run is not None and (start := time.monotonic()) >= self._next_check:
             there = [name for name in runs.REQUESTS if self.run.file(name).exists()]
             self._found, end = next(iter(there), ""), time.monotonic()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from workbench import export, image_files, run_list, runs
 from workbench.data import images
-from workbench.evaluation.statistics import wilson
+from workbench.evaluation.statistics import wilson_percent
 from workbench.ui import plots
 from workbench.ui.figure import Figure
 
@@ -47,7 +47,7 @@ def _figures(run: runs.Run) -> str:
     if run.metrics().empty:
         return f"{name}: {status['state']}"
     _, top1, images = _exported_top1(run)
-    low, high = (100 * bound for bound in wilson(round(top1 * images / 100), images))
+    low, high = wilson_percent(top1, images)
     date = status.get("updated", "")[:16].replace("T", " ")
     text = f"{name}: top-1 {top1:.2f} % ({low:.1f} to {high:.1f})"
     return f"{text}, seed {run.recipe()['seed']}, {date}"

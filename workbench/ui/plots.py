@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from workbench.evaluation.comparison import Comparison
-from workbench.evaluation.statistics import wilson
+from workbench.evaluation.statistics import wilson_percent
 from workbench.ui import axes
 from workbench.ui.axes import COLOURS
 from workbench.ui.figure import DPI, POINTS, Chart, Figure, styled, text_width
@@ -387,16 +387,16 @@ def per_class(table: pd.DataFrame, most: int = 30) -> Figure:
 def draw_classes(ax: Axes, table: pd.DataFrame, most: int) -> None:
     """The axes of `per_class`: points with Wilson's 95 % intervals, the weakest class on top."""
     part = table.dropna(subset=["top1"]).sort_values("top1", kind="stable").head(most)
-    bounds = [wilson(round(n * p / 100), n) for n, p in zip(part.images, part.top1, strict=True)]
+    bounds = [wilson_percent(p, n) for n, p in zip(part.images, part.top1, strict=True)]
     for i, (top1, (low, high)) in enumerate(zip(part.top1, bounds, strict=True)):
-        axes.interval(ax, i, top1, 100 * low, 100 * high, COLOURS[0])
+        axes.interval(ax, i, top1, low, high, COLOURS[0])
     texts = [
         f"{top1:.1f} % of {images:,}" + (f", mistaken for {axes.short(wrong)}" if wrong else "")
         for _, images, top1, wrong in part.itertuples(index=False)
     ]
     axes.rows(ax, list(part["class"]), texts)
     axes.label(ax, "top-1 (%), 95 % interval", "class", grid="x")
-    axes.percent_limits(ax, [100 * bound for pair in bounds for bound in pair] or [0, 100])
+    axes.percent_limits(ax, [bound for pair in bounds for bound in pair] or [0, 100])
 
 
 @styled()

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,6 @@ from workbench.evaluation import comparison
 from workbench.recipe import Recipe, defaults
 from workbench.runs import Run, RunError, atomic_write, finished
 
-LARGE_PNG = 200_000  # characters in base64: above them a figure becomes a JPEG, if that is smaller
 STYLE = """
 :root { color-scheme: light }
 body { max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff;
@@ -149,7 +147,7 @@ def _write(run: Run, notebook: Path) -> Path:
 
 
 def _for_readers(notebook: Any, resources: dict) -> tuple[Any, dict]:
-    """Of the title only the question, no prose on cells that show nothing, smaller figures."""
+    """Of the title only the question, no prose on cells that show nothing."""
     sections: list[list] = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown" or not sections:
@@ -160,7 +158,6 @@ def _for_readers(notebook: Any, resources: dict) -> tuple[Any, dict]:
         if cell.cell_type == "code":
             cell.outputs = outputs  # without warnings, which have lines of code
         for output in outputs:
-            _shrink(output)
             if output.output_type == "error":  # a traceback has lines of code
                 output.traceback = [f"{output.ename}: {output.evalue}"]
     notebook.cells = []
@@ -173,17 +170,3 @@ def _for_readers(notebook: Any, resources: dict) -> tuple[Any, dict]:
             continue
         notebook.cells += [first, *code]
     return notebook, resources
-
-
-def _shrink(output: Any) -> None:
-    """A large PNG becomes a JPEG."""
-    png = output.get("data", {}).get("image/png", "")
-    if len(png) <= LARGE_PNG:
-        return
-    file = io.BytesIO()
-    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
-        image.convert("RGB").save(file, "jpeg", quality=85)
-    if len(jpeg := base64.b64encode(file.getvalue()).decode()) < len(png):
-        output.data["image/jpeg"] = jpeg
-        output.metadata["image/jpeg"] = output.metadata.get("image/png", {})
-        del output.data["image/png"]

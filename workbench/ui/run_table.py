@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import html
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import traitlets
 
 from workbench import params_files, run_list, runs
 from workbench.evaluation.recipe_diff import differing_options
-from workbench.evaluation.statistics import wilson
+from workbench.evaluation.statistics import wilson_percent
 from workbench.progress import watched
 from workbench.recipe import defaults
 from workbench.ui.tables import html_table
@@ -113,22 +112,16 @@ class RunTable(Source):
         recipes = {key: one["recipe"] for key, one in listed.items() if one["recipe"]}
         differing = differing_options([*recipes.values()]) if recipes else {}
         differing = {k: v for k, v in differing.items() if k not in ("name", "epochs")}
-        options = {key: dict.fromkeys(differing, "") for key in listed}
-        for option, texts in differing.items():
-            for key, text in zip(recipes, texts, strict=True):
-                options[key][option] = text
-        nested = [SWEEP] * any("/" in key for key in listed)
-        rows = [
-            {"key": key, "live": one["live"], "cells": _cells(key, one)[: len(COLUMNS + nested)]}
-            for key, one in listed.items()
-        ]
-        for row in rows:
-            row["cells"] += [(text[:WIDTH], _number(text), text)
-                             for text in options[row["key"]].values()]  # fmt: skip
+        values = dict(zip(recipes, zip(*differing.values(), strict=True), strict=False))
+        columns = COLUMNS + [SWEEP] * any("/" in key for key in listed)
+        rows = []
+        for key, one in listed.items():
+            texts = values.get(key, [""] * len(differing))
+            options = [(text[:WIDTH], _number(text), text) for text in texts]
+            cells = _cells(key, one)[: len(columns)] + options
+            rows.append({"key": key, "live": one["live"], "cells": cells})
         with self.table.hold_sync():
-            self.table.columns = (
-                COLUMNS + nested + [{"title": o, "option": True} for o in differing]
-            )
+            self.table.columns = columns + [{"title": o, "option": True} for o in differing]
             self.table.rows = rows
             for name in ("selected", "pinned"):
                 kept = [key for key in getattr(self.table, name) if key in listed]
@@ -150,9 +143,13 @@ class RunTable(Source):
         while self.comm is not None:  # until it is closed
             await asyncio.sleep(PERIOD)
             before = self._stamps()
-            self.refresh()
-            if before != self._stamps():
-                self._follow()
+            try:
+                self.refresh()
+                if before != self._stamps():
+                    self._follow()
+            except Exception as error:  # a task has no cell to raise in; the next look may succeed
+                text = f"{type(error).__name__}: {error}; the table is not up to date"
+                self.note.value = html.escape(text)
 
     def _stamps(self) -> list[dict[str, int]]:
         """Of the selected runs; their steps change nothing in a comparison."""
@@ -194,7 +191,7 @@ def _stamp(path: Path) -> dict[str, int]:
 
 
 def _read_run(path: Path, stamp: dict[str, int]) -> dict[str, Any]:
-    """runs.row and what a row of the table has beside it."""
+    """run_list.row, and what a row of the table has beside it."""
     one, run = _NOTHING | run_list.row(path), runs.Run(path)
     evaluated = stamp["predictions.parquet"]
     one |= {"stamp": stamp, "time": evaluated or stamp["recipe.yaml"], "name": path.name}
@@ -219,10 +216,9 @@ def _last_step(run: runs.Run) -> int:
 
 def _cells(key: str, one: dict[str, Any]) -> list[Cell]:
     """Of COLUMNS and SWEEP."""
-    top1, low, high = one["top1"], math.nan, math.nan
+    top1, interval = one["top1"], ""
     if top1 is not None and one["n"]:
-        low, high = wilson(round(top1 * one["n"] / 100), one["n"])
-    interval = "" if math.isnan(low) else f"  [{100 * low:.1f}, {100 * high:.1f}]"
+        interval = "  [{:.1f}, {:.1f}]".format(*wilson_percent(top1, one["n"]))
     state, sweep = one["state"] + one["step"], key.rpartition("/")[0]
     return [
         (one["name"], one["name"], key),

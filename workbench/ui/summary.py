@@ -4,17 +4,13 @@ import io
 import textwrap
 import warnings
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
-from workbench import data, evaluation, runs, training
-from workbench.data import images
+from workbench import data, evaluation, runs
 from workbench.recipe import Recipe
-from workbench.ui import axes, image_grids, plots
+from workbench.ui import axes, image_grids, plots, views
 from workbench.ui.figure import DPI, POINTS, Chart, Figure, Sheet, styled
-
-MOST = 300_000  # bytes of the file
 
 
 def write(run: runs.Run) -> None:
@@ -32,8 +28,8 @@ def write(run: runs.Run) -> None:
 def figure(run: runs.Run) -> Figure:
     """Loss, top-1 and lr by epoch, the weakest classes and the most confident mistakes of a run.
 
-    The images are left out if they cannot be read, and have fewer colours if the file would be
-    larger than MOST bytes. Raises RunError for a run that was not evaluated.
+    The images are left out if they cannot be read. Raises RunError for a run that was not
+    evaluated.
     """
     weights, _ = run.choose_weights()
     predictions, classes = run.predictions(weights), run.environment()["classes"]
@@ -51,19 +47,12 @@ def figure(run: runs.Run) -> Figure:
     plots.draw_classes(lower.subplots(), by_class, 10)
     above = Image.open(io.BytesIO(chart.png())).convert("RGB")
     mistakes = _mistakes(run, predictions, classes)
-    below = Image.new("RGB", (above.width, mistakes.height if mistakes else 2), "white")
-    if mistakes:
-        below.paste(mistakes)
-    sheets = (Sheet(_stacked(above, below, colours)) for colours in (192, 64, 16, 4))
-    return next(sheet for sheet in sheets if len(sheet.png()) < MOST)
-
-
-def _stacked(above: Image.Image, below: Image.Image, colours: int) -> Image.Image:
-    """Two images with a palette: 64 colours for the charts, which have few, and those below."""
-    upper, lower = above.quantize(64, Image.Quantize.FASTOCTREE), below.quantize(colours)
-    whole = Image.fromarray(np.concatenate([np.asarray(upper), np.asarray(lower) + 64]), "P")
-    whole.putpalette((upper.getpalette() + [0] * 192)[:192] + lower.getpalette())
-    return whole
+    if not mistakes:
+        return Sheet(above)
+    whole = Image.new("RGB", (above.width, above.height + mistakes.height), "white")
+    whole.paste(above)
+    whole.paste(mistakes, (0, above.height))
+    return Sheet(whole)
 
 
 def _headline(run: runs.Run) -> str:
@@ -75,13 +64,11 @@ def _headline(run: runs.Run) -> str:
 def _mistakes(run: runs.Run, predictions: pd.DataFrame, classes: list[str]) -> Image.Image | None:
     """The wrong predictions with the highest confidence; None without images or mistakes."""
     worst = evaluation.mistakes(predictions, 9)
+    if worst.empty:
+        return None
     try:
         recipe = Recipe(**run.recipe())
         val = data.load_dataset(recipe).val[["list", "file", "path"]]
-        worst, show = worst.merge(val, on=["list", "file"]), training.eval_transform(recipe)
-        views = [show(images.decode(path)) for path in worst.path]
+        return views.mistakes(worst.merge(val), recipe, classes, columns=9).image
     except Exception:  # moved, another machine, or a recipe of an older version
         return None
-    titles = [f"{classes[r.class1]} {r.p1:.0%}\nis {classes[r.label]}" for r in worst.itertuples()]
-    heading = "the most confident mistakes: prediction with its probability, below it the label"
-    return image_grids.grid(views, titles, columns=9, heading=heading).image if views else None

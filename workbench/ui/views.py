@@ -277,6 +277,20 @@ def other_predictions(
     return _changed_images(table, recipe.model_dump(), classes, heading)
 
 
+def mistakes(
+    table: pd.DataFrame, recipe: Recipe, classes: Sequence[str], heading: str = "", columns: int = 8
+) -> Figure:
+    """Images of evaluation.mistakes, as validation takes them: prediction, probability and label.
+
+    The table has their `path` too, of the validation list.
+    """
+    transform = training.eval_transform(recipe)
+    titles = [f"{classes[r.class1]} {r.p1:.0%}\nis {classes[r.label]}" for r in table.itertuples()]
+    heading = heading or "the most confident mistakes: prediction, probability, below it the label"
+    shown = [transform(images.decode(path)) for path in table.path]
+    return image_grids.grid(shown, titles, columns=columns, heading=heading)
+
+
 def _changed_images(
     table: pd.DataFrame, recipe: Mapping[str, Any], classes: Sequence[str], heading: str
 ) -> Figure | pd.DataFrame:

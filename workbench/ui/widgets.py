@@ -28,12 +28,12 @@ from workbench.runs import Run, RunError, follow, this_process
 from workbench.ui import plots, training_text
 from workbench.ui.figure import Figure, css_width
 from workbench.ui.tables import html_table
+from workbench.ui.training_text import Row
 
 if TYPE_CHECKING:  # loads torch, for seconds, which 05 does without
     from workbench import data
     from workbench.ui.run_table import RunTable
 
-Row = dict[str, Any]  # of training.fit
 # A page that is opened again shows the saved notebook, and JupyterLab saves every two minutes: the
 # view of a training that goes on would be gone.
 SAVE_NOTEBOOK = """
@@ -77,11 +77,10 @@ def image_repr(file: bytes, format: str = "png") -> dict[str, str]:
 class InteractiveView(View):
     """Controls above what `draw` returns for their values: a figure, a table or sentences.
 
-    Or both sentences and a figure or None.
-
-    `draw` takes the values by name; the `result` of a `source` comes first. The view is updated
-    whenever a control or the source changes; the tooltip of a control without a value is shown
-    instead. It has no ipywidgets Output, whose messages can block a headless run.
+    Or a pair: sentences, and a figure or None. `draw` takes the values by name; the `result` of a
+    `source` comes first. The view is updated whenever a control or the source changes; the tooltip
+    of a control without a value is shown instead. It has no ipywidgets Output, whose messages can
+    block a headless run.
     """
 
     def __init__(
