@@ -105,7 +105,8 @@ class RunTable(Source):
         self._show(listed)
         count = sum(one["evaluated"] for one in self._read.values())
         hint = "" if self._read else "; make demo trains one"
-        text = f"{count} evaluated runs in {from_root(self.folder)}, {len(listed) - count} others{hint}"
+        others = f"{len(listed) - count} others{hint}"
+        text = f"{count} evaluated runs in {from_root(self.folder)}, {others}"
         self.note.value = html.escape(text)
 
     def _show(self, listed: dict[str, dict[str, Any]]) -> None:
