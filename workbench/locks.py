@@ -4,8 +4,6 @@ flock ends with its process, but some shared filesystems lack it (Lustre: ENOSYS
 it on each machine (NFS with local_lock). `owning` adds a file that all machines see: `<path>.<n>`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -22,8 +20,6 @@ from typing import Any
 HEARTBEAT_SECONDS = 10.0  # between two changes of the owner file's modification time
 STALE_SECONDS = 60.0  # without a change: the owner is dead
 
-_NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
-
 _open: set[int] = set()  # file descriptors; loader processes must not hold the lock
 os.register_at_fork(after_in_child=lambda: [os.close(_open.pop()) for _ in [*_open]])
 
@@ -32,12 +28,8 @@ def _flock(handle: int, kind: int) -> bool | None:
     """Whether the lock was free; None where the filesystem has no flock."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_FLOCK:
-            return None
-        if not isinstance(error, BlockingIOError):
-            raise
-        return False
+    except OSError as error:  # ENOSYS, ENOLCK, EOPNOTSUPP
+        return False if isinstance(error, BlockingIOError) else None
     return True
 
 
@@ -58,23 +50,6 @@ def locking(path: Path, wait: float = 0.4) -> Iterator[tuple[int, bool | None]]:
         if handle in _open:  # not in a forked process
             _open.remove(handle)
             os.close(handle)
-
-
-@contextlib.contextmanager
-def owning(path: Path, wait: bool = False) -> Iterator[Owner]:
-    """The lock of `path`, which this process has if `ours`. Raises OSError.
-
-    If its last owner was on another machine and did not release it, this takes a heartbeat, or
-    STALE_SECONDS; with `wait`, until the lock is free.
-    """
-    with locking(path, float("inf") if wait else 0.4) as (_, flock):
-        owner = Owner(path)
-        try:
-            if flock is not False:
-                owner.claim(flock, wait)
-            yield owner
-        finally:
-            owner.release()
 
 
 class Owner:
@@ -163,6 +138,23 @@ class Owner:
                 self._file.write_text(json.dumps(self._this | {"released": time.ctime()}))
 
 
+@contextlib.contextmanager
+def owning(path: Path, wait: bool = False) -> Iterator[Owner]:
+    """The lock of `path`, which this process has if `ours`. Raises OSError.
+
+    If its last owner was on another machine and did not release it, this takes a heartbeat, or
+    STALE_SECONDS; with `wait`, until the lock is free.
+    """
+    with locking(path, float("inf") if wait else 0.4) as (_, flock):
+        owner = Owner(path)
+        try:
+            if flock is not False:
+                owner.claim(flock, wait)
+            yield owner
+        finally:
+            owner.release()
+
+
 def is_owned(path: Path) -> bool:
     """Whether a process, here or on another machine, has the lock of `path`; answers at once.
 
@@ -171,11 +163,9 @@ def is_owned(path: Path) -> bool:
     flock = None
     with contextlib.suppress(OSError), open(path, "rb") as file:
         flock = _flock(file.fileno(), fcntl.LOCK_SH)
-    if flock is not False:
-        number, owner, changed = _last(path)
-        recent = abs(time.time() - changed) < 2 * STALE_SECONDS
-        return number > 0 and recent and not _has_ended(owner, flock)
-    return True
+    number, owner, changed = _last(path)
+    recent = abs(time.time() - changed) < 2 * STALE_SECONDS
+    return flock is False or (number > 0 and recent and not _has_ended(owner, flock))
 
 
 def this_process() -> str:

@@ -25,10 +25,9 @@ def pick_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name in available and not available[name]():
         raise TrainingError(f"device is {name}, but torch finds none; set device: auto or cpu")
-    if name != "cuda":
-        return torch.device(name)
-    # A process may see its own GPU alone, srun --gpus-per-task=1.
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    visible = max(1, torch.cuda.device_count())  # its own alone, with srun --gpus-per-task=1
+    index = int(os.environ.get("LOCAL_RANK", 0)) % visible if name == "cuda" else None
+    return torch.device(name, index)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
