@@ -68,15 +68,15 @@ class Owner:
 
     def __init__(self, path: Path):
         self.path, self.ours, self._file = path, False, path
-        self._this = _this()
-        self._released = threading.Event()
+        self._this, self._released = _this(), threading.Event()
 
     def claim(self, flock: bool | None, wait: bool) -> None:
         """Takes the lock, unless another process has a heartbeat."""
         say = lambda text: print(f"{self.path}: {text}", file=sys.stderr, flush=True)
         seen, since = None, 0.0
         while not self.ours:
-            last = number, owner, _ = _last(self.path)
+            now, last = time.monotonic(), _last(self.path)  # in this order: it may be suspended
+            number, owner, _ = last
             if number and not _has_ended(owner, flock):
                 if seen not in (None, last) and not wait:
                     return
@@ -84,7 +84,7 @@ class Owner:
                     say(f"waits up to {STALE_SECONDS:.0f} s for a heartbeat of {_name(owner)}")
                 if seen != last:
                     seen, since = last, time.monotonic()
-                if time.monotonic() - since < STALE_SECONDS:
+                if now - since < STALE_SECONDS:
                     time.sleep(HEARTBEAT_SECONDS / 20)
                     continue
                 say(f"taken over from {_name(owner)}, which had none for {STALE_SECONDS:.0f} s")
@@ -103,8 +103,7 @@ class Owner:
         except OSError:  # a full disk
             self._file.unlink(missing_ok=True)
             raise
-        numbers = _numbers(self.path)
-        self.ours = max(numbers, default=0) == number
+        self.ours = max(numbers := _numbers(self.path), default=0) == number
         for obsolete in {*numbers} - {number} if self.ours else {number}:
             self._file.with_suffix(f".{obsolete}").unlink(missing_ok=True)
 
@@ -135,7 +134,8 @@ class Owner:
         self._released.set()
         with contextlib.suppress(OSError):  # the folder was removed
             if self.ours and self._this["process"] == os.getpid() and not self.lost():
-                self._file.write_text(json.dumps(self._this | {"released": time.ctime()}))
+                with self._file.open("r+") as file:  # never empty, should this be killed
+                    file.write(json.dumps(self._this | {"released": time.ctime()}))
 
 
 @contextlib.contextmanager
