@@ -51,8 +51,9 @@
         let { right } = box, cut = false;
         for (let at = element; at !== output.parentElement; at = at.parentElement) {
           const edge = at.getBoundingClientRect().right;
-          if (at.matches(".workbench-runs .scroll")) right = Math.min(right, edge);  // has a bar
-          else if (at === output || getComputedStyle(at).overflowX !== "visible") cut ||= right > edge + 1;
+          const { overflowX } = getComputedStyle(at);
+          if (at !== output && overflowX === "auto") right = Math.min(right, edge);  // has a bar
+          else if (at === output || overflowX !== "visible") cut ||= right > edge + 1;
         }
         add(element, "text", node.data, getComputedStyle(element), cut);
       }
