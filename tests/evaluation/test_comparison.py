@@ -168,7 +168,7 @@ def test_a_difference_that_is_not_significant_is_small_large_or_undecided():
     text = f"b and a are within {bound:.2f} points: +0.01 (95 % interval -"
     assert bound < 1 and str(Verdict("b", "a", small)).startswith(text)
     large = str(Verdict("b", "a", difference(runs_of(0.9, 0.9, n=10), runs_of(0.6, n=10), 10)))
-    text = "a large but not significant difference: b is worse than a by 30.00 points (95 %"
+    text = "a large but not significant difference between b and a: -30.00 points (95 %"
     assert large.startswith(text) and "1 seed of b and 2 of a, 10 images)" in large
     d = difference(runs_of(0.9, 0.9, n=400), runs_of(0.9, 0.895, n=400), 10)
     unclear = str(Verdict("b", "a", d))

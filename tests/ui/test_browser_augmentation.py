@@ -157,6 +157,19 @@ def test_a_slider_moved_twice_changes_the_figure_and_reset_restores_it(page):
     until(lambda: figure(page).tobytes() == plain, 10)
 
 
+def test_a_number_typed_beside_a_slider_counts_when_the_field_is_left(page):
+    button(page, "Reset").click()
+    group(page, "crop and colour")
+    before = image_of(page, "try")
+    readout = slider(page, "brightness").locator("xpath=ancestor::*[contains(@class, 'hslider')]")
+    readout.locator(".widget-readout").fill("0.37")
+    page.keyboard.press("Tab")
+    redrawn(page, "try", before)
+    group(page, "lines of a params file")
+    assert "brightness: 0.37" in cell(page, "try").locator("textarea").input_value()
+    button(page, "Reset").click()
+
+
 def test_a_greyed_out_slider_gives_its_reason_and_another_option_enables_it(page):
     button(page, "Reset").click()
     group(page, "RandAugment")

@@ -230,7 +230,7 @@ BUTTONS = "await widgets.train(recipe, run)"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loop, why", [(LOOP, "Ctrl-C"), (BUTTONS, "the stop event")])
+@pytest.mark.parametrize("loop, why", [(LOOP, "Ctrl-C"), (BUTTONS, "request")])
 def test_interrupt_in_a_kernel_ends_the_cell_normally_and_the_kernel_lives(tmp_path, loop, why):
     manager, client = start_new_kernel(kernel_name="python3")
 
@@ -484,8 +484,8 @@ def test_after_a_stop_before_the_first_epoch_every_later_cell_says_so(tmp_path, 
     expected |= {"per-class", "worst", "alone", "rivals", "columns"}
     silent = {name for name, text in printed.items() if "nothing to show yet" in text}
     assert silent == expected & set(printed)
-    assert "nothing to show yet: stopped by the stop event after step" in printed["result"]
-    assert "stopped by the stop event" in printed["next"]
+    assert "nothing to show yet: stopped by request after step" in printed["result"]
+    assert "stopped by request" in printed["next"]
     folders += ["teacher-seed0"] * notebook.startswith("03")  # the student alone is not trained
     assert sorted(path.name for path in tmp_path.iterdir()) == folders
 

@@ -177,7 +177,7 @@ def test_other_predictions_of_an_exported_network_are_shown_by_format(digits):
     flips = pd.DataFrame({"file": val.file, "list": val.list, "format": ["int8", "onnx"],
                           "before": [1, 2], "after": [4, 5], "label": [1, 2]})  # fmt: skip
     figure = views.other_predictions(flips, "int8", Recipe(), digits.classes)
-    assert texts(figure) == ["int8: 1 other predictions", "1\nto 4\nis 1"]
+    assert texts(figure) == ["int8: 1 other predictions", "1 \u2192 4\nis 1"]
     see = training.eval_transform(Recipe())
     np.testing.assert_array_equal(cell(figure, 0), see(images.decode(val.path.iloc[0])))
     none = views.other_predictions(flips, "program", Recipe(), digits.classes)
@@ -223,8 +223,8 @@ def test_flips_show_the_share_of_correct_runs(tmp_path, monkeypatch):
     zero, one = JUDGED[:2]
     assert texts(views.flips(found, "b", "gained")) == [
         "gained: 2 of 2 images",
-        f"{zero} (50% correct)\nto {zero}\nis {zero}",
-        f"{zero} (50% correct)\nto {one}\nis {one}",
+        f"right 50% \u2192 100%\nis {zero}",
+        f"{zero} \u2192 {one}\nright 50% \u2192 100%\nis {one}",
     ]
     assert texts(views.flips(found, "b", of=one.upper()))[0] == "gained: 1 of 2 images"
     none = views.flips(found, "b", "lost")

@@ -34,7 +34,7 @@ class Verdict:
             only = "; this holds for these two runs, train more seeds to compare the recipes"
             return f"{direction} ({self._evidence()}){only if single else ''}"
         if abs(d.points) >= LARGE:
-            text = f"a large but not significant difference: {direction}"
+            text = f"a large but not significant difference between {pair}: {d.points:+.2f} points"
         elif bound < LARGE:
             text = f"{pair} are within {bound:.2f} points: {d.points:+.2f}"
         else:
@@ -44,14 +44,14 @@ class Verdict:
             return f"{text}; other seeds may differ"
         needed = d.seeds_needed(TARGET)
         if needed is None:
-            return f"{text}; {TARGET} points need more images, no number of seeds shows them"
+            return f"{text}; more seeds cannot show {TARGET} points, only more images can"
         more = f"; {needed} seeds of each would show {TARGET} points"
         return text + more if d.detectable > TARGET else text
 
     def _evidence(self) -> str:
         """Interval, p, seeds and images; "worse by" turns the signs of the interval round."""
         d, (theirs, ours) = self.difference, self.difference.seeds
-        turned = d.points < 0 and (self.significant or d.points <= -LARGE)
+        turned = d.points < 0 and self.significant
         low, high = (-d.high, -d.low) if turned else (d.low, d.high)
         text = f"{100 * LEVEL:.0f} % interval {low:.2f} to {high:.2f}, p {p_text(d.p)}"
         if d.comparisons > 1:

@@ -9,7 +9,7 @@ from workbench.export.archive import ExportError, PackageError, read_flips, read
 from workbench.export.inputs import PredictionError
 from workbench.export.metadata import preprocess
 from workbench.export.onnx import Network, session, to_int8, to_onnx
-from workbench.export.packaging import newest, package, trained_model
+from workbench.export.packaging import default_name, newest, package, trained_model
 from workbench.export.parity import table
 from workbench.export.prediction import open_source, predict, predict_image, predict_to_file
 from workbench.export.verify import check, load, measure

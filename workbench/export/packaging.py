@@ -44,13 +44,19 @@ def trained_model(
 def newest(root: str | Path) -> runs.Run:
     """The run in `root` that finished last of those that can be exported. Raises ExportError."""
     time = lambda run: run.file("status.json").stat().st_mtime
-    for run in sorted(runs.finished(root), key=time, reverse=True):
+    folders = [root, *(file.parent for file in Path(root).glob("*/sweep.yaml"))]
+    found = [run for folder in folders for run in runs.finished(folder)]
+    for run in sorted(found, key=time, reverse=True):
         with contextlib.suppress(*FAILURES):
             recipe, classes, *_, file = trained_model(run)
-            valid = file == "last.pt" and re.fullmatch(metadata.NAME, recipe.name)
-            if valid and data.load_dataset(recipe, folder=run.path).classes == classes:
+            if file == "last.pt" and data.load_dataset(recipe, folder=run.path).classes == classes:
                 return run
     raise ExportError(f"no finished run in {root} can be exported; `make demo` trains one")
+
+
+def default_name(recipe_name: str) -> str:
+    """The name of a package of a recipe: "lr=0.3" of a sweep becomes "lr-0.3"."""
+    return re.sub(r"[^\w.-]+", "-", recipe_name)
 
 
 def package(
@@ -90,7 +96,7 @@ def package(
     train, val, val_data = load_lists(
         recipe, overrides, classes, run.path, environment.get("val_data"), dataset
     )
-    names = {"model_name": name or block.get("model_name") or recipe.name}
+    names = {"model_name": name or block.get("model_name") or default_name(recipe.name)}
     names |= {"version": version or str(block.get("version", "1.0.0"))}
     names |= {"plugin": block.get("plugin", "classifier"), "weights": weights, "classes": classes}
     meta = _meta(run, recipe, network, val_data, names)

@@ -44,7 +44,7 @@ class StopRequest:
         if self.signal:
             return self.signal
         if self.event.is_set():
-            return "the stop event"
+            return "request"
         return "the STOP file" if self._file() == "STOP" else None
 
     def action(self) -> int:

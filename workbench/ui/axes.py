@@ -93,10 +93,18 @@ def rows(ax: Axes, names: Sequence[str], texts: Sequence[str], width: float = 18
 
 
 def bars(
-    ax: Axes, classes: Sequence[str], values: Sequence[float], texts: Sequence[str], xlabel: str
+    ax: Axes,
+    classes: Sequence[str],
+    values: Sequence[float],
+    texts: Sequence[str],
+    xlabel: str,
+    colours: Sequence[str] = (COLOURS[0], COLOURS[1]),
 ) -> None:
-    """A horizontal bar per class, the first on top, with a text at the right of the axes."""
-    ax.barh(range(len(values)), values, 0.6, color=[COLOURS[int(value < 0)] for value in values])
+    """A horizontal bar per class, the first on top, with a text at the right of the axes.
+
+    `colours` are those of positive and negative values.
+    """
+    ax.barh(range(len(values)), values, 0.6, color=[colours[int(value < 0)] for value in values])
     rows(ax, classes, texts)
     label(ax, xlabel, "class", grid="x")
 

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -326,7 +327,7 @@ def confusion(table: pd.DataFrame) -> Figure:
 @styled()
 def confusion_change(table: pd.DataFrame) -> Figure:
     """The table of Comparison.confusion: by how many images each confusion changed."""
-    text = lambda i, j: f"{table.iloc[i, j]:+.3g}" if table.iloc[i, j] else ""
+    text = lambda i, j: f"{table.iloc[i, j]:+.2g}" if table.iloc[i, j] else ""
     top = max(1.0, np.nanmax(_off_diagonal(table.abs()), initial=0))
     heat = {"label": "images more (fewer below 0)", "cmap": "PuOr_r", "vmin": -top, "vmax": top}
     return _class_matrix(table, text, _off_diagonal(table), text, "changed", **heat)
@@ -367,11 +368,12 @@ def _class_matrix(
     if len(values) < classes:
         left.set_title(f"the {len(values)} of {classes} classes {what} most")
     texts = [mistake_text(*pair) for pair in pairs]
+    colours = [matplotlib.colormaps[heat["cmap"]](share) for share in (0.75, 0.25)]
     if not pairs:
         right.set_axis_off()
         right.set_title(f"no class is {what}")
         return figure
-    axes.bars(right, names, [amounts[pair] for pair in pairs], texts, "images")
+    axes.bars(right, names, [amounts[pair] for pair in pairs], texts, "images", colours)
     axes.label(right, "images", "true \u2192 predicted", grid="x")
     return figure
 

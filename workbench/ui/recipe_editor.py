@@ -23,6 +23,15 @@ const text = TEXT, fallback = () => {
 };
 navigator.clipboard ? navigator.clipboard.writeText(text).catch(fallback) : fallback();
 """
+# A number typed beside a slider would count after Enter alone: ipywidgets waits for an event that
+# does not bubble.
+TYPED_SCRIPT = """
+if (!window.workbenchTyped) {
+  window.workbenchTyped = true;
+  document.addEventListener('focusout', event => event.target.matches?.('.widget-readout') &&
+    event.target.dispatchEvent(new FocusEvent('blur', { bubbles: true })));
+}
+"""
 # Ranges of sliders for options without limits, or with limits beyond useful values.
 RANGES = {"crop_scale": (0.01, 1.0), "crop_ratio": (0.25, 4.0), "randaug_n": (0, 6)}
 RANGES |= {"randaug_std": (0.0, 3.0), "mixup_alpha": (0.0, 2.0), "cutmix_alpha": (0.0, 2.0)}
@@ -63,6 +72,7 @@ class RecipeEditor(Source):
             ipywidgets.HTML(),
             ipywidgets.HTML(),
         )
+        self.script.append_display_data(Javascript(TYPED_SCRIPT))
         for control in [*self.controls.values(), self.path]:
             control.observe(self._update, names="value")
         pages = [
@@ -145,7 +155,8 @@ class RecipeEditor(Source):
             path, one = shlex.quote(self.path.value.strip()), self.result
             commands = f"workbench train {path}\n\npapermill notebooks/02_baseline.ipynb out.ipynb"
             commands = html.escape(f"{commands} -k python3 -f {path}")
-            what = f"{one.model} on {one.data_dir or one.dataset}, {one.epochs} epochs"
+            what = f"{one.model} on {one.data_dir or one.dataset} at {one.image_size} pixels"
+            what += f", {one.epochs} epochs"
             text = f"<pre style='{PRE}'>{commands}</pre>Either trains {html.escape(what)}"
             text = f"{self.message.value} {text}; the file or -p sets other data."
             self.message.value = f"<div style='line-height: 1.3'>{text}</div>"

@@ -306,14 +306,13 @@ def _changed_images(
         return rows
     titles = []
     for row in found.to_dict("records"):
-        before, after = (_prediction_text(row, side, classes) for side in ("before", "after"))
-        titles.append(f"{before}\nto {after}\nis {classes[row['label']]}")
+        before, after = (classes[row[side]] for side in ("before", "after"))
+        shares = [row.get(f"correct_{side}", 0.0) for side in ("before", "after")]
+        lines = [f"{before} \u2192 {after}"] if before != after else []
+        if any(0 < share < 1 for share in shares):  # runs of one recipe disagree
+            lines.append("right {:.0%} \u2192 {:.0%}".format(*shares))
+        titles.append("\n".join([*lines, f"is {classes[row['label']]}"]))
     return image_grids.grid(views, titles, columns=12, heading=heading) if views else rows
-
-
-def _prediction_text(row: Mapping[str, Any], side: str, classes: Sequence[str]) -> str:
-    share = row.get(f"correct_{side}", 0.0)
-    return classes[row[side]] + (f" ({share:.0%} correct)" if 0 < share < 1 else "")
 
 
 def grad_cam_grid(
