@@ -24,7 +24,8 @@ PARTS = {
     "overrides": "recipe_checks",
     "recipe": "options overrides params_files recipe_checks",
     "runs": "params_files recipe",
-    "run_list": "runs",
+    "jobs": "runs",
+    "run_list": "jobs runs",
     "schedule": "recipe",
     "progress": "",
     "image_files": "",
@@ -42,9 +43,10 @@ PARTS["training"] = (
 )
 PARTS["doctor"] = f"{PARTS['training']} training"
 PARTS["export"] = f"{PARTS['training']} image_files training"
-PARTS["ui"] = f"{PARTS['export']} doctor export importers params_files run_list"
+PARTS["ui"] = f"{PARTS['export']} doctor export importers jobs params_files run_list"
 PARTS["smoke"] = PARTS["sweep"] = f"{PARTS['ui']} params_files ui"
-PARTS["__main__"] = f"{PARTS['sweep']} smoke sweep"
+PARTS["cluster"] = f"{PARTS['sweep']} sweep"
+PARTS["__main__"] = f"{PARTS['cluster']} cluster smoke"
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
 )

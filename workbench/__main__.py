@@ -145,6 +145,38 @@ def sweep(
     raise typer.Exit(STOPPED if "stopped" in states else int("failed" in states))
 
 
+@app.command()
+def submit(
+    params: Params,
+    axes: Annotated[list[str] | None, typer.Argument(help="as those of sweep")] = None,
+    p: Overrides = [],  # noqa: B006
+    local: Annotated[int, typer.Option(min=0, help="runs at once here, without Slurm")] = 0,
+    nodes: Annotated[int, typer.Option(min=1, help="of a run")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="of a node; 0: train on the CPU")] = 1,
+    time: Annotated[str, typer.Option(help="limit of a run, such as 4:00:00")] = "",
+    partition: Annotated[str, typer.Option(help="of Slurm")] = "",
+    sbatch: Annotated[str, typer.Option(help="more options of sbatch: --account=x --mem=32G")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script only")] = False,
+) -> None:
+    """Train in a job of Slurm, or detached from this terminal, a recipe or each run of a sweep."""
+    recipe = _recipe(params, p)
+    from workbench import cluster, sweep
+
+    slurm = {"nodes": nodes, "gpus": gpus, "time": time, "partition": partition, "sbatch": sbatch}
+    options = sweep.parse_axes(axes or [])
+    for line in cluster.submit(recipe, options, local=local, dry_run=dry_run, **slurm):
+        print(line, flush=True)
+
+
+@app.command()
+def cancel(folders: Annotated[list[Path], typer.Argument(help="run folders")]) -> None:
+    """Cancel the jobs of runs, queued or running; these stop with a checkpoint."""
+    from workbench import jobs
+
+    for line in jobs.cancel(folders):
+        print(line, flush=True)
+
+
 def _print_warnings(recipe: "Recipe", environment: dict) -> None:
     from workbench import doctor
 
@@ -431,19 +463,13 @@ def migrate(files: Annotated[list[Path], typer.Argument(help="params files")]) -
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="the folder of run folders")] = ROOT / "runs",
 ) -> None:
-    """List the runs in a folder, newest first."""
+    """List the runs in a folder and in its sweeps, newest first."""
     from workbench import run_list
 
-    if not (found := run_list.rows(folder)):
+    if not (found := run_list.rows(folder, sweeps=True)):
         print(f"no runs in {folder}; make demo trains one")
         return
-    hidden = {"device", "train_loss", "message"}
-    columns = [c for c in found[0] if c not in hidden and any(row[c] is not None for row in found)]
-    text = lambda v: "-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
-    lines = [columns, *([text(row[c]) for c in columns] for row in found)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print(" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(*run_list.table(found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ class Run:
     summary.png          curves, weakest classes and worst images of a finished run
     STOP, PAUSE          created by a user or a widget: training stops at the next step, or waits
                          there until the file is removed
+    job.json, CANCEL     of `workbench submit` and `workbench cancel`; see jobs
     """
 
     def __init__(self, path: str | Path):

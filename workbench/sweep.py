@@ -46,12 +46,8 @@ def sweep(
     kinds = {key: _distribution(key, axes[key]) for key in axes if trials}
     ends = {key: getattr(k, "choices", None) or (k.low, k.high) for key, k in kinds.items()}
     recipes, folder = combinations(recipe, ends or axes), folder_of(recipe, axes)
-    pinned = recipes if trials else [parts.pin(one) for one in recipes]
-    values = {key: [getattr(one, key) for one in pinned] for key in axes}
-    values = {k: [v for i, v in enumerate(vs) if v not in vs[:i]] for k, vs in values.items()}
-    names = [] if trials else [one.folder.name for one in recipes]
-    _write_sweep_file(folder, recipe, axes if trials else values, names)
-    tasks, run = recipes, functools.partial(_train, datasets={})  # of each process the last one
+    values = write_sweep_file(folder, recipe, axes, [] if trials else recipes)
+    tasks, run = recipes, functools.partial(train_run, datasets={})  # of each process the last one
     if trials:
         tasks, run = range(trials), functools.partial(_next_trial, recipe, kinds, trials, {})
     found = ((task, row) for task in tasks if (row := run(task)))
@@ -68,10 +64,10 @@ def sweep(
         with runs.atomic_write(folder / "out_of_fold.parquet") as temporary:
             evaluation.out_of_fold(finished(folder)).to_parquet(temporary, index=False)
     elif "fold" not in axes and "stopped" not in states:
-        _write_report(folder)
+        write_report(folder)
 
 
-def _train(
+def train_run(
     recipe: Recipe, datasets: dict[str, data.Dataset], prune: Callable[[Row], str] = lambda row: ""
 ) -> Row:
     """Trains a run, with the data set of the run before; `prune` of an epoch row may end it."""
@@ -149,9 +145,17 @@ def folder_of(recipe: Recipe, axes: Iterable[str]) -> Path:
     return ROOT / recipe.runs_dir / f"{recipe.name}-sweep{options}"
 
 
-def _write_sweep_file(
-    folder: Path, recipe: Recipe, axes: Mapping[str, list], names: list[str]
-) -> None:
+def write_sweep_file(
+    folder: Path, recipe: Recipe, axes: Mapping[str, list], recipes: list[Recipe]
+) -> Mapping[str, list]:
+    """Writes sweep.yaml, without `recipes` that of a study; returns the values of each axis.
+
+    Raises RunError for a folder with another sweep.
+    """
+    if pinned := [parts.pin(one) for one in recipes]:
+        axes = {key: [getattr(one, key) for one in pinned] for key in axes}
+        axes = {k: [v for i, v in enumerate(vs) if v not in vs[:i]] for k, vs in axes.items()}
+    names = [one.folder.name for one in recipes]
     if (folder / "sweep.yaml").exists():
         former, there = read_sweep_file(folder)
         keys = [k for k in FIELDS if k not in runtime_only and k not in axes]
@@ -168,6 +172,7 @@ def _write_sweep_file(
     folder.mkdir(parents=True, exist_ok=True)
     with runs.atomic_write(folder / "sweep.yaml") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return axes
 
 
 def read_sweep_file(folder: str | Path) -> tuple[dict[str, list], Recipe]:
@@ -211,7 +216,8 @@ def finished(folder: str | Path) -> list[Path]:
     return sorted(place, key=place.get)
 
 
-def _write_report(folder: Path) -> None:
+def write_report(folder: Path) -> None:
+    """Writes table.csv and top1.png of the finished runs of a sweep."""
     from workbench.ui import plots
 
     keys, paths = [k for k in read_sweep_file(folder)[0] if k != "seed"], finished(folder)
@@ -355,4 +361,4 @@ def _train_trial(recipe: Recipe, trial: Any, reported: Mapping[int, float], data
         [one] = combinations(recipe, {key: [value] for key, value in values.items()})
     except RecipeError as error:
         return {**values, "state": "failed", "message": str(error)}
-    return values | _train(one, datasets, prune)
+    return values | train_run(one, datasets, prune)
