@@ -164,8 +164,7 @@ def submit(
 
     slurm = {"nodes": nodes, "gpus": gpus, "time": time, "partition": partition, "sbatch": sbatch}
     options = sweep.parse_axes(axes or [])
-    for line in cluster.submit(recipe, options, local=local, dry_run=dry_run, **slurm):
-        print(line, flush=True)
+    print(cluster.submit(recipe, options, local=local, dry_run=dry_run, **slurm))
 
 
 @app.command()
@@ -173,8 +172,7 @@ def cancel(folders: Annotated[list[Path], typer.Argument(help="run folders")]) -
     """Cancel the jobs of runs, queued or running; these stop with a checkpoint."""
     from workbench import jobs
 
-    for line in jobs.cancel(folders):
-        print(line, flush=True)
+    print(*jobs.cancel(folders), sep="\n")
 
 
 def _print_warnings(recipe: "Recipe", environment: dict) -> None:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +28,27 @@ def submit(
     local: int = 0,
     dry_run: bool = False,
     **slurm: Any,
-) -> Iterator[str]:
-    """Starts jobs for the runs of a sweep over `axes`, or for one run; yields lines about them.
+) -> str:
+    """Starts jobs for the runs of a sweep over `axes`, or for one run, and returns what it did.
 
     With `local` a process of this machine that survives the kernel trains that many runs at once,
     otherwise an array of Slurm all of them (`job_script`). Finished, queued and running runs are
-    left out. Writes recipe.yaml and job.json into each run folder; a list of the folders and the
-    script into that of the sweep, or of the one run. With `dry_run` yields the script.
+    left out. Writes recipe.yaml and job.json into each run folder; the list of them and the script
+    into the folder of the sweep, or the run. With `dry_run` only returns script and command.
 
     Raises RecipeError, and RunError where a folder has another run, or sbatch is missing or fails.
     """
-    recipes = sweep.combinations(recipe, axes) if axes else [recipe]
+    recipes = [parts.pin(one) for one in (sweep.combinations(recipe, axes) if axes else [recipe])]
     folder = sweep.folder_of(recipe, axes) if axes else recipe.folder
-    recipes = [parts.pin(one) for one in recipes]
-    found = jobs.of_runs(one.folder for one in recipes)
-    states = [runs.Run(one.folder).status()["state"] for one in recipes]
-    states = [jobs.state(s, found.get(r.folder)) for s, r in zip(states, recipes, strict=True)]
-    done = collections.Counter(s for s in states if s in ("finished", "queued", "running"))
-    left = [one for one, state in zip(recipes, states, strict=True) if state not in done]
-    if done:
-        yield "left out: " + ", ".join(f"{count} {state}" for state, count in done.items())
-    for one in left:
-        if (run := runs.Run(one.folder)).file("last.pt").exists():
+    found, states = jobs.of_runs(one.folder for one in recipes), collections.defaultdict(list)
+    for one in recipes:
+        state = jobs.state((run := runs.Run(one.folder)).status()["state"], found.get(run.path))
+        states[state if state in ("finished", "queued", "running") else ""].append(one)
+        if run.file("last.pt").exists():
             training.check_same_recipe(one, run)
+    left = states.pop("", [])
+    out = "left out: " * bool(states) + ", ".join(f"{len(states[s])} {s}" for s in states)
+    out += "\n" * bool(states and left)
     number = 1 + max((int(p.stem[4:]) for p in folder.glob("job-*.txt")), default=0)
     tasks, script = (folder / f"job-{number}.{kind}" for kind in ("txt", "sh"))
     text = "" if local else job_script(tasks, recipe.name, len(left), **slurm)
@@ -58,8 +56,7 @@ def submit(
     if local:
         command = [sys.executable, "-m", "workbench.cluster", str(tasks), str(local)]
     if dry_run or not left:
-        yield f"{text}{counted(len(left), 'run')}: {shlex.join(command)}"
-        return
+        return out + f"{text}{counted(len(left), 'run')}: {shlex.join(command)}" * bool(left)
     if not local and not shutil.which("sbatch"):
         raise runs.RunError("there is no sbatch on this machine; --local 1 trains without Slurm")
     if axes:
@@ -67,42 +64,34 @@ def submit(
     for one in left:
         _prepare(one)
     tasks.write_text("".join(f"{one.folder}\n" for one in left))
-    script.write_text(text) if text else None
+    if text:
+        script.write_text(text)
     name, job = (_detach if local else _sbatch)(command, tasks)
     for index, one in enumerate(left):  # "x": the job itself may have been faster
         with contextlib.suppress(FileExistsError), open(one.folder / "job.json", "x") as file:
             json.dump({"submitted": time.time(), "index": index, **job}, file, indent=2)
-    yield f"{counted(len(left), 'run')} in {folder}: {name}"
+    return f"{out}{counted(len(left), 'run')} in {folder}: {name}"
 
 
-def job_script(
-    tasks: Path,
-    name: str,
-    count: int,
-    *,
-    nodes: int = 1,
-    gpus: int = 1,
-    time: str = "",
-    partition: str = "",
-    sbatch: str = "",
-) -> str:
+def job_script(tasks: Path, name: str, count: int, *, gpus: int = 1, **options: Any) -> str:
     """A script for `count` tasks, from slurm.sh: `gpus` processes per node, or one on the CPU.
 
-    `sbatch` are other options in words; the last of an option counts.
+    `options` are nodes, time, partition and so on; `sbatch` are others in words, which count most.
     """
+    last = [words] if (words := options.pop("sbatch", "")) else []
     output = str(tasks.with_suffix("")).replace("%", "%%")
-    options = [f"--job-name={shlex.quote(name)}", f"--array=0-{count - 1}", f"--nodes={nodes}"]
-    options += [f'--output="{output}_%a.log"', f"--ntasks-per-node={max(1, gpus)}"]
-    chosen = {"gpus-per-node": gpus, "time": time, "partition": partition}
-    options += [f"--{key}={value}" for key, value in chosen.items() if value]
-    options += [sbatch] * bool(sbatch)
+    values = {"job-name": shlex.quote(name), "array": f"0-{count - 1}", "nodes": 1}
+    values |= {"output": f'"{output}_%a.log"', "ntasks-per-node": max(1, gpus)}
+    values |= {"gpus-per-node": gpus, **options}
+    words = [f"--{key}={value}" for key, value in values.items() if value] + last
+    trust = "export WORKBENCH_TRUST_CODE=1\n" * ("WORKBENCH_TRUST_CODE" in os.environ)
     text = Path(__file__).with_name("slurm.sh").read_text(encoding="utf-8")
-    values = {"TASKS": tasks, "SCRIPT": tasks.with_suffix(".sh"), "PYTHON": sys.executable}
-    for key, value in {**values, "ROOT": ROOT}.items():
+    text = text.replace("@DIRECTIVES@", "\n".join(f"#SBATCH {one}" for one in words))
+    text, script = text.replace("@TRUST@\n", trust), tasks.with_suffix(".sh")
+    known = {"TASKS": tasks, "SCRIPT": script, "PYTHON": sys.executable, "ROOT": ROOT}
+    for key, value in known.items():
         text = text.replace(f"@{key}@", shlex.quote(str(value)))
-    trust = "export WORKBENCH_TRUST_CODE=1" * ("WORKBENCH_TRUST_CODE" in os.environ)
-    text = text.replace("@TRUST@\n", f"{trust}\n" * bool(trust))
-    return text.replace("@DIRECTIVES@", "\n".join(f"#SBATCH {option}" for option in options))
+    return text
 
 
 def _prepare(recipe: Recipe) -> None:

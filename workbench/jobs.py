@@ -127,13 +127,13 @@ def requeue(path: Path) -> str | None:
 # ---- from anywhere
 
 
-def cancel(paths: Iterable[Path]) -> Iterator[str]:
-    """Cancels the jobs of runs; yields a sentence about each. Raises RunError if scancel fails."""
-    found, ids = of_runs(paths := [*paths]), []
+def cancel(paths: Iterable[Path]) -> list[str]:
+    """Cancels the jobs of runs; a sentence about each. Raises RunError if scancel fails."""
+    found, ids, said = of_runs(paths := [*paths]), [], []
     for path in paths:
         if path not in found or found[path].state not in ("", "queued", "running"):
             known = state(Run(path).status()["state"], found.get(path))
-            yield f"{path} is {known}, nothing to cancel"
+            said.append(f"{path} is {known}, nothing to cancel")
             continue
         (path / "CANCEL").touch()  # before job.json is read: the worker writes that, then looks
         if "job" in (job := read(path)):
@@ -142,10 +142,11 @@ def cancel(paths: Iterable[Path]) -> Iterator[str]:
             (path / "STOP").touch()
         elif "worker" in job:
             _terminate(job["worker"], job["worker_started"])
-        yield f"{path}: cancelled, {found[path].name}"
+        said.append(f"{path}: cancelled, {found[path].name}")
     done = subprocess.run(["scancel", *ids], capture_output=True, text=True) if ids else None
     if done and done.returncode:
         raise RunError(f"scancel {' '.join(ids)} failed: {done.stderr.strip()}")
+    return said
 
 
 def wait_and_follow(run: Run, stop: threading.Event) -> Iterator[dict[str, Any]]:
@@ -156,7 +157,7 @@ def wait_and_follow(run: Run, stop: threading.Event) -> Iterator[dict[str, Any]]
         if stop.is_set() or job is None or job.state not in ("queued", "running"):
             return
         if job.state == "queued" and run.file("STOP").exists():
-            list(cancel([run.path]))
+            cancel([run.path])
             run.file("STOP").unlink(missing_ok=True)
         stop.wait(5 if "job" in read(run.path) else 0.5)
 
