@@ -79,7 +79,11 @@ def train_until(recipe: Recipe, kind: str) -> runs.Run:
 
 def record(run: Path) -> dict[str, bytes]:
     """Every byte of a run folder but its status, which may say that something failed."""
-    files = [path for path in sorted(run.iterdir()) if path.name not in ("status.json", "lock")]
+    files = [
+        path
+        for path in sorted(run.iterdir())
+        if path.name.partition(".")[0] not in ("status", "lock")
+    ]
     return {path.name: path.read_bytes() for path in files}
 
 

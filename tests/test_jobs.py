@@ -17,7 +17,7 @@ import yaml
 from conftest import run_folder
 from helpers import last_step, train
 
-from workbench import ROOT, cluster, jobs, run_list, runs
+from workbench import ROOT, cluster, jobs, locks, run_list, runs
 from workbench.recipe import Recipe
 from workbench.ui.run_table import RunTable
 
@@ -280,14 +280,14 @@ def test_a_process_of_the_same_number_that_started_later_is_not_signalled(recipe
         run = runs.Run(recipe.folder)
         run.path.mkdir(parents=True)
         here = {"host": socket.gethostname(), "process": os.getpid()}
-        here |= {"started": jobs.started(os.getpid()), "worker": other.pid}
-        jobs.write(run.path, **here, worker_started=jobs.started(other.pid))
+        here |= {"started": locks.started(os.getpid()), "worker": other.pid}
+        jobs.write(run.path, **here, worker_started=locks.started(other.pid))
         assert jobs.of_runs([run.path])[run.path].state == "running"
-        jobs.write(run.path, worker_started=str(int(jobs.started(other.pid)) - 1))
+        jobs.write(run.path, worker_started=str(int(locks.started(other.pid)) - 1))
         assert jobs.of_runs([run.path])[run.path].state == "ended"
         assert "nothing to cancel" in jobs.cancel([run.path])[0]
         assert other.poll() is None
-        jobs.write(run.path, worker_started=jobs.started(other.pid))
+        jobs.write(run.path, worker_started=locks.started(other.pid))
         assert "cancelled" in jobs.cancel([run.path])[0]
         assert other.wait(10) == -signal.SIGTERM
 
@@ -343,7 +343,9 @@ def test_the_example_for_ray_trains_again_after_exit_code_3_and_not_after_1(tmp_
     assert len({job["submission_id"] for job in jobs_of_ray}) == 5
     assert_trains(jobs_of_ray[4]["entrypoint"], "4")
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho >> {tmp_path}/starts\nexit $(sed -n "$(wc -l < {tmp_path}/starts)p" {tmp_path}/codes)\n')
+    python.write_text(
+        f'#!/bin/sh\necho >> {tmp_path}/starts\nexit $(sed -n "$(wc -l < {tmp_path}/starts)p" {tmp_path}/codes)\n'
+    )
     python.chmod(0o755)
     for codes in ([3, 3, 0], [3, 1]):
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))

@@ -23,14 +23,15 @@ PARTS = {
     "options": "recipe_checks",
     "overrides": "recipe_checks",
     "recipe": "options overrides params_files recipe_checks",
-    "runs": "params_files recipe",
-    "jobs": "runs",
+    "locks": "",
+    "runs": "locks params_files recipe",
+    "jobs": "locks runs",
     "run_list": "jobs runs",
     "schedule": "recipe",
     "progress": "",
     "image_files": "",
     "parts": "recipe recipe_checks",
-    "data": "image_files parts progress recipe recipe_checks schedule",
+    "data": "image_files locks parts progress recipe recipe_checks schedule",
     "augmentation": "data recipe",
     "models": "parts recipe recipe_checks runs",
     "evaluation": "data models recipe runs",
@@ -42,7 +43,7 @@ PARTS["training"] = (
     "schedule"
 )
 PARTS["doctor"] = f"{PARTS['training']} training"
-PARTS["export"] = f"{PARTS['training']} image_files training"
+PARTS["export"] = f"{PARTS['training']} image_files locks training"
 PARTS["ui"] = f"{PARTS['export']} doctor export importers jobs params_files run_list"
 PARTS["smoke"] = PARTS["sweep"] = f"{PARTS['ui']} params_files ui"
 PARTS["cluster"] = f"{PARTS['sweep']} sweep"
@@ -158,7 +159,7 @@ def test_threads_wait_without_spinning_unless_asked_otherwise(asked):
 
 # ---- size: the values reached, so that they do not grow again
 
-LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 17_204, 450, 60, 13
+LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 17_735, 450, 60, 13
 
 
 def source_files() -> list[Path]:

@@ -78,7 +78,9 @@ def test_runs_are_listed_as_they_are_at_every_moment_of_an_array(nodes, tmp_path
 
 
 def test_a_run_at_its_time_limit_is_requeued_and_resumes_at_the_exact_step(nodes, tmp_path):
-    recipe = small(tmp_path / "cut", "long", epochs=60, eval_every=10, train_fraction=0.3, log_every=1)
+    recipe = small(
+        tmp_path / "cut", "long", epochs=60, eval_every=10, train_fraction=0.3, log_every=1
+    )
     alone = recipe.replace(runs_dir=str(tmp_path / "whole"))
     alone.to_yaml(tmp_path / "whole.yaml")
     # Slurm looks every 30 s whether the 60 s before a limit of 1 minute have come

@@ -51,7 +51,7 @@ def _recipe(params: Path, overrides: list[str]) -> "Recipe":
     from workbench.recipe import Recipe
 
     recipe = Recipe.from_yaml(params, **_overrides(overrides))
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes
+    if os.environ.get("RANK", "0") == "0":  # of several processes
         print(*(f"note: {text}\n" for text in recipe.notes), sep="", end="", flush=True)
     return recipe
 
@@ -74,14 +74,14 @@ def train(
 ) -> None:
     """Train a recipe, or resume it. Exit code 0 finished, 3 stopped and resumable.
 
-    On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS
+    On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS, or srun in a job.
     """
     recipe = _recipe(params, p)
     if smoke:
         from workbench.smoke import smoke_test
 
         if "RANK" in os.environ:
-            raise typer.BadParameter("--smoke runs in one process, without torchrun")
+            raise typer.BadParameter("--smoke runs in one process, without torchrun or srun")
         for line in smoke_test(recipe):
             print(line, flush=True)
         return

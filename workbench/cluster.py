@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench import ROOT, counted, jobs, parts, runs, sweep, training
+from workbench import ROOT, counted, jobs, locks, parts, runs, sweep, training
 from workbench.recipe import Recipe
 from workbench.training.meter import Row
 
@@ -120,7 +120,7 @@ def _detach(command: list[str], tasks: Path) -> tuple[str, dict[str, Any]]:
         process = subprocess.Popen(command, start_new_session=True, **how)
     process.returncode = 0  # nobody waits for it
     job = {"host": socket.gethostname(), "process": process.pid}
-    return f"process {process.pid}, {out.name}", job | {"started": jobs.started(process.pid)}
+    return f"process {process.pid}, {out.name}", job | {"started": locks.started(process.pid)}
 
 
 def run_tasks(tasks: Path, count: int) -> None:
@@ -134,7 +134,7 @@ def run_tasks(tasks: Path, count: int) -> None:
 
 
 def _train_task(count: int, path: Path) -> Row:
-    jobs.write(path, worker=os.getpid(), worker_started=jobs.started(os.getpid()))
+    jobs.write(path, worker=os.getpid(), worker_started=locks.started(os.getpid()))
     if (path / "CANCEL").exists():
         return {"state": "stopped", "message": "cancelled"}
     recipe = Recipe.from_yaml(path / "recipe.yaml")

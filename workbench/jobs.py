@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from workbench import locks
 from workbench.runs import Run, RunError, atomic_write, follow
 
 STARTS = 3  # of Slurm without a new step; then a run is not requeued any more
@@ -162,17 +163,9 @@ def wait_and_follow(run: Run, stop: threading.Event) -> Iterator[dict[str, Any]]
         stop.wait(5 if "job" in read(run.path) else 0.5)
 
 
-def started(process: int) -> str:
-    """Clock ticks from boot to the start of a process; "" if it has ended, or not on Linux."""
-    with contextlib.suppress(OSError):
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else fields[18]
-    return ""
-
-
 def is_alive(process: int, since: str) -> bool:
     """Whether the process that started then has not ended; another one of its number is none."""
-    return bool(since) and started(process) == since
+    return bool(since) and locks.started(process) == since
 
 
 def _terminate(process: int, since: str) -> None:

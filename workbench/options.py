@@ -319,6 +319,8 @@ class Options(BaseModel):
         help="torch.compile of the model; its first steps take longer")
     grad_checkpointing: bool = runtime_option(False, aka="gradient_checkpointing checkpointing",
         help="recompute activations in the backward pass: less memory, more time")
+    sync_batch_norm: bool = option(False, aka="sync_bn syncbn",
+        help="batch-norm statistics over all GPUs' images, not of each GPU's own")
     augment_on_device: bool = input_option(False, needs=ON_DEVICE,
         help="hflip, RandAugment and jitter on the batch; loaders only crop")
     workers: int | None = runtime_option(None, aka="num_workers", ge=0,

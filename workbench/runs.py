@@ -1,21 +1,19 @@
 """The run folder: what a training writes, in files that pandas reads; `Run` lists them.
 
 Files are replaced atomically (temporary file, fsync, rename) or appended to by line. An exclusive
-lock keeps a second writer out; it ends with its process.
+lock keeps a second writer out, on this and on other machines; see `locks`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
 import os
 import secrets
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from workbench import params_files
+from workbench import locks, params_files
 from workbench.recipe import RENAMED_COLUMNS, RENAMED_FACTS, Recipe, fingerprint, renamed
 
 if TYPE_CHECKING:  # imported where needed, so that `workbench runs` starts without pandas
@@ -63,44 +61,6 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-_locks: set[int] = set()  # file descriptors of this process
-
-
-def _close_locks() -> None:
-    for handle in _locks:
-        os.close(handle)
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_close_locks)  # loader processes must not hold the lock
-
-
-@contextlib.contextmanager
-def locking(path: Path) -> Iterator[tuple[int, bool]]:
-    """A file descriptor, and whether this process got the exclusive lock on it.
-
-    The file is created if missing; the lock ends with the context, or with the process.
-    """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    _locks.add(handle)
-    try:
-        yield handle, _take_lock(handle)
-    finally:
-        _locks.discard(handle)
-        os.close(handle)
-
-
-def _take_lock(handle: int) -> bool:
-    """Whether the lock was free; retried for 0.4 s, since readers hold it for a moment."""
-    for _ in range(20):
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.02)
-    return False
-
-
 class Run:
     """One run folder. Creating a Run reads nothing; `writing` creates and locks the folder.
 
@@ -117,12 +77,13 @@ class Run:
     summary.png          curves, weakest classes and worst images of a finished run
     STOP, PAUSE          created by a user or a widget: training stops at the next step, or waits
                          there until the file is removed
+    lock, lock.<n>       the lock of whoever writes here, and the n-th of them: host, process, job
     job.json, CANCEL     of `workbench submit` and `workbench cancel`; see jobs
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._writing = False
+        self._owner: locks.Owner | None = None  # of the lock, inside `writing`
 
     def file(self, name: str) -> Path:
         """The path of a file of the folder, whether it exists or not."""
@@ -214,48 +175,50 @@ class Run:
     # ---- writing: one process at a time
 
     def locked(self) -> bool:
-        """Whether some process is writing this run."""
-        try:
-            with open(self.file("lock"), "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:  # also where there is no file
-            return isinstance(error, BlockingIOError)
-        return False
+        """Whether some process, here or on another machine, is writing this run."""
+        return locks.is_owned(self.file("lock"))
 
     def writer(self) -> str:
         """The process that is writing this run, "process 12 on host"; "" if none is."""
-        if not self.locked():
-            return ""
-        return self.file("lock").read_text(errors="replace") or "another process"
+        return locks.Owner(self.file("lock")).name() if self.locked() else ""
 
     def remove_requests(self) -> None:
         """Removes the files that ask a training to stop or to pause."""
+        self._check_lock()
         for name in REQUESTS:
             self.file(name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Run]:
-        """Creates and locks the folder. Raises RunError if another process has locked it."""
+        """Creates and locks the folder. Raises RunError if another process has locked it.
+
+        Where that was on another machine, it may take locks.STALE_SECONDS to know that it is dead.
+        """
         lock = self.file("lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.touch()
         except OSError as error:
             raise RunError(f"cannot write {self.path}: {error}; choose another runs_dir") from None
-        with locking(lock) as (_, ours):
-            if not ours:
-                owner = self.writer() or "another process"
+        with contextlib.ExitStack() as stack:
+            with self._errors(lock.name):
+                owner = stack.enter_context(locks.owning(lock))
+            if not owner.ours:
                 stop = f"wait for it, or stop it with: touch {self.file('STOP')}"
-                raise RunError(f"{self.path} is being written by {owner}; {stop}")
-            with contextlib.suppress(OSError):  # a full disk is reported by the first file
-                lock.write_text(this_process())
-            for leftover in self.path.glob(".*.*.????????"):  # of a writer that was killed
-                leftover.unlink(missing_ok=True)
-            self._writing = True
+                raise RunError(f"{self.path} is being written by {owner.name()}; {stop}")
+            self._owner = owner
             try:
+                self._check_lock()
+                for leftover in self.path.glob(".*.*.????????"):  # of a writer that was killed
+                    leftover.unlink(missing_ok=True)
                 yield self
             finally:
-                self._writing = False
+                self._owner = None
+
+    def _check_lock(self) -> None:
+        """Raises RunError if another process has taken over the lock."""
+        if self._owner and (why := self._owner.lost()):
+            raise RunError(f"{self.path}: {why}; nothing more is written here")
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Replaces a JSON file."""
@@ -290,6 +253,7 @@ class Run:
 
     def truncate_after(self, step: int) -> None:
         """Removes the rows after `step` from the tables, and damaged ones."""
+        self._check_lock()
         for name in TABLES:
             if not self.file(name).exists():
                 continue
@@ -351,15 +315,17 @@ class Run:
     @contextlib.contextmanager
     def atomic_write(self, name: str) -> Iterator[Path]:
         """A temporary path that replaces a file at the end. Raises RunError."""
-        if not self._writing:
+        if self._owner is None:
             raise RunError(f"{self.path}: write inside `with run.writing():`")
         with self._errors(name), atomic_write(self.file(name)) as temporary:
             yield temporary
+            self._check_lock()  # last: a checkpoint takes its time
 
     @contextlib.contextmanager
     def _errors(self, name: str) -> Iterator[None]:
-        """Turns what may be a full disk into RunError."""
+        """Turns what may be a full disk into RunError; the lock is checked first."""
         try:
+            self._check_lock()
             yield
         except RunError:
             raise
@@ -369,11 +335,6 @@ class Run:
                 f"{self.path}: {name} was not written ({first_line(error)}; {free:,.0f} MB "
                 "free there); the same command resumes from the last checkpoint"
             ) from error
-
-
-def this_process() -> str:
-    """What Run.writer returns for runs that this process writes."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, get_args
 
-from workbench import ROOT, data, evaluation, params_files, parts, runs, training
+from workbench import ROOT, data, evaluation, locks, params_files, parts, runs, training
 from workbench.evaluation import comparison
 from workbench.recipe import FIELDS, Recipe, RecipeError, runtime_only
 from workbench.training.meter import Row
@@ -328,10 +328,10 @@ def _next_trial(recipe: Recipe, kinds: dict, count: int, datasets: dict, task: i
     how = {"study_name": "sweep", "direction": "maximize", "load_if_exists": True}
     study = optuna.create_study(storage=storage, pruner=pruner, **how)
     for number in range(count):
-        with runs.locking(folder / f".trial{number}") as (_, ours):
+        with locks.owning(folder / f".trial{number}") as owner:
             known = {t.user_attrs.get("number"): t for t in study.get_trials(deepcopy=False)}
             old = known.get(number)
-            if not ours or (old and old.state.is_finished()):
+            if not owner.ours or (old and old.state.is_finished()):
                 continue
             # From the seed and the finished trials: a killed study goes on as it would have.
             study.sampler = optuna.samplers.TPESampler(seed=1000 * recipe.seed + number)

@@ -202,3 +202,12 @@ def test_crop_of_one_pixel_leaves_one_colour():
 )
 def test_worth_measuring_only_if_something_can_be_found(options, worth):
     assert doctor.worth_measuring(Recipe(**options)) is worth
+
+
+def test_facts_say_what_several_processes_change_and_what_they_do_not():
+    text = (
+        "same batches in the same order; of 4, each has its own workers and 256 of 1,024 images, "
+    )
+    assert f"{text}batch norm the statistics of these." in texts("fact", **KNOWN)
+    sync = texts("fact", **KNOWN, sync_batch_norm=True)
+    assert f"{text}batch norm the statistics of all." in sync

@@ -1,6 +1,8 @@
 """A table that was interrupted at any moment is resumed and ends with the same bytes."""
 
 import contextlib
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -16,7 +18,7 @@ import torch
 from helpers import train
 from prediction_helpers import IN_PHOTOS, Colours, make_photos
 
-from workbench import data, runs
+from workbench import data, locks
 from workbench.data import toy
 from workbench.export import PredictionError, open_source, predict_to_file
 from workbench.recipe import Recipe
@@ -146,6 +148,18 @@ def test_killed_before_every_system_call_it_gives_the_same_table(photos, tmp_pat
     assert code == 0 and number > 15 and halves == 3  # the header and two batches
 
 
+def test_a_filesystem_without_flock_is_refused_since_a_second_writer_would_not_be(
+    photos, tmp_path, monkeypatch
+):
+    def no_flock(handle, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with pytest.raises(PredictionError, match="no flock on this filesystem; choose another folder"):
+        predict_to_file(Colours(), [photos], tmp_path / "out.csv")
+    assert leftovers(tmp_path) == []
+
+
 def test_a_second_writer_is_refused(photos, tmp_path):
     out = tmp_path / "out.csv"
     process = _start(Colours(pause=1.0), [photos], out, batch_size=1)
@@ -188,13 +202,13 @@ def test_bad_arguments_are_refused_before_the_work(photos, tmp_path, out, option
 
 
 def test_a_table_finished_by_another_process_meanwhile_is_kept(photos, tmp_path, monkeypatch):
-    out, locking = tmp_path / "out.csv", runs.locking
+    out, locking = tmp_path / "out.csv", locks.locking
 
     def late(path):
         out.write_text("theirs")
         return locking(path)
 
-    monkeypatch.setattr(runs, "locking", late)
+    monkeypatch.setattr(locks, "locking", late)
     with pytest.raises(PredictionError, match="exists and is not replaced"):
         predict_to_file(Colours(), [photos], out)
     assert out.read_text() == "theirs" and leftovers(tmp_path) == []

@@ -115,7 +115,7 @@ def shortened(root: Path, **params: dict) -> None:
 
 def contents(run: runs.Run) -> dict[str, tuple]:
     """Bytes and times of all that a training writes."""
-    paths = [p for p in run.path.iterdir() if p.name != "lock"]
+    paths = [p for p in run.path.iterdir() if not p.name.startswith("lock")]
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
 
 

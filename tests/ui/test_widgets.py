@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import socket
 import subprocess
 import sys
 import threading
@@ -319,7 +320,7 @@ def test_interrupt_ends_the_following_and_not_the_training(elsewhere, monkeypatc
 
 def test_a_run_of_another_recipe_is_not_followed(long, monkeypatch):
     run = runs.Run(long.folder)
-    monkeypatch.setattr(runs, "this_process", lambda: "process 1 on another host")
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
     with run.writing():
         long.to_yaml(run.file("recipe.yaml"))
         monkeypatch.undo()

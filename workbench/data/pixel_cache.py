@@ -8,7 +8,6 @@ own part only.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench import counted, image_files
+from workbench import counted, image_files, locks
 from workbench.data import images
 from workbench.data.verify import available_cpus, counter, file_digest
 
@@ -190,8 +189,7 @@ def build(*caches: Cache, progress: bool = True) -> None:
     try:
         if missing := _missing(caches):
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / ".lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with locks.owning(folder / ".lock", wait=True):
                 missing = _missing(caches)  # another process may have built them
                 _build(folder, missing, progress)
     except OSError as error:

@@ -133,6 +133,9 @@ def _facts(recipe: Recipe, images: int, classes: int, per_epoch: int) -> Iterato
     yield f"{text}."
     if (times := recipe.repeated_aug) > 1:
         yield f"An epoch uses 1 / {times} of the images, each {times} times."
+    text = "Several processes (torchrun, srun) take the same batches in the same order; of 4, each "
+    text += f"has its own workers and {recipe.batch_size / 4:,g} of {recipe.batch_size:,} images, "
+    yield f"{text}batch norm the statistics of {'all' if recipe.sync_batch_norm else 'these'}."
     lr_at = schedule.lr_schedule(recipe, per_epoch)
     text = f"lr starts at its peak of {recipe.lr:g}"
     if warmup := schedule.warmup_steps(recipe, per_epoch):

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from workbench import data, image_files, runs, training
+from workbench import data, image_files, locks, runs, training
 from workbench.data import images
 from workbench.data.verify import file_stat
 from workbench.evaluation import inference
@@ -210,7 +210,7 @@ def predict_to_file(
     Returns the number of images by reason of failure, most frequent first; "" counts the predicted
     ones. After an interruption it goes on before the first image whose file was changed since.
     Raises PredictionError, also if that call had other inputs, weights or arguments, or if another
-    process writes this file.
+    process of this machine writes this file, or the filesystem has no flock to know that by.
     """
     check_numbers(top, batch_size)
     out = Path(out).expanduser()
@@ -229,7 +229,10 @@ def predict_to_file(
         "annotate_dir": printable(os.path.abspath(annotate_dir)) if annotate_dir else "",
     }
     try:
-        with runs.locking(partial) as (handle, locked):
+        with locks.locking(partial) as (handle, locked):
+            if locked is None:
+                partial.stat().st_size or partial.unlink()  # it was just created
+                raise PredictionError(f"{out}: no flock on this filesystem; choose another folder")
             if not locked:
                 raise PredictionError(f"{out} is being written by another process; wait for it")
             stats = [file_stat(entry.path) for entry in entries]  # before any is read

@@ -1,4 +1,4 @@
-"""Devices, precision and processes of a training: those that torchrun started, or one."""
+"""Devices, precision and processes of a training: those of torchrun or srun, or one."""
 
 import contextlib
 import datetime
@@ -19,13 +19,14 @@ from workbench.schedule import TrainingError
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for a recipe's `device`; under torchrun each process has its own GPU."""
+    """The torch device for a recipe's `device`; of several processes each has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name in available and not available[name]():
         raise TrainingError(f"device is {name}, but torch finds none; set device: auto or cpu")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
+    visible = max(1, torch.cuda.device_count())  # its own alone, with srun --gpus-per-task=1
+    index = int(os.environ.get("LOCAL_RANK", 0)) % visible if name == "cuda" else None
     return torch.device(name, index)
 
 
@@ -54,7 +55,7 @@ def pick_workers(workers: int | None, world: int = 1) -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes and prints, under torchrun or alone."""
+    """Whether this process writes and prints, of several or alone."""
     return int(os.environ.get("RANK", 0)) == 0
 
 

@@ -42,7 +42,7 @@ def fit(
 ) -> Iterator[Row]:
     """Trains a recipe into a run folder and yields flat rows; resumes the run of the folder.
 
-    The same function runs on a CPU, on one GPU and, started by torchrun, on many; rank 0 yields.
+    The same function runs on a CPU, a GPU and, started by torchrun or srun, on many; rank 0 yields.
 
     Step rows: kind, step, steps, epoch, lr, loss (mean since the last row), seconds (training time
     so far), images_per_second, data_wait (share of the time), loader_images_per_second (of the
@@ -155,7 +155,8 @@ def _train(
             if action == PAUSE and not state.finished:
                 action = wait_while_paused(writer, stopping)
             meter.start_clock(new_window=row_due)
-        writer.close(stopping.reason())
+        with dist.main_first():  # the others' exit codes are that of status.json
+            writer.close(stopping.reason())
 
 
 def wait_while_paused(writer: RunWriter, stopping: StopRequest) -> int:

@@ -146,11 +146,15 @@ def verified(recipe: Recipe, dataset: data.Dataset) -> tuple[data.Dataset, pd.Da
 
 
 def _check_batch_norm(recipe: Recipe, images: int, world: int) -> None:
-    """Raises TrainingError if any forward of an epoch would have one image."""
+    """Raises TrainingError if any forward of an epoch would have one image, or would wait."""
     full = min(images, recipe.batch_size)
     last = full if recipe.drop_last else images % recipe.batch_size or full
-    counts = {len(data.own_places(n, rank, world)) for n in (full, last) for rank in range(world)}
-    for own in counts - {0}:
+    parts = [[len(data.own_places(n, rank, world)) for rank in range(world)] for n in (full, last)]
+    forwards = [{-(-own // (recipe.micro_batch_size or full)) for own in part} for part in parts]
+    if recipe.sync_batch_norm and max(map(len, forwards)) > 1:
+        text = "needs as many forwards in every process; set drop_last, or another micro_batch_size"
+        raise TrainingError(f"sync_batch_norm {text}")
+    for own in {*parts[0], *parts[1]} - {0}:
         micro = recipe.micro_batch_size or own
         if (own % micro or micro) == 1:
             raise TrainingError(

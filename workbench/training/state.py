@@ -5,6 +5,7 @@ import copy
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from workbench import data, distillation, models, runs
@@ -34,6 +35,11 @@ class TrainState:
                 f"batch_size {recipe.batch_size} is larger than the {images} training images, and "
                 "drop_last: true leaves no batch; lower batch_size"
             )
+        if recipe.sync_batch_norm and dist.device.type != "cuda":
+            raise TrainingError("sync_batch_norm: torch has it for GPUs only; leave it out here")
+        self.sync_batch_norm = recipe.sync_batch_norm and dist.world > 1
+        if self.sync_batch_norm:  # by timm, since torch's function drops timm's activations
+            model = convert_sync_batchnorm(model)
         set_trainable(model, recipe.freeze)
         norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         self._norms = [norm for norm in norms if norm.track_running_stats]
@@ -112,7 +118,7 @@ class TrainState:
         """Forward of the student, and of the teachers where there are some."""
         kd = self.distiller
         # One image left of a part whose others could not be read has no batch statistics.
-        single = self.has_batch_norm and len(images) == 1
+        single = self.has_batch_norm and len(images) == 1 and not self.sync_batch_norm
         mode = models.eval_mode(self.model) if single else contextlib.nullcontext()
         with mode, autocast(self.recipe.precision, self.dist.device):
             logits, features = self._forward(images) if kd else (self._forward(images), {})
@@ -131,6 +137,8 @@ class TrainState:
     def zero_loss(self) -> torch.Tensor:
         """A zero that depends on every weight, for a process without an image in a small batch."""
         size = self.recipe.image_size
+        if self.sync_batch_norm and self.has_batch_norm:  # the others wait for statistics
+            raise TrainingError("sync_batch_norm: a process has no image that it can read")
         with models.eval_mode(self.student):  # leaves the batch-norm statistics alone
             outputs = self._forward(torch.zeros(1, 3, size, size, device=self.dist.device))
             logits, features = outputs if self.distiller else (outputs, {})

@@ -21,10 +21,10 @@ from IPython import get_ipython
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from workbench import ROOT, jobs
+from workbench import ROOT, jobs, locks
 from workbench.progress import is_voila, watched
 from workbench.recipe import Recipe
-from workbench.runs import Run, RunError, follow, this_process
+from workbench.runs import Run, RunError, follow
 from workbench.ui import plots, training_text
 from workbench.ui.figure import Figure, css_width
 from workbench.ui.tables import html_table
@@ -180,7 +180,7 @@ async def train(recipe: Recipe, run: Run, *, dataset: data.Dataset | None = None
     from workbench.ui import summary
 
     writer, before = run.writer(), run.status()["state"]
-    if writer in ("", this_process()):
+    if writer in ("", locks.this_process()):
         await _show(run, lambda stop: training.fit(recipe, run, dataset=dataset, stop=stop))
         if before != "finished":
             summary.write(run)
