@@ -41,7 +41,7 @@ def slurm(tmp_path, monkeypatch):
     """Programs in the place of Slurm's: each prints the text it is given, and notes its words."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(folder))
 
     def program(name: str, text: str, code: int = 0) -> None:
         lines = ["#!/bin/sh", f'echo "{name} $@" >> {folder}/called']
@@ -343,9 +343,8 @@ def test_the_example_for_ray_trains_again_after_exit_code_3_and_not_after_1(tmp_
     assert len({job["submission_id"] for job in jobs_of_ray}) == 5
     assert_trains(jobs_of_ray[4]["entrypoint"], "4")
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\necho >> {tmp_path}/starts\nexit $(sed -n "$(wc -l < {tmp_path}/starts)p" {tmp_path}/codes)\n'
-    )
+    code = f'$(sed -n "$(wc -l < {tmp_path}/starts)p" {tmp_path}/codes)'
+    python.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\nexit {code}\n")
     python.chmod(0o755)
     for codes in ([3, 3, 0], [3, 1]):
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
