@@ -2,7 +2,7 @@
 # make demo-distillation   a teacher of the digits, then its student   make demo-downstream   from digits to letters
 # make test   the tests                make test-slow   the cases left out there   make test-lowest   with the oldest packages allowed
 # make lint   ruff over code and notebooks
-# make lab    JupyterLab               make bench   every benchmark
+# make lab    JupyterLab               make bench   every benchmark   make screenshots   those of the README
 # make train PARAMS=params/cifar10_baseline.yaml SET="-p data_dir=/data/cifar10"   any recipe through papermill
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,7 @@ PARAMS ?= params/digits_baseline.yaml
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: demo demo-distillation demo-downstream test test-slow test-lowest lab bench train venv lint
+.PHONY: demo demo-distillation demo-downstream test test-slow test-lowest lab bench screenshots train venv lint
 
 demo: venv
 	$(BIN)/python -m workbench notebook notebooks/02_baseline.ipynb params/digits_baseline.yaml -p name=demo_digits
@@ -53,6 +53,10 @@ lab: venv
 bench: venv
 	for script in $(filter-out %/gpu_check.py %/reference_results.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$script || exit 1; done
+
+screenshots: venv
+	NOTEBOOK_SCREENSHOTS=notebooks/figures $(BIN)/python -m pytest -m slow --basetemp=/tmp/workbench \
+	  tests/ui/test_browser_pages.py -k screenshot
 
 # .venv/installed is newer than pyproject.toml exactly when the environment is up to date
 venv: .venv/installed

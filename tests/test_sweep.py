@@ -102,6 +102,7 @@ def test_the_runs_of_a_sweep_are_those_of_separate_trainings(recipe):
         run = runs.Run(folder / row["run"])
         assert run.file("metrics.csv").read_bytes() == alone.file("metrics.csv").read_bytes()
         assert row["top1"] == run.metrics().top1.iloc[-1] and row["state"] == "finished"
+        assert run.file("summary.png").exists()
     before = runs.Run(folder / rows[0]["run"]).file("last.pt").stat().st_mtime_ns
     assert list(sweep(recipe, AXES)) == rows  # nothing is trained again
     assert runs.Run(folder / rows[0]["run"]).file("last.pt").stat().st_mtime_ns == before

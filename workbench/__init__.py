@@ -50,6 +50,11 @@ CACHE = Path(
 )
 
 
+def from_root(path: Path) -> str:
+    """A path as commands take it in the root folder."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 image", "1,200 images", "2 classes"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")

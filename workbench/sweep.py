@@ -71,7 +71,10 @@ def train_run(
     recipe: Recipe, datasets: dict[str, data.Dataset], prune: Callable[[Row], str] = lambda row: ""
 ) -> Row:
     """Trains a run, with the data set of the run before; `prune` of an epoch row may end it."""
+    from workbench.ui import summary  # matplotlib
+
     run, pruned = runs.Run(recipe.folder), ""
+    before = run.status()["state"]
     row = {"run": recipe.folder.name, "state": "failed", "top1": None}
     # Options of the data stand before those of the model.
     key = json.dumps([getattr(recipe, option) for option in FIELDS[: FIELDS.index("model")]])
@@ -88,6 +91,8 @@ def train_run(
         return row | {"state": "stopped", "message": "stopped by Ctrl-C"}
     except (ValueError, RuntimeError, OSError) as error:
         return row | {"message": f"{type(error).__name__}: {error}"}
+    if before != "finished":
+        summary.write(run)
     top1 = [None, *run.metrics().reindex(columns=["top1"]).top1.dropna()][-1]
     row |= {"top1": top1} | {key: run.status()[key] for key in ("state", "message")}
     return row | {"state": "pruned"} if pruned else row

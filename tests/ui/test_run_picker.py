@@ -223,7 +223,7 @@ def test_the_notebook_compares_real_runs_headless_and_writes_what_it_shows(tmp_p
     assert options == ["option", "steady", "quick", "lr", "0.001", "0.1"]
     for figure in "intervals curves classes flips confusion reliability agreement".split():
         assert "image/png" in shown[figure], figure
-    assert "color:#D55E00" not in str(shown), "no view ended in an error"
+    assert "--jp-error-color1" not in str(shown), "no view ended in an error"
     written = pd.read_csv(place / "table.csv")
     assert written.recipe.tolist() == ["steady", "quick"]
     assert written.top1.tolist() == pytest.approx(found.table.top1.tolist())

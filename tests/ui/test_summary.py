@@ -49,7 +49,7 @@ def size(png: bytes) -> tuple[int, int]:
 def test_it_has_a_strip_of_mistakes_if_the_images_are_there(run):
     without = size(summary.figure(run).png())
     complete = size(summary.figure(with_images(run, Recipe())).png())
-    assert without[0] == complete[0] == 2 * 936
+    assert without[0] == complete[0] == 2 * 832
     assert complete[1] - without[1] > 2 * 96
 
 
@@ -93,7 +93,7 @@ def test_it_changes_neither_list_nor_comparison_and_is_written_anew(run):
     listed, compared = run_list.rows(run.path.parent), comparison.compare([run.path]).table
     run.file("summary.png").write_bytes(b"of a run with fewer epochs")
     summary.write(run)
-    assert size(run.file("summary.png").read_bytes())[0] == 2 * 936
+    assert size(run.file("summary.png").read_bytes())[0] == 2 * 832
     assert run_list.rows(run.path.parent) == listed
     assert comparison.compare([run.path]).table.equals(compared)
 

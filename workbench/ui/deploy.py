@@ -7,7 +7,7 @@ from pathlib import Path
 import ipywidgets
 from PIL import Image
 
-from workbench import export, image_files, run_list, runs
+from workbench import export, from_root, image_files, run_list, runs
 from workbench.data import images
 from workbench.evaluation.statistics import wilson_percent
 from workbench.ui import plots
@@ -56,7 +56,7 @@ def _figures(run: runs.Run) -> str:
 def run_facts(run: str) -> list[str]:
     """Sentences on the run of a choice: its state, and which weights are exported."""
     chosen = runs.Run(run)
-    message = f"{chosen.path}: {chosen.status()['message'] or chosen.status()['state']}"
+    message = f"{from_root(chosen.path)}: {chosen.status()['message'] or chosen.status()['state']}"
     if chosen.metrics().empty:
         return [message]
     kind, top1, images = _exported_top1(chosen)

@@ -15,7 +15,7 @@ from workbench.ui.figure import POINTS, SCALE, Sheet, font, shortened, text_widt
 
 # CSS pixels: cell of an image, space between images, the image's longer side, a line of text
 CELL, GAP, LINE = 104, 8, 12
-WIDTH, NARROW = 9 * CELL, 6 * CELL  # what a notebook shows without scaling, and beside controls
+WIDTH, NARROW = 8 * CELL, 6 * CELL  # fits a notebook beside the side panel; beside controls
 LEAST = 72  # of a cell, so that rows fit side by side
 AnyImage = Image.Image | np.ndarray  # an array is (height, width, 3), uint8
 Cell = tuple[AnyImage, str]  # an image and its title

@@ -13,7 +13,7 @@ from IPython.display import Markdown
 from PIL import Image
 from traitlets.config import Config
 
-from workbench import ROOT, evaluation, params_files
+from workbench import ROOT, evaluation, from_root, params_files
 from workbench.evaluation import comparison
 from workbench.recipe import Recipe, defaults
 from workbench.runs import Run, RunError, atomic_write, finished
@@ -40,7 +40,9 @@ def first_page(kind: str, recipe: Recipe, run: Run) -> Markdown:
     changed, state = recipe.non_default(), run.status()["state"]
     table = {"option": [*changed], "value": code(changed), "default": code(defaults())}
     table = comparison.markdown(pd.DataFrame(table)) if changed else "All options are the defaults."
-    folder = f"Run folder `{run.path}` ({state} at the start), recipe {recipe.fingerprint}."
+    folder = (
+        f"Run folder `{from_root(run.path)}` ({state} at the start), recipe {recipe.fingerprint}."
+    )
     notes = [f"Note: {text}" for text in recipe.notes]
     title = f"## {kind}: {recipe.name}, seed {recipe.seed}"
     return Markdown("\n\n".join([title, folder, table, *notes]))

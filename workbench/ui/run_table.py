@@ -13,7 +13,7 @@ import ipywidgets
 import pandas as pd
 import traitlets
 
-from workbench import jobs, params_files, run_list, runs
+from workbench import from_root, jobs, params_files, run_list, runs
 from workbench.evaluation.recipe_diff import differing_options
 from workbench.evaluation.statistics import wilson_percent
 from workbench.progress import watched
@@ -114,7 +114,8 @@ class RunTable(Source):
         self._show(listed)
         count = sum(one["evaluated"] for one in self._read.values())
         hint = "" if self._read else "; make demo trains one"
-        text = f"{count} evaluated runs in {self.folder}, {len(listed) - count} others{hint}"
+        others = f"{len(listed) - count} others{hint}"
+        text = f"{count} evaluated runs in {from_root(self.folder)}, {others}"
         self.note.value = html.escape(text)
 
     def _show(self, listed: dict[str, dict[str, Any]]) -> None:

@@ -63,12 +63,12 @@ def _headline(run: runs.Run) -> str:
 
 def _mistakes(run: runs.Run, predictions: pd.DataFrame, classes: list[str]) -> Image.Image | None:
     """The wrong predictions with the highest confidence; None without images or mistakes."""
-    worst = evaluation.mistakes(predictions, 9)
+    worst = evaluation.mistakes(predictions, 8)
     if worst.empty:
         return None
     try:
         recipe = Recipe(**run.recipe())
         val = data.load_dataset(recipe).val[["list", "file", "path"]]
-        return views.mistakes(worst.merge(val), recipe, classes, columns=9).image
+        return views.mistakes(worst.merge(val), recipe, classes, columns=8).image
     except Exception:  # moved, another machine, or a recipe of an older version
         return None

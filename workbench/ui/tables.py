@@ -58,7 +58,8 @@ def html_table(frame: pd.DataFrame, right: Collection[str] = ()) -> str:
     head = line("th", [html.escape(str(UNITS.get(title, title))) for title in frame], "1px solid")
     body = [line("td", row, "1px solid #8884") for row in zip(*columns, strict=True)]
     style = "border-collapse:collapse; line-height:1.4; font-variant-numeric:tabular-nums"
-    return f"<table style='{style}'><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
+    text = f"<table style='{style}'><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div style='overflow-x:auto'>{text}</div>"  # a wide one has a scroll bar
 
 
 def _text(value: Any, digits: int) -> str:

@@ -155,7 +155,7 @@ async def _draw_waiting() -> None:
 
 
 def _error_html(text: str) -> str:
-    return f"<b style='color:#D55E00'>{html.escape(text)}</b>"
+    return f"<b style='color:var(--jp-error-color1, #B74F00)'>{html.escape(text)}</b>"
 
 
 def _to_html(shown: pd.DataFrame | list[str]) -> str:
