@@ -92,8 +92,10 @@ class Cluster:
         self.start("slurmctld", "slurmctld", "-D")
         for node in ("n1", "n2"):
             self.start_node(node)
-        idle = ["n1", "idle", "n2", "idle"]
-        self.wait_for(lambda: self.call("sinfo", "-hN", "-o", "%N %T").split() == idle)
+        self.wait_for(self.is_idle)
+
+    def is_idle(self) -> bool:
+        return self.call("sinfo", "-hN", "-o", "%N %T").split() == ["n1", "idle", "n2", "idle"]
 
     def start_node(self, name: str) -> None:
         self.start(name, "slurmd", "-D", "-N", name)

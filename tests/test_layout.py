@@ -47,7 +47,8 @@ PARTS["export"] = f"{PARTS['training']} image_files locks training"
 PARTS["ui"] = f"{PARTS['export']} doctor export importers jobs params_files run_list"
 PARTS["smoke"] = PARTS["sweep"] = f"{PARTS['ui']} params_files ui"
 PARTS["cluster"] = f"{PARTS['sweep']} sweep"
-PARTS["__main__"] = f"{PARTS['cluster']} cluster smoke"
+PARTS["job_commands"] = f"{PARTS['cluster']} cluster"
+PARTS["__main__"] = f"{PARTS['job_commands']} job_commands smoke"
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
 )

@@ -1,6 +1,5 @@
 """Runs in jobs: an array of Slurm, or a detached process on this machine."""
 
-import collections
 import contextlib
 import functools
 import json
@@ -32,105 +31,82 @@ def submit(
     """Starts jobs for the runs of a sweep over `axes`, or for one run, and returns what it did.
 
     With `local` a process of this machine that survives the kernel trains that many runs at once,
-    otherwise an array of Slurm all of them (`job_script`). Finished, queued and running runs are
-    left out. Writes recipe.yaml and job.json into each run folder; the list of them and the script
-    into the folder of the sweep, or the run. With `dry_run` only returns script and command.
-
-    Raises RecipeError, and RunError where a folder has another run, or sbatch is missing or fails.
+    otherwise an array of Slurm all of them (`job_script`). Finished, queued and running ones are
+    left out. The list of run folders and the script are written into the folder of the sweep, or of
+    the run. Raises RecipeError, and RunError for a folder of another run, or if sbatch fails.
     """
     recipes = [parts.pin(one) for one in (sweep.combinations(recipe, axes) if axes else [recipe])]
     folder = sweep.folder_of(recipe, axes) if axes else recipe.folder
-    found, states = jobs.of_runs(one.folder for one in recipes), collections.defaultdict(list)
+    found, left = jobs.of_runs(one.folder for one in recipes), []
     for one in recipes:
         state = jobs.state((run := runs.Run(one.folder)).status()["state"], found.get(run.path))
-        states[state if state in ("finished", "queued", "running") else ""].append(one)
+        if state not in ("finished", "queued", "running"):
+            left.append(one)
         if run.file("last.pt").exists():
             training.check_same_recipe(one, run)
-    left = states.pop("", [])
-    out = "left out: " * bool(states) + ", ".join(f"{len(states[s])} {s}" for s in states)
-    out += "\n" * bool(states and left)
+    count = counted(len(left), "run")
+    if len(left) < len(recipes):
+        count += f" ({len(recipes) - len(left)} finished, queued or running)"
     number = 1 + max((int(p.stem[4:]) for p in folder.glob("job-*.txt")), default=0)
-    tasks, script = (folder / f"job-{number}.{kind}" for kind in ("txt", "sh"))
-    text = "" if local else job_script(tasks, recipe.name, len(left), **slurm)
-    command = ["sbatch", "--parsable", str(script)]
+    tasks = folder / f"job-{number}.txt"
+    command = ["sbatch", "--parsable", str(script := tasks.with_suffix(".sh"))]
     if local:
         command = [sys.executable, "-m", "workbench.cluster", str(tasks), str(local)]
+    text = "" if local else job_script(tasks, recipe.name, len(left), **slurm)
     if dry_run or not left:
-        return out + f"{text}{counted(len(left), 'run')}: {shlex.join(command)}" * bool(left)
+        return f"{text if left else ''}{count}: {shlex.join(command)}"
     if not local and not shutil.which("sbatch"):
         raise runs.RunError("there is no sbatch on this machine; --local 1 trains without Slurm")
-    if axes:
-        sweep.write_sweep_file(folder, recipe, axes, recipes)
     for one in left:
-        _prepare(one)
+        with (run := runs.Run(one.folder)).writing():
+            with run.atomic_write("recipe.yaml") as temporary:
+                one.to_yaml(temporary)
+            parts.save(one, run.path)
+            for name in ("job.json", "CANCEL"):
+                run.file(name).unlink(missing_ok=True)
+    tasks.parent.mkdir(parents=True, exist_ok=True)
     tasks.write_text("".join(f"{one.folder}\n" for one in left))
-    if text:
-        script.write_text(text)
-    name, job = (_detach if local else _sbatch)(command, tasks)
+    job = _detach(command, tasks) if local else _sbatch(command, script, text)
     for index, one in enumerate(left):  # "x": the job itself may have been faster
         with contextlib.suppress(FileExistsError), open(one.folder / "job.json", "x") as file:
             json.dump({"submitted": time.time(), "index": index, **job}, file, indent=2)
-    return f"{out}{counted(len(left), 'run')} in {folder}: {name}"
+    return f"{count} in {tasks}: {jobs.of_runs([left[0].folder])[left[0].folder].name}"
 
 
 def job_script(tasks: Path, name: str, count: int, *, gpus: int = 1, **options: Any) -> str:
-    """A script for `count` tasks, from slurm.sh: `gpus` processes per node, or one on the CPU.
+    """The job script, from slurm.sh: `gpus` processes per node, or one on the CPU.
 
-    `options` are nodes, time, partition and so on; `sbatch` are others in words, which count most.
+    `options` are nodes, time, partition; `sbatch` are others in words, of which the last counts.
     """
-    last = [words] if (words := options.pop("sbatch", "")) else []
-    output = str(tasks.with_suffix("")).replace("%", "%%")
+    last, output = options.pop("sbatch", ""), str(tasks.with_suffix("")).replace("%", "%%")
     values = {"job-name": shlex.quote(name), "array": f"0-{count - 1}", "nodes": 1}
     values |= {"output": f'"{output}_%a.log"', "ntasks-per-node": max(1, gpus)}
     values |= {"gpus-per-node": gpus, **options}
-    words = [f"--{key}={value}" for key, value in values.items() if value] + last
-    trust = "export WORKBENCH_TRUST_CODE=1\n" * ("WORKBENCH_TRUST_CODE" in os.environ)
+    words = [f"#SBATCH --{key}={value}" for key, value in values.items() if value]
     text = Path(__file__).with_name("slurm.sh").read_text(encoding="utf-8")
-    text = text.replace("@DIRECTIVES@", "\n".join(f"#SBATCH {one}" for one in words))
-    text, script = text.replace("@TRUST@\n", trust), tasks.with_suffix(".sh")
-    known = {"TASKS": tasks, "SCRIPT": script, "PYTHON": sys.executable, "ROOT": ROOT}
-    for key, value in known.items():
+    text = text.replace("@DIRECTIVES@", "\n".join(words + [f"#SBATCH {last}"] * bool(last)))
+    known = {"SCRIPT": tasks.with_suffix(".sh"), "PYTHON": sys.executable, "ROOT": ROOT}
+    for key, value in {"TASKS": tasks, **known}.items():
         text = text.replace(f"@{key}@", shlex.quote(str(value)))
     return text
 
 
-def _prepare(recipe: Recipe) -> None:
-    """Writes what `workbench train FOLDER/recipe.yaml` needs, and removes an old job."""
-    run = runs.Run(recipe.folder)
-    with run.writing():
-        with run.atomic_write("recipe.yaml") as temporary:
-            recipe.to_yaml(temporary)
-        parts.save(recipe, run.path)
-        for name in ("job.json", "CANCEL"):
-            run.file(name).unlink(missing_ok=True)
-
-
-def _sbatch(command: list[str], tasks: Path) -> tuple[str, dict[str, Any]]:
+def _sbatch(command: list[str], script: Path, text: str) -> dict[str, Any]:
+    script.write_text(text)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise runs.RunError(f"sbatch failed: {done.stderr.strip()}; see {command[-1]}")
-    job = done.stdout.strip().partition(";")[0]
-    return f"job {job}, {command[-1]}", {"job": job}
+        raise runs.RunError(f"sbatch failed: {done.stderr.strip()}; see {script}")
+    return {"job": done.stdout.strip().partition(";")[0]}
 
 
-def _detach(command: list[str], tasks: Path) -> tuple[str, dict[str, Any]]:
+def _detach(command: list[str], tasks: Path) -> dict[str, Any]:
     env = os.environ | {"WORKBENCH_ROOT": str(ROOT)}
     with open(tasks.with_suffix(".log"), "ab") as out:
         how = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": ROOT, "env": env}
         process = subprocess.Popen(command, start_new_session=True, **how)
     process.returncode = 0  # nobody waits for it
-    job = {"host": socket.gethostname(), "process": process.pid}
-    return f"process {process.pid}, {out.name}", job | {"started": locks.started(process.pid)}
-
-
-def run_tasks(tasks: Path, count: int) -> None:
-    """Trains the runs of a list of folders, `count` at a time."""
-    paths = [Path(line) for line in tasks.read_text().splitlines()]
-    train, log = functools.partial(_train_task, count), tasks.with_suffix(".log")
-    for path, row in sweep.in_processes(train, paths, count, log):
-        print(f"{path.name}: {row['message']}", flush=True)
-    if (tasks.parent / "sweep.yaml").exists():
-        sweep.write_report(tasks.parent)
+    since = locks.started(process.pid)
+    return {"host": socket.gethostname(), "process": process.pid, "started": since}
 
 
 def _train_task(count: int, path: Path) -> Row:
@@ -141,6 +117,13 @@ def _train_task(count: int, path: Path) -> Row:
     return sweep.train_run(recipe.replace(workers=training.pick_workers(recipe.workers, count)), {})
 
 
-if __name__ == "__main__":  # a task list and a number of processes
+def run_tasks(tasks: Path, count: int) -> None:
+    """Trains the runs of a list of folders, `count` at a time; SIGTERM stops them all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    paths, train = map(Path, tasks.read_text().splitlines()), functools.partial(_train_task, count)
+    for path, row in sweep.in_processes(train, paths, count, tasks.with_suffix(".log")):
+        print(f"{path.name}: {row['message']}", flush=True)
+
+
+if __name__ == "__main__":  # a task list, and how many at a time
     run_tasks(Path(sys.argv[1]), int(sys.argv[2]))

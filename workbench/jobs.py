@@ -5,7 +5,6 @@ and `started` of a process. A job adds `node`, `requeues`, `step` at its start a
 process `worker` and `worker_started`. A file CANCEL beside it says: do not start it.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from workbench import locks
 from workbench.runs import Run, RunError, atomic_write, follow
 
 STARTS = 3  # of Slurm without a new step; then a run is not requeued any more
+WORKER, PROCESS = ("worker", "worker_started"), ("process", "started")
 FORMAT = "ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|,RestartCnt:|"  # "12|3|PENDING||0|"
 
 
@@ -59,19 +59,21 @@ def of_runs(paths: Iterable[Path]) -> dict[Path, Job]:
 
 
 def _job(job: dict[str, Any], cancelled: bool, queue: dict[tuple, list[str]] | None) -> Job:
-    ended, node, requeues = "cancelled" if cancelled else "ended", job.get("node"), "requeues"
+    ended, node, requeues = "cancelled" if cancelled else "ended", job.get("node"), 0
     if "job" not in job:
-        state, worker = ended, "worker" in job
-        if job["host"] != socket.gethostname():
-            state = "cancelled" if cancelled else "" if worker else "queued"
-        elif worker and is_alive(job["worker"], job["worker_started"]):
-            state = "running"
-        elif not (worker or cancelled) and is_alive(job["process"], job["started"]):
-            state = "queued"
-        return Job(f"process {job['process']} on {job['host']}", state, job["host"])
+        name, node, worker = (
+            f"process {job['process']} on {job['host']}",
+            job["host"],
+            "worker" in job,
+        )
+        if node != socket.gethostname():
+            return Job(name, ended if cancelled else "" if worker else "queued", node)
+        process, since = (job[k] for k in (WORKER if worker else PROCESS))
+        alive = is_alive(process, since) and (worker or not cancelled)
+        return Job(name, ["queued", "running"][worker] if alive else ended, node)
     name, requeues = f"job {job['job']}_{job['index']}", job.get("requeues", 0)
     if queue is None:  # then the lock alone says that it runs
-        return Job(name, "cancelled" if cancelled else "" if node else "queued", node, requeues)
+        return Job(name, ended if cancelled else "" if node else "queued", node, requeues)
     found = queue.get((job["job"], str(job["index"])), ["COMPLETING", node, requeues])
     state = {"PENDING": "queued", "REQUEUED": "queued", "COMPLETING": ended}
     return Job(name, state.get(found[0], "running"), found[1], int(found[2]))
@@ -81,14 +83,17 @@ def _queue(jobs: set[str]) -> dict[tuple, list[str]] | None:
     """State, nodes and number of requeues by job and array index; None if squeue cannot say."""
     command = ["squeue", "--noheader", "--array", "--Format", FORMAT, "--jobs", ",".join(jobs)]
     try:
-        options = {"capture_output": True, "text": True, "timeout": 30}
-        done = subprocess.run(command, **options) if jobs else None
+        done = _call(command) if jobs else None
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done and done.returncode and "Invalid job id" not in done.stderr:  # it ended long ago
         return None
     rows = (line.split("|") for line in done.stdout.splitlines()) if done else ()
     return {(job, index): rest[:3] for job, index, *rest in rows}
+
+
+def _call(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def state(known: str, job: Job | None) -> str:
@@ -141,11 +146,10 @@ def cancel(paths: Iterable[Path]) -> list[str]:
             ids.append(f"{job['job']}_{job['index']}")
         elif job["host"] != socket.gethostname():
             (path / "STOP").touch()
-        elif "worker" in job:
-            _terminate(job["worker"], job["worker_started"])
+        elif "worker" in job and is_alive(job["worker"], job["worker_started"]):
+            os.kill(job["worker"], signal.SIGTERM)
         said.append(f"{path}: cancelled, {found[path].name}")
-    done = subprocess.run(["scancel", *ids], capture_output=True, text=True) if ids else None
-    if done and done.returncode:
+    if ids and (done := _call(["scancel", *ids])).returncode:
         raise RunError(f"scancel {' '.join(ids)} failed: {done.stderr.strip()}")
     return said
 
@@ -166,14 +170,6 @@ def wait_and_follow(run: Run, stop: threading.Event) -> Iterator[dict[str, Any]]
 def is_alive(process: int, since: str) -> bool:
     """Whether the process that started then has not ended; another one of its number is none."""
     return bool(since) and locks.started(process) == since
-
-
-def _terminate(process: int, since: str) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        handle = os.pidfd_open(process)  # never becomes that of another process
-        if is_alive(process, since):
-            signal.pidfd_send_signal(handle, signal.SIGTERM)
-        os.close(handle)
 
 
 if __name__ == "__main__":  # for slurm.sh: start or requeue, and a run folder

@@ -26,11 +26,10 @@ def rows(root: str | Path = "runs", sweeps: bool = False) -> list[dict[str, Any]
 def row(path: Path, job: jobs.Job | None = None) -> dict[str, Any]:
     """State and last figures of a run folder, None if unknown; "unreadable" instead of an error.
 
-    `job` is that of the run. `before` and `after` are text around the state: "requeued once, ",
-    " on n3, step 1 of 9".
+    `text` is the state in words, such as "requeued once, running on n3, step 1 of 9".
     """
     run, columns = Run(path), [*COLUMNS.split(), "device", "updated", "message"]
-    row = dict.fromkeys(columns) | {"run": path.name, "before": "", "after": ""}
+    row = dict.fromkeys(columns) | {"run": path.name}
     try:
         written = time.localtime(run.file("recipe.yaml").stat().st_mtime)
         row["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z", written)
@@ -45,15 +44,17 @@ def row(path: Path, job: jobs.Job | None = None) -> dict[str, Any]:
         row["device"] = environment.get("device")
         row |= {k: status[k] for k in ("state", "message", "updated") if k in status}
         row["state"] = jobs.state(status["state"], job)
-        if job and row["state"] in ("queued", "running"):
+        row["text"] = row["state"]
+        if job and job.requeues and row["state"] in ("queued", "running"):
             times = {1: "once", 2: "twice"}.get(job.requeues, f"{job.requeues} times")
-            row["before"] = f"requeued {times}, " if job.requeues else ""
-            row["after"] = f" on {job.node}" if row["state"] == "running" and job.node else ""
+            row["text"] = f"requeued {times}, {row['state']}"
+        if job and job.node and row["state"] == "running":
+            row["text"] += f" on {job.node}"
         if status["state"] == "running":
             step = max(status["step"], _last_step(run))
-            row["after"] += f", step {step} of {status['steps'] or '?'}"
+            row["text"] += f", step {step} of {status['steps'] or '?'}"
     except Exception as error:
-        row |= {"state": "unreadable", "message": first_line(error)}
+        row |= dict.fromkeys(("state", "text"), "unreadable") | {"message": first_line(error)}
     return row
 
 
@@ -66,7 +67,7 @@ def _last_step(run: Run) -> int:
 
 def table(found: list[dict[str, Any]]) -> list[str]:
     """Rows as aligned lines, the first with the names of the columns."""
-    found = [row | {"state": f"{row['before']}{row['state']}{row['after']}"} for row in found]
+    found = [row | {"state": row["text"]} for row in found]
     shown = [column for column in (*COLUMNS.split(), "updated") if column != "train_loss"]
     columns = [column for column in shown if any(row[column] is not None for row in found)]
     text = lambda v: "-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)

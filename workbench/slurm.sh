@@ -7,7 +7,6 @@
 @DIRECTIVES@
 
 export WORKBENCH_ROOT=@ROOT@
-@TRUST@
 python=@PYTHON@
 run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" @TASKS@)
 

@@ -46,7 +46,11 @@ def sweep(
     kinds = {key: _distribution(key, axes[key]) for key in axes if trials}
     ends = {key: getattr(k, "choices", None) or (k.low, k.high) for key, k in kinds.items()}
     recipes, folder = combinations(recipe, ends or axes), folder_of(recipe, axes)
-    values = write_sweep_file(folder, recipe, axes, [] if trials else recipes)
+    pinned = recipes if trials else [parts.pin(one) for one in recipes]
+    values = {key: [getattr(one, key) for one in pinned] for key in axes}
+    values = {k: [v for i, v in enumerate(vs) if v not in vs[:i]] for k, vs in values.items()}
+    names = [] if trials else [one.folder.name for one in recipes]
+    _write_sweep_file(folder, recipe, axes if trials else values, names)
     tasks, run = recipes, functools.partial(train_run, datasets={})  # of each process the last one
     if trials:
         tasks, run = range(trials), functools.partial(_next_trial, recipe, kinds, trials, {})
@@ -64,7 +68,7 @@ def sweep(
         with runs.atomic_write(folder / "out_of_fold.parquet") as temporary:
             evaluation.out_of_fold(finished(folder)).to_parquet(temporary, index=False)
     elif "fold" not in axes and "stopped" not in states:
-        write_report(folder)
+        _write_report(folder)
 
 
 def train_run(
@@ -150,17 +154,9 @@ def folder_of(recipe: Recipe, axes: Iterable[str]) -> Path:
     return ROOT / recipe.runs_dir / f"{recipe.name}-sweep{options}"
 
 
-def write_sweep_file(
-    folder: Path, recipe: Recipe, axes: Mapping[str, list], recipes: list[Recipe]
-) -> Mapping[str, list]:
-    """Writes sweep.yaml, without `recipes` that of a study; returns the values of each axis.
-
-    Raises RunError for a folder with another sweep.
-    """
-    if pinned := [parts.pin(one) for one in recipes]:
-        axes = {key: [getattr(one, key) for one in pinned] for key in axes}
-        axes = {k: [v for i, v in enumerate(vs) if v not in vs[:i]] for k, vs in axes.items()}
-    names = [one.folder.name for one in recipes]
+def _write_sweep_file(
+    folder: Path, recipe: Recipe, axes: Mapping[str, list], names: list[str]
+) -> None:
     if (folder / "sweep.yaml").exists():
         former, there = read_sweep_file(folder)
         keys = [k for k in FIELDS if k not in runtime_only and k not in axes]
@@ -177,7 +173,6 @@ def write_sweep_file(
     folder.mkdir(parents=True, exist_ok=True)
     with runs.atomic_write(folder / "sweep.yaml") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return axes
 
 
 def read_sweep_file(folder: str | Path) -> tuple[dict[str, list], Recipe]:
@@ -221,8 +216,7 @@ def finished(folder: str | Path) -> list[Path]:
     return sorted(place, key=place.get)
 
 
-def write_report(folder: Path) -> None:
-    """Writes table.csv and top1.png of the finished runs of a sweep."""
+def _write_report(folder: Path) -> None:
     from workbench.ui import plots
 
     keys, paths = [k for k in read_sweep_file(folder)[0] if k != "seed"], finished(folder)

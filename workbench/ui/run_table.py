@@ -190,7 +190,7 @@ class RunTable(Source):
 
 
 _NOTHING = dict.fromkeys("seed top1 n epoch epochs minutes updated recipe message".split())
-_NOTHING |= {"live": True, "evaluated": False, "before": "", "after": ""}
+_NOTHING |= {"live": True, "evaluated": False, "text": "queued"}
 
 
 def _stamp(path: Path) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _cells(key: str, one: dict[str, Any]) -> list[Cell]:
     top1, interval = one["top1"], ""
     if top1 is not None and one["n"]:
         interval = "  [{:.1f}, {:.1f}]".format(*wilson_percent(top1, one["n"]))
-    state, sweep = one["before"] + one["state"] + one["after"], key.rpartition("/")[0]
+    state, sweep = one["text"], key.rpartition("/")[0]
     return [
         (one["name"], one["name"], key),
         ("" if one["seed"] is None else str(one["seed"]), one["seed"]),
