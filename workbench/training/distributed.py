@@ -147,11 +147,17 @@ class DistContext:
                 torch.distributed.all_reduce(mean)
                 buffer.copy_(mean / self.world)
 
+    def gather_objects(self, value: Any) -> list:
+        """The values of all processes, by rank."""
+        values = [value] * self.world
+        if self.group is not None:
+            torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
     def gather(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The rows of all processes, in the order of the validation list."""
         if self.group is None:
             return frame
-        frames: list[pd.DataFrame] = [pd.DataFrame()] * self.world
-        torch.distributed.all_gather_object(frames, frame, group=self.group)
+        frames = self.gather_objects(frame)
         frames = [f for f in frames if len(f)] or frames[:1]
         return pd.concat(frames, ignore_index=True).sort_values("row", ignore_index=True)

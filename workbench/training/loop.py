@@ -232,7 +232,7 @@ def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
         yield
     except GeneratorExit:
         if writer.saved_step != writer.state.step:
-            writer.save()
+            writer.save(alone=True)
         writer.close("leaving the loop")
         raise
 

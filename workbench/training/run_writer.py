@@ -81,12 +81,18 @@ class RunWriter:
     def checkpoint_due(self) -> bool:
         return time.monotonic() - self.saved_at >= 60 * self.state.recipe.checkpoint_minutes
 
-    def save(self) -> None:
-        """Writes last.pt and environment.json. Raises TrainingError if weights are not finite."""
+    def save(self, alone: bool = False) -> None:
+        """Writes last.pt and environment.json. Raises TrainingError if weights are not finite.
+
+        Every process takes part, unless rank 0 is `alone`.
+        """
         state = self.state
+        own = {} if alone or state.dist.group is None else state.buffers()
+        buffers = state.dist.gather_objects(own) if own else []
         if self.is_main:
             self.check_finite()
-            self.run.save_checkpoint(state.state_dict())
+            by_rank = dict(enumerate(buffers))
+            self.run.save_checkpoint(state.state_dict() | {"buffers": by_rank})
             if state.distiller and (cache := state.distiller.logit_cache):
                 counts = {"requests": cache.requests, "hits": cache.hits}
                 self.environment["teacher_logits"] = counts

@@ -186,6 +186,13 @@ class TrainState:
 
     # ---- checkpoints
 
+    def buffers(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By network what each process has of its own: batch-norm statistics of its images."""
+        return {
+            name: {k: b.cpu() for k, b in network.named_buffers() if b.is_floating_point()}
+            for name, network in self.networks.items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
@@ -209,6 +216,9 @@ class TrainState:
             self.model.load_state_dict(checkpoint["model"])
             if self.ema is not None:
                 self.ema.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+            for name, own in dict(checkpoint.get("buffers", {}).get(self.dist.rank, {})).items():
+                if name in self.networks:
+                    self.networks[name].load_state_dict(own, strict=False)
             if self.distiller:
                 self.adapters.load_state_dict(checkpoint.get("adapters") or {})
             groups = self.optimizer.param_groups
