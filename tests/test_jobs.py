@@ -260,7 +260,7 @@ def test_a_detached_process_trains_a_list_and_each_run_is_cancelled_alone(params
     assert found[0].load_checkpoint()["progress"]["step"] == found[0].status()["step"] > 0
     assert "nothing to cancel" in jobs.cancel([found[0].path])[0]
     process.send_signal(signal.SIGTERM)  # as when the machine is shut down
-    until(lambda: not jobs.is_alive(job["process"], job["started"]))
+    until(lambda: not jobs.is_alive(job, "process"))
     assert states() == ["cancelled", "stopped", "cancelled", "stopped"]
 
 

@@ -20,7 +20,6 @@ from workbench import locks
 from workbench.runs import Run, RunError, atomic_write, follow
 
 STARTS = 3  # of Slurm without a new step; then a run is not requeued any more
-WORKER, PROCESS = ("worker", "worker_started"), ("process", "started")
 FORMAT = "ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|,RestartCnt:|"  # "12|3|PENDING||0|"
 
 
@@ -52,38 +51,16 @@ def of_runs(paths: Iterable[Path]) -> dict[Path, Job]:
 
     To be called before the state of a run is read: what ends in between has written its state.
     """
-    found = {path: job for path in paths if (job := read(path))}
-    found = {p: job for p, job in found.items() if Run(p).status()["state"] != "finished"}
+    found = {p: job for p in paths if (job := read(p)) and Run(p).status()["state"] != "finished"}
     queue = _queue({job["job"] for job in found.values() if "job" in job})
     return {path: _job(job, (path / "CANCEL").exists(), queue) for path, job in found.items()}
-
-
-def _job(job: dict[str, Any], cancelled: bool, queue: dict[tuple, list[str]] | None) -> Job:
-    ended, node, requeues = "cancelled" if cancelled else "ended", job.get("node"), 0
-    if "job" not in job:
-        name, node, worker = (
-            f"process {job['process']} on {job['host']}",
-            job["host"],
-            "worker" in job,
-        )
-        if node != socket.gethostname():
-            return Job(name, ended if cancelled else "" if worker else "queued", node)
-        process, since = (job[k] for k in (WORKER if worker else PROCESS))
-        alive = is_alive(process, since) and (worker or not cancelled)
-        return Job(name, ["queued", "running"][worker] if alive else ended, node)
-    name, requeues = f"job {job['job']}_{job['index']}", job.get("requeues", 0)
-    if queue is None:  # then the lock alone says that it runs
-        return Job(name, ended if cancelled else "" if node else "queued", node, requeues)
-    found = queue.get((job["job"], str(job["index"])), ["COMPLETING", node, requeues])
-    state = {"PENDING": "queued", "REQUEUED": "queued", "COMPLETING": ended}
-    return Job(name, state.get(found[0], "running"), found[1], int(found[2]))
 
 
 def _queue(jobs: set[str]) -> dict[tuple, list[str]] | None:
     """State, nodes and number of requeues by job and array index; None if squeue cannot say."""
     command = ["squeue", "--noheader", "--array", "--Format", FORMAT, "--jobs", ",".join(jobs)]
     try:
-        done = _call(command) if jobs else None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30) if jobs else None
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done and done.returncode and "Invalid job id" not in done.stderr:  # it ended long ago
@@ -92,8 +69,27 @@ def _queue(jobs: set[str]) -> dict[tuple, list[str]] | None:
     return {(job, index): rest[:3] for job, index, *rest in rows}
 
 
-def _call(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def _job(job: dict[str, Any], cancelled: bool, queue: dict[tuple, list[str]] | None) -> Job:
+    ended, node, requeues = "cancelled" if cancelled else "ended", job.get("node"), 0
+    if "job" in job:
+        name, requeues = f"job {job['job']}_{job['index']}", job.get("requeues", 0)
+        if queue is None:  # then the lock alone says that it runs
+            return Job(name, ended if cancelled else "" if node else "queued", node, requeues)
+        found = queue.get((job["job"], str(job["index"])), ["COMPLETING", node, requeues])
+        state = {"PENDING": "queued", "REQUEUED": "queued", "COMPLETING": ended}
+        return Job(name, state.get(found[0], "running"), found[1], int(found[2]))
+    worker = "worker" in job
+    state = ended if cancelled else "" if worker else "queued"
+    if job["host"] == socket.gethostname():
+        alive = is_alive(job, "worker" if worker else "process")
+        state = "running" if worker and alive else state if alive else ended
+    return Job(f"process {job['process']} on {job['host']}", state, job["host"])
+
+
+def is_alive(job: dict[str, Any], key: str) -> bool:
+    """Whether "worker" or "process" has not ended; a later process of its number is another one."""
+    since = job["worker_started" if key == "worker" else "started"]
+    return bool(since) and locks.started(job[key]) == since
 
 
 def state(known: str, job: Job | None) -> str:
@@ -107,11 +103,8 @@ def state(known: str, job: Job | None) -> str:
     return job.state if job.state in ("queued", "running") else known
 
 
-# ---- in a job of Slurm; see slurm.sh
-
-
 def start(path: Path) -> None:
-    """Writes into job.json where the job runs, and from which step."""
+    """In a job of Slurm: writes into job.json where it runs, and from which step."""
     found = {"job": "SLURM_ARRAY_JOB_ID", "node": "SLURMD_NODENAME", "index": "SLURM_ARRAY_TASK_ID"}
     found = {key: os.environ[name] for key, name in found.items()}
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", 0))
@@ -130,9 +123,6 @@ def requeue(path: Path) -> str | None:
     return None
 
 
-# ---- from anywhere
-
-
 def cancel(paths: Iterable[Path]) -> list[str]:
     """Cancels the jobs of runs; a sentence about each. Raises RunError if scancel fails."""
     found, ids, said = of_runs(paths := [*paths]), [], []
@@ -146,10 +136,11 @@ def cancel(paths: Iterable[Path]) -> list[str]:
             ids.append(f"{job['job']}_{job['index']}")
         elif job["host"] != socket.gethostname():
             (path / "STOP").touch()
-        elif "worker" in job and is_alive(job["worker"], job["worker_started"]):
+        elif "worker" in job and is_alive(job, "worker"):
             os.kill(job["worker"], signal.SIGTERM)
         said.append(f"{path}: cancelled, {found[path].name}")
-    if ids and (done := _call(["scancel", *ids])).returncode:
+    done = subprocess.run(["scancel", *ids], capture_output=True, text=True) if ids else None
+    if done and done.returncode:
         raise RunError(f"scancel {' '.join(ids)} failed: {done.stderr.strip()}")
     return said
 
@@ -165,11 +156,6 @@ def wait_and_follow(run: Run, stop: threading.Event) -> Iterator[dict[str, Any]]
             cancel([run.path])
             run.file("STOP").unlink(missing_ok=True)
         stop.wait(5 if "job" in read(run.path) else 0.5)
-
-
-def is_alive(process: int, since: str) -> bool:
-    """Whether the process that started then has not ended; another one of its number is none."""
-    return bool(since) and locks.started(process) == since
 
 
 if __name__ == "__main__":  # for slurm.sh: start or requeue, and a run folder
