@@ -86,7 +86,7 @@ def test_runs_are_listed_as_they_are_at_every_moment_of_an_array(nodes, tmp_path
     for states in seen.values():
         assert states in (["queued", states[-2], "finished"], [states[-2], "finished"])
     assert sum(states[0] == "queued" for states in seen.values()) >= 4  # two nodes, six runs
-    assert submit(recipe, axes).startswith("0 runs (6 finished, queued or running)")
+    assert submit(recipe, axes) == "0 runs (6 finished, queued or running)"
 
 
 def test_a_run_at_its_time_limit_is_requeued_and_resumes_at_the_exact_step(nodes, tmp_path):
@@ -108,7 +108,7 @@ def test_a_run_at_its_time_limit_is_requeued_and_resumes_at_the_exact_step(nodes
                 run.file("PAUSE").touch()  # until the signal comes, on the fastest machine too
             time.sleep(0.5)
         assert reference.wait() == 0
-    assert "requeued once, queued" in seen and "requeued twice, queued" not in seen
+    assert "requeued once, queued" in seen
     assert any(text.startswith("requeued once, running on n") for text in seen)
     assert not {"failed", "interrupted", "new"} & set(seen)
     log = (recipe.folder / "job-1_0.log").read_text()

@@ -54,7 +54,7 @@ def submit(
         command = [sys.executable, "-m", "workbench.cluster", str(tasks), str(local)]
     text = "" if local else job_script(tasks, recipe.name, len(left), **slurm)
     if dry_run or not left:
-        return f"{text if left else ''}{count}: {shlex.join(command)}"
+        return f"{text}{count}: {shlex.join(command)}" if left else count
     if not local and not shutil.which("sbatch"):
         raise runs.RunError("there is no sbatch on this machine; --local 1 trains without Slurm")
     for one in left:
@@ -64,13 +64,13 @@ def submit(
             parts.save(one, run.path)
             for name in ("job.json", "CANCEL"):
                 run.file(name).unlink(missing_ok=True)
-    tasks.parent.mkdir(parents=True, exist_ok=True)
     tasks.write_text("".join(f"{one.folder}\n" for one in left))
     job = _detach(command, tasks) if local else _sbatch(command, script, text)
     for index, one in enumerate(left):  # "x": the job itself may have been faster
         with contextlib.suppress(FileExistsError), open(one.folder / "job.json", "x") as file:
             json.dump({"submitted": time.time(), "index": index, **job}, file, indent=2)
-    return f"{count} in {tasks}: {jobs.of_runs([left[0].folder])[left[0].folder].name}"
+    name = f"process {job['process']} on {job['host']}" if local else f"job {job['job']}"
+    return f"{count} in {tasks}: {name}"
 
 
 def job_script(tasks: Path, name: str, count: int, *, gpus: int = 1, **options: Any) -> str:
@@ -100,13 +100,12 @@ def _sbatch(command: list[str], script: Path, text: str) -> dict[str, Any]:
 
 
 def _detach(command: list[str], tasks: Path) -> dict[str, Any]:
-    env = os.environ | {"WORKBENCH_ROOT": str(ROOT)}
     with open(tasks.with_suffix(".log"), "ab") as out:
-        how = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": ROOT, "env": env}
+        how = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": ROOT}
         process = subprocess.Popen(command, start_new_session=True, **how)
     process.returncode = 0  # nobody waits for it
-    since = locks.started(process.pid)
-    return {"host": socket.gethostname(), "process": process.pid, "started": since}
+    job = {"host": socket.gethostname(), "process": process.pid}
+    return job | {"started": locks.started(process.pid)}
 
 
 def _train_task(count: int, path: Path) -> Row:

@@ -47,10 +47,7 @@ def write(path: Path, **values: Any) -> None:
 
 
 def of_runs(paths: Iterable[Path]) -> dict[Path, Job]:
-    """The jobs of those runs that have one and are not finished; squeue is asked once.
-
-    To be called before the state of a run is read: what ends in between has written its state.
-    """
+    """The jobs of runs that are not finished, from one squeue; read a run's state after that."""
     found = {p: job for p in paths if (job := read(p)) and Run(p).status()["state"] != "finished"}
     queue = _queue({job["job"] for job in found.values() if "job" in job})
     return {path: _job(job, (path / "CANCEL").exists(), queue) for path, job in found.items()}
@@ -96,19 +93,18 @@ def state(known: str, job: Job | None) -> str:
     """The state of a run with a job, from that of Run.status: also queued or cancelled."""
     if job is None or known in ("running", "finished"):
         return known
-    if job.state == "cancelled" and known in ("new", "stopped", "interrupted"):
-        return "cancelled"
     if job.state == "ended" and known == "new":
         return "interrupted"
-    return job.state if job.state in ("queued", "running") else known
+    live = job.state in ("queued", "running") or (job.state == "cancelled" and known != "failed")
+    return job.state if live else known
 
 
 def start(path: Path) -> None:
     """In a job of Slurm: writes into job.json where it runs, and from which step."""
-    found = {"job": "SLURM_ARRAY_JOB_ID", "node": "SLURMD_NODENAME", "index": "SLURM_ARRAY_TASK_ID"}
-    found = {key: os.environ[name] for key, name in found.items()}
-    requeues = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    write(path, **found, requeues=requeues, step=Run(path).status()["step"])
+    env, step = os.environ, Run(path).status()["step"]
+    found = {"job": env["SLURM_ARRAY_JOB_ID"], "index": int(env["SLURM_ARRAY_TASK_ID"])}
+    requeues = int(env.get("SLURM_RESTART_COUNT", 0))
+    write(path, **found, node=env["SLURMD_NODENAME"], requeues=requeues, step=step)
 
 
 def requeue(path: Path) -> str | None:
