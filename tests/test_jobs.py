@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -209,6 +210,25 @@ def test_a_listing_asks_squeue_once_and_only_about_runs_that_are_not_finished(tm
     shown(tmp_path / "runs")
     [call] = slurm.called()
     assert set(call.split()[-1].split(",")) == {"0", "1"}
+
+
+def test_following_a_queued_run_waits_and_a_stop_file_cancels_it(recipe, slurm):
+    class Waiting(threading.Event):
+        waits = 0
+
+        def wait(self, timeout=None):
+            self.waits += 1
+            run.file("STOP").touch() if self.waits == 1 else slurm("squeue", "")
+            return False
+
+    run, stop = runs.Run(recipe.folder), Waiting()
+    run.path.mkdir(parents=True)
+    jobs.write(run.path, job="12", index=3, requeues=0)
+    slurm("squeue", "12|3|PENDING||0|")
+    slurm("scancel", "")
+    assert list(jobs.wait_and_follow(run, stop)) == [] and stop.waits == 2
+    assert "scancel 12_3" in slurm.called()
+    assert run.file("CANCEL").exists() and not run.file("STOP").exists()
 
 
 def test_three_starts_without_a_step_are_not_followed_by_a_fourth(recipe, monkeypatch):
