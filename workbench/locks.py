@@ -184,10 +184,10 @@ def _this() -> dict[str, Any]:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine += f" {os.readlink('/proc/self/ns/pid')}"
     here = {"host": socket.gethostname(), "machine": machine, "job": os.getenv("SLURM_JOB_ID")}
-    return {"process": os.getpid(), "started": _started(os.getpid())} | here
+    return {"process": os.getpid(), "started": started(os.getpid())} | here
 
 
-def _started(process: int) -> str:
+def started(process: int) -> str:
     """Clock ticks from boot to the start of a process; "" if it has ended, or not on Linux."""
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -200,7 +200,7 @@ def _has_ended(owner: dict[str, Any], flock: bool | None) -> bool:
     here = _this()
     if "released" in owner or any(owner.get(key) != here[key] for key in ("host", "machine")):
         return "released" in owner
-    return bool(flock) or _started(owner["process"]) != owner["started"]
+    return bool(flock) or started(owner["process"]) != owner["started"]
 
 
 def _numbers(path: Path) -> list[int]:

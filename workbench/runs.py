@@ -78,6 +78,7 @@ class Run:
     STOP, PAUSE          created by a user or a widget: training stops at the next step, or waits
                          there until the file is removed
     lock, lock.<n>       the lock of whoever writes here, and the n-th of them: host, process, job
+    job.json, CANCEL     of `workbench submit` and `workbench cancel`; see jobs
     """
 
     def __init__(self, path: str | Path):

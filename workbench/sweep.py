@@ -51,7 +51,7 @@ def sweep(
     values = {k: [v for i, v in enumerate(vs) if v not in vs[:i]] for k, vs in values.items()}
     names = [] if trials else [one.folder.name for one in recipes]
     _write_sweep_file(folder, recipe, axes if trials else values, names)
-    tasks, run = recipes, functools.partial(_train, datasets={})  # of each process the last one
+    tasks, run = recipes, functools.partial(train_run, datasets={})  # of each process the last one
     if trials:
         tasks, run = range(trials), functools.partial(_next_trial, recipe, kinds, trials, {})
     found = ((task, row) for task in tasks if (row := run(task)))
@@ -71,7 +71,7 @@ def sweep(
         _write_report(folder)
 
 
-def _train(
+def train_run(
     recipe: Recipe, datasets: dict[str, data.Dataset], prune: Callable[[Row], str] = lambda row: ""
 ) -> Row:
     """Trains a run, with the data set of the run before; `prune` of an epoch row may end it."""
@@ -360,4 +360,4 @@ def _train_trial(recipe: Recipe, trial: Any, reported: Mapping[int, float], data
         [one] = combinations(recipe, {key: [value] for key, value in values.items()})
     except RecipeError as error:
         return {**values, "state": "failed", "message": str(error)}
-    return values | _train(one, datasets, prune)
+    return values | train_run(one, datasets, prune)

@@ -1,10 +1,12 @@
 """Trainings and files of the user in JupyterLab: followed, paused, reopened, dropped."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from test_browser import (
     wait_for_all_cells,
 )
 
-from workbench import ROOT, runs
+from workbench import ROOT, jobs, runs
 from workbench.recipe import Recipe
 
 __all__ = ["browser", "lab", "page", "pytestmark"]  # fixtures of pytest
@@ -136,6 +138,38 @@ def test_a_page_that_is_opened_again_shows_the_progress(page, lab, root):
     until(lambda: "run the cell again to resume" in text(), 60)
     assert runs.Run(recipe.folder).status()["state"] == "stopped"
     shot(page, "stopped here")
+
+
+def test_a_submitted_run_outlives_its_notebook_and_another_one_follows_and_stops_it(
+    page, lab, root
+):
+    recipe = long(root, "submitted")
+    run = runs.Run(recipe.folder)
+    code = f"recipe = Recipe(**{recipe.non_default()!r})\nfrom workbench import cluster\n"
+    write_notebook(root, "submit.ipynb", code + "print(cluster.submit(recipe, local=1))")
+    open_and_run(page, lab, "submit.ipynb")
+    until(lambda: "1 run in" in cell(page, "training").inner_text(), 120)
+    job = jobs.read(run.path)
+    page.goto("about:blank")
+    kernels = lab.format("/api/kernels")
+    for kernel in json.loads(urllib.request.urlopen(kernels).read()):
+        address = lab.format(f"/api/kernels/{kernel['id']}")
+        urllib.request.urlopen(urllib.request.Request(address, method="DELETE"))
+    until(lambda: json.loads(urllib.request.urlopen(kernels).read()) == [], 30)
+
+    code = f"await widgets.watch(runs.Run({str(run.path)!r}))"
+    write_notebook(root, "attach.ipynb", code)
+    open_and_run(page, lab, "attach.ipynb")  # perhaps before the first step
+    text = lambda: cell(page, "training").inner_text()
+    until(lambda: f"process {job['process']} on" in text(), 60)
+    until(lambda: "img/s" in text() and len(run.metrics()) >= 1, 120)
+    assert jobs.is_alive(job, "process")
+    assert jobs.of_runs([run.path])[run.path].state == "running"
+    shot(page, "attached")
+    cell(page, "training").get_by_role("button", name="Stop").click()
+    until(lambda: not jobs.is_alive(job, "process"), 60)
+    until(lambda: f"stopped by the STOP file after step {run.status()['step']}" in text(), 30)
+    assert run.status()["state"] == "stopped" and run.file("last.pt").exists()
 
 
 def test_two_files_are_dropped_on_06_and_one_is_no_image(page, lab, root, tmp_path):

@@ -95,7 +95,7 @@ def test_what_the_user_chose_stays_when_the_folder_changes(root):
 def test_only_what_changed_is_read_again(root, monkeypatch):
     table, read = RunTable(root), []
     original = run_list.row
-    monkeypatch.setattr(run_list, "row", lambda path: read.append(path.name) or original(path))
+    monkeypatch.setattr(run_list, "row", lambda path, job: read.append(path.name) or original(path))
     table.refresh()
     assert read == []
     run = runs.Run(root / "plain-seed0")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import html
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import ipywidgets
 import pandas as pd
 import traitlets
 
-from workbench import from_root, params_files, run_list, runs
+from workbench import from_root, jobs, params_files, run_list, runs
 from workbench.evaluation.recipe_diff import differing_options
 from workbench.evaluation.statistics import wilson_percent
 from workbench.progress import watched
@@ -21,6 +22,7 @@ from workbench.ui.tables import html_table
 from workbench.ui.widgets import Source
 
 PERIOD = 2  # seconds between two looks at the folder
+QUEUE_PERIOD = 10  # the same for the queue of a cluster, while nothing changes in the folder
 WIDTH = 40  # characters of the value of an option
 COLUMNS = [  # of every run; those that are the same for all runs of a folder are options
     {"title": "recipe", "group": True},
@@ -36,7 +38,7 @@ COLUMNS = [  # of every run; those that are the same for all runs of a folder ar
     {"title": "date", "help": "of the last change"},
 ]
 SWEEP = {"title": "sweep", "group": True}  # where there is one
-FILES = ("recipe.yaml", "status.json", "metrics.csv", "steps.csv", "predictions.parquet")
+FILES = "recipe.yaml status.json metrics.csv steps.csv predictions.parquet job.json CANCEL".split()
 Cell = tuple[str, str | float | None] | tuple[str, str | float | None, str]  # text, sort key, tip
 
 
@@ -66,6 +68,7 @@ class RunTable(Source):
 
     def __init__(self, folder: str | Path, names: Sequence[str] = ()):
         self.folder, self._read = Path(folder), {}
+        self._jobs, self._asked = {}, (0.0, {})  # of the queue: when, and what the folder had
         self.table, self.note = Table(), ipywidgets.HTML()
         self.refresh()
         self.table.selected = list(names)
@@ -94,10 +97,16 @@ class RunTable(Source):
     def refresh(self, _: Any = None) -> None:
         """Reads the folder; unchanged runs are not read again."""
         paths = [*self.folder.glob("*/recipe.yaml"), *self.folder.glob("*/*/recipe.yaml")]
-        read = {}
+        read, stamps = {}, {}
         for path in sorted(path.parent for path in paths):
-            with contextlib.suppress(OSError, runs.RunError):  # it was just removed
-                key, stamp = path.relative_to(self.folder).as_posix(), _stamp(path)
+            with contextlib.suppress(OSError):  # it was just removed
+                stamps[path] = _stamp(path)
+        if stamps != self._asked[1] or time.monotonic() > self._asked[0] + QUEUE_PERIOD:
+            self._jobs, self._asked = jobs.of_runs(stamps), (time.monotonic(), stamps)
+        for path in stamps:
+            with contextlib.suppress(OSError, runs.RunError):
+                key, stamp = path.relative_to(self.folder).as_posix(), dict(stamps[path])
+                stamp["job"] = self._jobs.get(path)
                 known = self._read.get(key, {})
                 read[key] = known if known.get("stamp") == stamp else _read_run(path, stamp)
         self._read = dict(sorted(read.items(), key=lambda one: one[1]["time"], reverse=True))
@@ -181,38 +190,27 @@ class RunTable(Source):
 
 
 _NOTHING = dict.fromkeys("seed top1 n epoch epochs minutes updated recipe message".split())
-_NOTHING |= {"live": True, "evaluated": False, "step": ""}
+_NOTHING |= {"live": True, "evaluated": False, "text": "queued"}
 
 
-def _stamp(path: Path) -> dict[str, int]:
+def _stamp(path: Path) -> dict[str, Any]:
     """Differs when a run has a new row, predictions or state, or its process has ended."""
     files = {name: path / name for name in FILES}
     times = {name: f.stat().st_mtime_ns if f.exists() else 0 for name, f in files.items()}
     return {**times, "locked": runs.Run(path).locked()}
 
 
-def _read_run(path: Path, stamp: dict[str, int]) -> dict[str, Any]:
+def _read_run(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
     """run_list.row, and what a row of the table has beside it."""
-    one, run = _NOTHING | run_list.row(path), runs.Run(path)
+    one, run = _NOTHING | run_list.row(path, stamp["job"]), runs.Run(path)
     evaluated = stamp["predictions.parquet"]
     one |= {"stamp": stamp, "time": evaluated or stamp["recipe.yaml"], "name": path.name}
-    live = stamp["locked"] and one["state"] in ("new", "running")
+    live = one["state"] in ("queued", "running") or (stamp["locked"] and one["state"] == "new")
     one |= {"live": live, "evaluated": evaluated > 0 and one["state"] != "unreadable"}
     if one["state"] != "unreadable":
         one["recipe"] = defaults() | run.recipe()
         one["name"] = str(one["recipe"]["name"])
-    if one["live"]:
-        status = run.status()
-        step = max(status["step"], _last_step(run))
-        one["step"] = f", step {step} of {status['steps'] or '?'}"
     return one
-
-
-def _last_step(run: runs.Run) -> int:
-    """Of steps.csv, which has more of them than status.json."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(run.file("steps.csv").read_bytes().split(b"\n")[-2].split(b",")[0])
-    return 0
 
 
 def _cells(key: str, one: dict[str, Any]) -> list[Cell]:
@@ -220,7 +218,7 @@ def _cells(key: str, one: dict[str, Any]) -> list[Cell]:
     top1, interval = one["top1"], ""
     if top1 is not None and one["n"]:
         interval = "  [{:.1f}, {:.1f}]".format(*wilson_percent(top1, one["n"]))
-    state, sweep = one["state"] + one["step"], key.rpartition("/")[0]
+    state, sweep = one["text"], key.rpartition("/")[0]
     return [
         (one["name"], one["name"], key),
         ("" if one["seed"] is None else str(one["seed"]), one["seed"]),

@@ -21,7 +21,7 @@ from IPython import get_ipython
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from workbench import ROOT, locks
+from workbench import ROOT, jobs, locks
 from workbench.progress import is_voila, watched
 from workbench.recipe import Recipe
 from workbench.runs import Run, RunError, follow
@@ -195,9 +195,12 @@ async def train(recipe: Recipe, run: Run, *, dataset: data.Dataset | None = None
 async def watch(run: Run) -> None:
     """Follows a run that another process or machine trains: `await widgets.watch(run)`.
 
-    The buttons leave it a STOP or PAUSE file; Interrupt ends the following alone.
+    The buttons leave it a STOP or PAUSE file; Interrupt ends the following alone. Waits for a run
+    that is queued, which Stop cancels.
     """
-    await _show(run, lambda stop: follow(run, stop=stop), run.writer() or "no process")
+    job = jobs.of_runs([run.path]).get(run.path)
+    writer = run.writer() or (job.name if job else "no process")
+    await _show(run, lambda stop: jobs.wait_and_follow(run, stop), writer)
 
 
 async def _show(
@@ -271,7 +274,8 @@ class TrainingView(View):
         self.start = ipywidgets.HTML()
         self.time = ipywidgets.HTML("waiting for the first step", layout=fixed)
         self.bar = ipywidgets.IntProgress(bar_style="info", layout={"width": "240px"})
-        self.line = ipywidgets.HTML(html.escape(f"{run.path.name}: reading the data"))
+        text = "reading the data" if run.locked() or not writer else f"waiting for {writer}"
+        self.line = ipywidgets.HTML(html.escape(f"{run.path.name}: {text}"))
         self.curves = ipywidgets.Image(format="png", layout=fixed)
         self.epochs = ipywidgets.HTML(layout=fixed)
         button = functools.partial(ipywidgets.Button, layout={"width": "80px", "flex": "none"})

@@ -1,0 +1,128 @@
+"""Runs in jobs: an array of Slurm, or a detached process on this machine."""
+
+import contextlib
+import functools
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from workbench import ROOT, counted, jobs, locks, parts, runs, sweep, training
+from workbench.recipe import Recipe
+from workbench.training.meter import Row
+
+
+def submit(
+    recipe: Recipe,
+    axes: Mapping[str, Iterable] | None = None,
+    *,
+    local: int = 0,
+    dry_run: bool = False,
+    **slurm: Any,
+) -> str:
+    """Starts jobs for the runs of a sweep over `axes`, or for one run, and returns what it did.
+
+    With `local` a process of this machine that survives the kernel trains that many runs at once,
+    otherwise an array of Slurm all of them (`job_script`). Finished, queued and running ones are
+    left out. The list of run folders and the script are written into the folder of the sweep, or of
+    the run. Raises RecipeError, and RunError for a folder of another run, or if sbatch fails.
+    """
+    recipes = [parts.pin(one) for one in (sweep.combinations(recipe, axes) if axes else [recipe])]
+    folder = sweep.folder_of(recipe, axes) if axes else recipe.folder
+    found, left = jobs.of_runs(one.folder for one in recipes), []
+    for one in recipes:
+        state = jobs.state((run := runs.Run(one.folder)).status()["state"], found.get(run.path))
+        if state not in ("finished", "queued", "running"):
+            left.append(one)
+        if run.file("last.pt").exists():
+            training.check_same_recipe(one, run)
+    count = counted(len(left), "run")
+    if len(left) < len(recipes):
+        count += f" ({len(recipes) - len(left)} finished, queued or running)"
+    number = 1 + max((int(p.stem[4:]) for p in folder.glob("job-*.txt")), default=0)
+    tasks = folder / f"job-{number}.txt"
+    command = ["sbatch", "--parsable", str(script := tasks.with_suffix(".sh"))]
+    if local:
+        command = [sys.executable, "-m", "workbench.cluster", str(tasks), str(local)]
+    text = "" if local else job_script(tasks, recipe.name, len(left), **slurm)
+    if dry_run or not left:
+        return f"{text}{count}: {shlex.join(command)}" if left else count
+    if not local and not shutil.which("sbatch"):
+        raise runs.RunError("there is no sbatch on this machine; --local 1 trains without Slurm")
+    for one in left:
+        with (run := runs.Run(one.folder)).writing():
+            with run.atomic_write("recipe.yaml") as temporary:
+                one.to_yaml(temporary)
+            parts.save(one, run.path)
+            for name in ("job.json", "CANCEL"):
+                run.file(name).unlink(missing_ok=True)
+    tasks.write_text("".join(f"{one.folder}\n" for one in left))
+    job = _detach(command, tasks) if local else _sbatch(command, script, text)
+    for index, one in enumerate(left):  # "x": the job itself may have been faster
+        with contextlib.suppress(FileExistsError), open(one.folder / "job.json", "x") as file:
+            json.dump({"submitted": time.time(), "index": index, **job}, file, indent=2)
+    name = f"process {job['process']} on {job['host']}" if local else f"job {job['job']}"
+    return f"{count} in {tasks}: {name}"
+
+
+def job_script(tasks: Path, name: str, count: int, *, gpus: int = 1, **options: Any) -> str:
+    """The job script, from slurm.sh: `gpus` processes per node, or one on the CPU.
+
+    `options` are nodes, time, partition; `sbatch` are others in words, of which the last counts.
+    """
+    last, output = options.pop("sbatch", ""), str(tasks.with_suffix("")).replace("%", "%%")
+    values = {"job-name": shlex.quote(name), "array": f"0-{count - 1}", "nodes": 1}
+    values |= {"output": f'"{output}_%a.log"', "ntasks-per-node": max(1, gpus)}
+    values |= {"gpus-per-node": gpus, **options}
+    words = [f"#SBATCH --{key}={value}" for key, value in values.items() if value]
+    text = Path(__file__).with_name("slurm.sh").read_text(encoding="utf-8")
+    text = text.replace("@DIRECTIVES@", "\n".join(words + [f"#SBATCH {last}"] * bool(last)))
+    known = {"SCRIPT": tasks.with_suffix(".sh"), "PYTHON": sys.executable, "ROOT": ROOT}
+    for key, value in {"TASKS": tasks, **known}.items():
+        text = text.replace(f"@{key}@", shlex.quote(str(value)))
+    return text
+
+
+def _sbatch(command: list[str], script: Path, text: str) -> dict[str, Any]:
+    script.write_text(text)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise runs.RunError(f"sbatch failed: {done.stderr.strip()}; see {script}")
+    return {"job": done.stdout.strip().partition(";")[0]}
+
+
+def _detach(command: list[str], tasks: Path) -> dict[str, Any]:
+    with open(tasks.with_suffix(".log"), "ab") as out:
+        how = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": ROOT}
+        process = subprocess.Popen(command, start_new_session=True, **how)
+    process.returncode = 0  # nobody waits for it
+    job = {"host": socket.gethostname(), "process": process.pid}
+    return job | {"started": locks.started(process.pid)}
+
+
+def _train_task(count: int, path: Path) -> Row:
+    jobs.write(path, worker=os.getpid(), worker_started=locks.started(os.getpid()))
+    if (path / "CANCEL").exists():
+        return {"state": "stopped", "message": "cancelled"}
+    recipe = Recipe.from_yaml(path / "recipe.yaml")
+    return sweep.train_run(recipe.replace(workers=training.pick_workers(recipe.workers, count)), {})
+
+
+def run_tasks(tasks: Path, count: int) -> None:
+    """Trains the runs of a list of folders, `count` at a time; SIGTERM stops them all."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    paths, train = map(Path, tasks.read_text().splitlines()), functools.partial(_train_task, count)
+    for path, row in sweep.in_processes(train, paths, count, tasks.with_suffix(".log")):
+        print(f"{path.name}: {row['message']}", flush=True)
+
+
+if __name__ == "__main__":  # a task list, and how many at a time
+    run_tasks(Path(sys.argv[1]), int(sys.argv[2]))
