@@ -28,8 +28,10 @@ PARTS = {
     "schedule": "recipe",
     "progress": "",
     "image_files": "",
+    "shard_store": "",
+    "data_commands": "data",
     "parts": "recipe recipe_checks",
-    "data": "image_files parts progress recipe recipe_checks schedule",
+    "data": "image_files shard_store parts progress recipe recipe_checks schedule",
     "augmentation": "data recipe",
     "models": "parts recipe recipe_checks runs",
     "evaluation": "data models recipe runs",
@@ -38,13 +40,13 @@ PARTS = {
 }
 PARTS["training"] = (
     "augmentation data distillation evaluation models parts progress recipe recipe_checks runs "
-    "schedule"
+    "schedule shard_store"
 )
 PARTS["doctor"] = f"{PARTS['training']} training"
 PARTS["export"] = f"{PARTS['training']} image_files training"
 PARTS["ui"] = f"{PARTS['export']} doctor export importers params_files run_list"
 PARTS["smoke"] = PARTS["sweep"] = f"{PARTS['ui']} params_files ui"
-PARTS["__main__"] = f"{PARTS['sweep']} smoke sweep"
+PARTS["__main__"] = f"{PARTS['sweep']} data_commands smoke sweep"
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
 )

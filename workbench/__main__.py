@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench import ROOT, counted
+from workbench import ROOT, counted, data_commands
 
 if TYPE_CHECKING:  # imported where needed, so that `workbench --help` starts at once
     from workbench.recipe import Recipe
@@ -26,6 +26,7 @@ Overrides = Annotated[
     list[str], typer.Option("-p", "--set", metavar="OPTION=VALUE", help="overrides one option")
 ]
 Weights = Annotated[str, typer.Option(help="raw or ema; ema unless it is clearly worse")]
+app.command()(data_commands.index)
 STOPPED = 3  # exit code of a run that was stopped and can be resumed
 
 

@@ -45,12 +45,13 @@ def decode(path: str | Path) -> Image.Image:
     return Image.fromarray(open(path).pixels())
 
 
-def open(path: str | Path) -> "Pixels | Jpeg":
+def open(path: str | Path, content: bytes | None = None) -> "Pixels | Jpeg":
     """The image of `decode`; a JPEG is decoded at the first use of its pixels.
 
-    Raises ImageError, as do the methods that decode.
+    `content` has the bytes at the path, if they were read. Raises ImageError, as do the methods
+    that decode.
     """
-    return image_files.with_reason(path, lambda: _open(path))
+    return image_files.with_reason(path, lambda: _open(path, content))
 
 
 def image(image: "AnyImage") -> "Pixels | Jpeg":
@@ -185,8 +186,9 @@ def resize(
     return np.asarray(image.resize(size, Image.Resampling[interpolation.upper()], box))
 
 
-def _open(path: str | Path) -> Pixels | Jpeg:
-    with image_files.opened(path) as file:
+def _open(path: str | Path, content: bytes | None) -> Pixels | Jpeg:
+    given = content is not None and io.BufferedReader(io.BytesIO(content))
+    with given or image_files.opened(path) as file:
         is_jpeg = file.raw.read(3) == b"\xff\xd8\xff"
         file.raw.seek(0)
         if is_jpeg and (found := _jpeg(file.raw.read())):

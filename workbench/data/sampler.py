@@ -15,6 +15,7 @@ from workbench.data.dataset import DataError
 from workbench.schedule import steps_per_epoch
 
 ORDER, DRAW, STEP, ERASE, MIX, BALANCE = range(6)  # purposes of random numbers
+LARGE = 4_000_000  # images from which on an epoch's order is computed, not stored
 COPIES = 2**16  # copies of an image in an epoch that have different random numbers
 
 
@@ -51,6 +52,31 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """The permutation (count,) of an epoch, a function of (seed, epoch) alone."""
     return rng_for(seed, ORDER, epoch).permutation(count)
+
+
+def permuted(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows at these positions of an epoch's order, from a bijection of 0 to count - 1.
+
+    A Feistel network of eight rounds (Luby and Rackoff, SIAM J. Comput. 17, 1988) permutes the
+    numbers of 2w bits; one of `count` or more is permuted again, which is cycle walking (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Rounds mix as splitmix64 does
+    (Steele et al., OOPSLA 2014).
+    """
+    width = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
+    mask, keys = np.uint64(2 ** int(width) - 1), rng_for(seed, ORDER, epoch).bit_generator
+    keys = keys.random_raw(8)
+    found = np.asarray(positions).astype(np.uint64)
+    todo = np.arange(len(found))
+    while len(todo):
+        left, right = found[todo] >> width, found[todo] & mask
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        found[todo] = left << width | right
+        todo = todo[found[todo] >= count]
+    return found.astype(np.int64)
 
 
 def repeat(rows: np.ndarray, batch_size: int, copies: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +130,9 @@ class Sampler:
     def __post_init__(self) -> None:
         if not self.class_balanced_sampling:
             return
+        if len(self.labels) > LARGE:
+            text = f"class_balanced_sampling: {len(self.labels):,} images are over {LARGE:,}"
+            raise DataError(f"{text}, whose order is not stored; set it to 0")
         _, sizes, shares = self._classes
         times = np.ceil(np.ceil(np.round(shares, 6)) / sizes).astype(np.int64)
         if times.max() * self.repeated_aug > COPIES:
@@ -122,9 +151,19 @@ class Sampler:
         A pair of row and copy is used at most once an epoch, so each has different random numbers.
         """
         epoch, slot = divmod(step, self.steps_per_epoch)
+        if len(self.labels) > LARGE:
+            return self._computed(epoch, slot * self.batch_size)
         part = slice(slot * self.batch_size, (slot + 1) * self.batch_size)
         rows, copies = self._epoch(epoch)
         return rows[part], copies[part]
+
+    def _computed(self, epoch: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """A batch of what `repeat` gives for the whole epoch."""
+        count, copies = len(self.labels), self.repeated_aug
+        size, used = max(1, self.batch_size // copies), -(-count // copies)
+        chunk, at = np.divmod(np.arange(start, min(start + self.batch_size, count)), size * copies)
+        copy, within = np.divmod(at, np.minimum(size, used - chunk * size))
+        return permuted(chunk * size + within, count, self.seed, epoch), copy
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:

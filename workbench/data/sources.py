@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from workbench import ROOT, counted
-from workbench.data import archives, tables, toy
+from workbench.data import archives, shards, tables, toy
 from workbench.data.dataset import DataError, Dataset
 from workbench.data.lists import is_utf8, on_disk
 from workbench.parts import PartError
@@ -46,7 +46,9 @@ def _load(recipe: Recipe, strict: bool, folder: Path) -> Dataset:
     columns = recipe.file_column, recipe.label_column
     sources = _sources(recipe, folder)
     for side, (lists, roots) in sources.items():
-        if lists:
+        if any(map(shards.is_index, lists)):
+            frames[side], folders = shards.open_indexes(lists, folders)
+        elif lists:
             pairs = enumerate(zip(lists, roots, strict=True))
             parts = [tables.read(path, root, i, *columns) for i, (path, root) in pairs]
             frames[side] = tables.joined(parts)
@@ -56,18 +58,21 @@ def _load(recipe: Recipe, strict: bool, folder: Path) -> Dataset:
     names, by_name = _class_names(recipe, folders), None
     if any(tables.is_table(path) for lists, _ in sources.values() for path in lists):
         listed = {side: frames[side] for side, (lists, _) in sources.items() if lists}
+        if any("index" in frame.attrs for frame in listed.values()):
+            raise DataError("train_list and val_list: an index cannot be beside a table")
         by_name = tables.number_labels(listed, names)
         names = by_name or names
     elif recipe.file_column or recipe.label_column:
         raise DataError("file_column and label_column are for tables, and there is none")
     for side, (lists, _) in sources.items():
-        if lists and names and not by_name:
+        by_folder = not lists or folders is not None and "index" in frames[side].attrs
+        if not by_folder and names and not by_name:
             _check_names(side, frames[side], names)
-        elif not lists:  # labels follow the file of class names
+        elif by_folder and names != folders:  # labels follow the file of class names
             index = {name: i for i, name in enumerate(names)}
             frames[side]["label"] = np.array([index[f] for f in folders])[frames[side].label]
-    trusted = is_part(recipe.dataset)  # code may name any file
-    frames = {side: f.assign(outside=f.outside & (not trusted)) for side, f in frames.items()}
+    if is_part(recipe.dataset):  # code may name any file
+        frames = {side: frame.assign(outside=False) for side, frame in frames.items()}
     if recipe.fold:
         frames["train"], frames["val"] = k_fold(frames["train"], recipe.fold, recipe.group_column)
     if recipe.val_fraction:
@@ -102,7 +107,7 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, tuple[list[Path], list[P
             for kind in ("list", "root")
         )
         lists = roots if not lists and any(map(tables.is_table, roots)) else lists
-        stored = lists and all(path.suffix.lower() == ".parquet" for path in lists)
+        stored = lists and all(path.suffix.lower() in (".parquet", ".arrow") for path in lists)
         if missing := [str(root) for root in roots if not root.exists() and not stored]:
             have = sorted(path.name for path in base.iterdir() if path.is_dir())[:8]
             raise DataError(

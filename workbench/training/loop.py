@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from workbench import data, models, parts, runs
+from workbench import data, models, parts, runs, shard_store
 from workbench.recipe import Recipe
 from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model
@@ -131,7 +131,8 @@ def _train(
         _saved_on_leaving(writer),
     ):
         while action < STOP and not state.finished:
-            train_step(state, batches, prepare, writer.quarantine)
+            with _saved_without_images(writer):
+                train_step(state, batches, prepare, writer.quarantine)
             epoch_ends = state.step % state.steps_per_epoch == 0
             row_due = epoch_ends or state.step % recipe.log_every == 0
             save_due = epoch_ends or writer.checkpoint_due()
@@ -222,6 +223,23 @@ def lr_range_test(
                 smoothed = pd.Series(losses).ewm(alpha=0.1).mean()
     table = pd.DataFrame({"step": range(len(losses)), "loss": losses, "smoothed_loss": smoothed})
     return table.assign(lr=table.step.map(state.lr_at))
+
+
+@contextlib.contextmanager
+def _saved_without_images(writer: RunWriter) -> Iterator[None]:
+    """Writes a checkpoint where a step gets no images from a store, before it changes anything.
+
+    A step of several parts, or processes, may have begun: then the last checkpoint remains.
+    """
+    try:
+        yield
+    except shard_store.StoreError:
+        recipe, state = writer.state.recipe, writer.state
+        if not recipe.micro_batch_size and state.dist.world == 1 and writer.saved_step < state.step:
+            writer.settle()
+            state.meter.lap()
+            writer.save()
+        raise
 
 
 @contextlib.contextmanager
