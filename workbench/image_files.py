@@ -83,9 +83,6 @@ def with_reason(path: str | Path, read: Callable[[], Any], attempts: int = 3) ->
     raise ImageError(reason, detail)
 
 
-# Reads a member of an archive at a URL; workbench.data sets it
-read_remote: Callable[[str], bytes] | None = None
-
 # An image inside of another file: ARCHIVE::START+SIZE:NAME, in bytes; z: a zip's header is at START
 _MEMBER = re.compile(r"(.+?)::(z?)(\d+)\+(\d+):.*", re.DOTALL)
 
@@ -100,9 +97,7 @@ def stored_in(path: str | Path) -> tuple[str, int]:
 def opened(path: str | Path) -> BinaryIO:
     """A regular file, or a member; opening a pipe would block. Raises ImageError, OSError."""
     if member := _MEMBER.fullmatch(str(path)):
-        is_remote = read_remote and "://" in member[1]
-        content = read_remote(str(path)) if is_remote else _read_member(*member.groups())
-        return io.BufferedReader(io.BytesIO(content))
+        return io.BufferedReader(io.BytesIO(_read_member(*member.groups())))
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):

@@ -1,15 +1,13 @@
-"""Bytes and members of tar shards, on a disk or in an object store, or an error that names one.
+"""Bytes and files of tar shards, on a disk or in an object store, or an error that names a shard.
 
     [content] = read(["s3://bucket/train/00000.tar::1536+1042:cat/0.jpg"])
 
-obstore's threads do not survive a fork. It is used in the loaders' workers, which call `in_worker`,
-and for every other process in a child of its own.
+obstore's threads do not survive a fork, so every process has a child of its own that uses it.
 """
 
 import atexit
 import contextlib
 import functools
-import io
 import os
 import pickle
 import re
@@ -18,17 +16,23 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 LABELS = ("cls", "json", "txt")  # members of a WebDataset sample that may have its label
-REQUESTS = 16  # at once, in every process
-ATTEMPTS = 10  # for each request, with waits of 0.25, 0.5, ... to 30 seconds: two minutes in all
-BLOCK = 2**16  # bytes; members that are larger are skipped when a shard in a store is listed
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+REQUESTS = 16  # at once, of every process
+ATTEMPTS = 10  # of each request, with waits of 0.25, 0.5, ... to 30 seconds: two minutes in all
+BLOCK = 2**16  # bytes; of larger members a listing reads the headers alone
 _PLACE = re.compile(r"(.+?)::(\d+)\+(\d+):.*", re.DOTALL)
+_MISSING = "is missing; put it back, or index the shards again"
+_FINAL = {  # errors after which nothing is tried again
+    "FileNotFoundError": _MISSING,
+    "NotFoundError": _MISSING,
+    "PreconditionError": "has changed since it was indexed; put it back, or index the shards again",
+}
 
 
 class StoreError(OSError):
@@ -40,13 +44,6 @@ class Shard(NamedTuple):
 
     size: int
     version: str  # ETag of an object, time of the last change of a file
-
-
-class Range(NamedTuple):
-    url: str
-    start: int
-    size: int
-    shard: Shard | None  # as indexed
 
 
 Members = list[tuple[str, int, int, bytes]]  # name, offset, size and, of LABELS, the content
@@ -62,69 +59,53 @@ def read(places: Iterable[str]) -> Iterator[bytes | None]:
 
     Raises StoreError where a shard is not the one that was indexed, or does not answer.
     """
-    found: list[Range | None] = []
+    found = []
     for place in places:
         part = _PLACE.fullmatch(place)
         mine = part and (part[1] in known or is_remote(part[1]))
-        whole = (part[1], int(part[2]), int(part[3]), known.get(part[1])) if mine else ()
-        found.append(Range(*whole) if mine else None)
-    remote = _each("range", [one for one in found if one and is_remote(one.url)])
+        found.append((part[1], int(part[2]), int(part[3]), known.get(part[1])) if mine else None)
+    remote = each("read", [one for one in found if one and is_remote(one[0])])
     for one in found:
-        yield one and (next(remote) if is_remote(one.url) else _answer(_range, one))
+        yield one and (next(remote) if is_remote(one[0]) else _answer("read", one))
 
 
-def look(urls: Iterable[str]) -> Iterator[Shard]:
-    """Size and version of shards. Raises StoreError."""
-    return _each("look", list(urls))
-
-
-def members(urls: Iterable[str]) -> Iterator[tuple[Shard, Members]]:
-    """Size, version and files of shards. Raises StoreError."""
-    return _each("members", list(urls))
-
-
-def objects(url: str) -> list[str]:
-    """The URLs below the folder that a pattern begins with. Raises StoreError."""
-    return next(_each("objects", [url]))
+def check(shards: dict[str, Shard]) -> None:
+    """Raises StoreError where a shard is missing or has changed since it was indexed."""
+    for (url, shard), now in zip(shards.items(), each("look", shards), strict=True):
+        _compare(url, shard, now)
 
 
 # ---- one request
 
 
-def _range(item: Range) -> bytes:
-    if not is_remote(item.url):
-        with open(item.url, "rb", buffering=0) as file:
-            now = _of_file(os.fstat(file.fileno()))
-            content = os.pread(file.fileno(), item.size, item.start)
-    elif item.size:
-        options: dict[str, Any] = {"range": (item.start, item.start + item.size)}
-        if item.shard and item.shard.version.startswith('"'):
-            options["if_match"] = item.shard.version
-        store, path = _store(item.url)
-        found = _obstore().get(store, path, options=options)
-        now, content = _of_object(found.meta), bytes(found.bytes())
+def _read(url: str, start: int, size: int, shard: Shard | None) -> bytes:
+    if not is_remote(url):
+        with open(url, "rb", buffering=0) as file:
+            _compare(url, shard, _of_file(os.fstat(file.fileno())))
+            content = os.pread(file.fileno(), size, start)
     else:
-        return b""
-    if item.shard and item.shard != now:
-        raise changed(item.url, item.shard, now)
-    if len(content) != item.size:
-        raise OSError(f"{len(content)} bytes came, not {item.size}")
+        options = {"range": (start, start + max(1, size))}  # there is no empty range
+        if shard and shard.version.startswith('"'):
+            options["if_match"] = shard.version
+        found = _obstore().get(*_store(url), options=options)
+        _compare(url, shard, _of_object(found.meta))
+        content = bytes(found.bytes())[:size]
+    if len(content) != size:
+        raise OSError(f"{len(content)} bytes came, not {size}")
     return content
 
 
-def changed(url: str, before: Shard, now: Shard | None) -> StoreError:
-    """The error for a shard that is not the one that was indexed."""
-    text = "" if now is None else f", now {now.size:,} bytes, {now.version}"
-    return StoreError(
-        f"shard {url} has changed since it was indexed ({before.size:,} bytes, {before.version}"
-        f"{text}); put it back, or index the shards again for a run with another name"
-    )
+def _compare(url: str, before: Shard | None, now: Shard) -> None:
+    if before and before != now:
+        text = f"{before.size:,} bytes, {before.version}; now {now.size:,} bytes, {now.version}"
+        text = f"shard {url} has changed since it was indexed ({text}); put it back, or index the"
+        raise StoreError(f"{text} shards again for a run with another name")
 
 
 def _look(url: str) -> Shard:
-    if not is_remote(url):
-        return _of_file(os.stat(url))
-    return _of_object(_obstore().head(*_store(url)))
+    if is_remote(url):
+        return _of_object(_obstore().head(*_store(url)))
+    return _of_file(os.stat(url))
 
 
 def _of_file(found: os.stat_result) -> Shard:
@@ -135,34 +116,15 @@ def _of_object(found: dict[str, Any]) -> Shard:
     return Shard(found["size"], found["e_tag"] or found["last_modified"].isoformat())
 
 
-class _Blocks(io.RawIOBase):
-    """A shard as a file: a request for each read."""
-
-    def __init__(self, url: str, shard: Shard):
-        self.url, self.shard, self.at = url, shard, 0
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = (0, self.at, self.shard.size)[whence] + offset
-        return self.at
-
-    def readinto(self, buffer: memoryview) -> int:
-        size = max(0, min(len(buffer), self.shard.size - self.at))
-        buffer[:size] = _answer(_range, Range(self.url, self.at, size, self.shard))
-        self.at += size
-        return size
-
-
-def _members(url: str) -> tuple[Shard, Members]:
-    shard, found, bad = _look(url), [], None
-    with io.BufferedReader(_Blocks(url, shard), BLOCK) as file:
-        if file.read(6).startswith(_COMPRESSED):
-            raise StoreError(f"shard {url} is compressed; images are read in place, so unpack it")
-        file.seek(0)
+def _list(url: str) -> tuple[Shard, Members]:
+    shard, found = _look(url), []
+    if is_remote(url):
+        reader = _obstore().open_reader(*_store(url), buffer_size=BLOCK)
+        as_bytes = lambda size: bytes(reader.read(size))
+        file = SimpleNamespace(read=as_bytes, seek=reader.seek, tell=reader.tell)
+    else:
+        file = open(url, "rb")
+    with contextlib.closing(reader if is_remote(url) else file):
         try:
             tar = tarfile.open(fileobj=file, mode="r:", errors="strict")
             for info in tar:
@@ -171,18 +133,19 @@ def _members(url: str) -> tuple[Shard, Members]:
                     content = tar.extractfile(info).read() if is_label else b""
                     found.append((info.name, info.offset_data, info.size, content))
                 elif not info.isdir():
-                    raise StoreError(f"shard {url}: {info.name!r} is a link; pack the file itself")
-            file.seek(tar.offset)  # at a damaged header tarfile stops without an error
+                    raise tarfile.ReadError(f"{info.name!r} is a link")
+            file.seek(tar.offset)  # at a damaged header tarfile ends without an error
             if file.read(512) != bytes(512):
-                bad = f"no end of the archive at {tar.offset:,} of {shard.size:,} bytes"
+                raise tarfile.ReadError(f"it ends at {tar.offset:,} of {shard.size:,} bytes")
         except (tarfile.TarError, UnicodeError) as error:
-            bad = str(error)
-    if bad:
-        raise StoreError(f"shard {url} is truncated or no tar ({bad}); copy it again")
+            text = f"is truncated, compressed or no plain tar ({error}); copy or pack it again"
+            raise StoreError(f"shard {url} {text}") from None
+    _compare(url, shard, _look(url))
     return shard, found
 
 
-def _objects(url: str) -> list[str]:
+def _below(url: str) -> list[str]:
+    """The URLs of all objects below the folder that a pattern begins with."""
     store, path = _store(url)
     folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
     chunks = _obstore().list(store, folder or None)
@@ -191,7 +154,7 @@ def _objects(url: str) -> list[str]:
 
 def _obstore() -> Any:
     try:
-        import obstore
+        import obstore.store
     except ImportError:
         raise StoreError("object stores need obstore: pip install 'workbench[s3]'") from None
     return obstore
@@ -204,109 +167,85 @@ def _store(url: str) -> tuple[Any, str]:
 
 @functools.cache
 def _bucket(url: str) -> Any:
-    _obstore()
-    from obstore.store import from_url
-
     options = {"timeout": "30s", "connect_timeout": "10s", "allow_http": True}
-    return from_url(url, client_options=options, retry_config={"max_retries": 0})
+    return _obstore().store.from_url(url, client_options=options, retry_config={"max_retries": 2})
 
 
-# ---- many requests
-
-_REQUESTS = {"range": _range, "look": _look, "members": _members, "objects": _objects}
-_lock, _state = threading.Lock(), {"in_worker": False, "child": None, "env": None}
-
-
-def in_worker(shards: dict[str, Shard]) -> None:
-    """Tells a loader's worker the known shards, and that it forks no process."""
-    known.update(shards)
-    _state["in_worker"] = True
-
-
-def _answer(function: Callable, item: Any) -> Any:
+def _answer(name: str, item: Any) -> Any:
     """The result of a request, which is repeated while that may help. Raises StoreError."""
-    url = item if isinstance(item, str) else item.url
+    item = (item,) if isinstance(item, str) else item
     for attempt in range(ATTEMPTS):
         try:
-            return function(item)
-        except StoreError:
-            raise
+            return {"read": _read, "look": _look, "list": _list, "below": _below}[name](*item)
         except Exception as error:
-            if not isinstance(error, OSError) and type(error).__module__ != "obstore.exceptions":
+            ours = type(error).__module__ == "obstore.exceptions"
+            if isinstance(error, StoreError) or not (ours or isinstance(error, OSError)):
                 raise
-            name, text = type(error).__name__, str(error).partition("\n")[0]
-        if name in ("FileNotFoundError", "NotFoundError"):
-            raise StoreError(f"shard {url} is missing; put it back, or index the shards again")
-        if name == "PreconditionError":
-            raise changed(url, item.shard, None)
-        if name in ("PermissionDeniedError", "UnauthenticatedError", "PermissionError"):
-            raise StoreError(f"shard {url} may not be read ({text}); check the credentials")
+            kind, text = type(error).__name__, str(error).partition("\n")[0]
+        if kind in _FINAL:
+            raise StoreError(f"shard {item[0]} {_FINAL[kind]}")
         if attempt + 1 < ATTEMPTS:  # processes that failed together do not come back together
             time.sleep(min(30.0, 0.25 * 2**attempt) * (1 + os.getpid() % 16 / 16))
-    raise StoreError(
-        f"shard {url} cannot be read in {ATTEMPTS} attempts ({text}); the same command resumes"
-    )
+    text = f"cannot be read in {ATTEMPTS} attempts ({text}); the same command resumes"
+    raise StoreError(f"shard {item[0]} {text}")
 
 
-def _result(name: str, item: Any) -> Any:
-    """The result of a request, or its StoreError."""
-    try:
-        return _answer(_REQUESTS[name], item)
-    except StoreError as error:
-        return error
+# ---- the child
+
+_lock, _state = threading.Lock(), {"child": None, "env": None, "pid": 0}
 
 
-def _each(name: str, items: list) -> Iterator[Any]:
-    """Results in order, of concurrent requests; raises the first StoreError."""
-    if _state["in_worker"]:
-        results = _pool().map(functools.partial(_result, name), items)
-    else:
-        results = _ask(name, items) if items else []
-    for result in results:
-        if isinstance(result, StoreError):
-            raise result
-        yield result
+def each(name: str, items: Iterable) -> Iterator[Any]:
+    """Results in order of concurrent requests: "look" (Shard) or "list" of URLs, "below" of one.
 
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(REQUESTS)
-
-
-def _ask(name: str, items: list) -> list:
-    """Results by the child, which starts again where the environment has changed."""
-    code = f"from {__name__} import serve; serve()"
+    Raises the first StoreError.
+    """
+    if not (items := list(items)):
+        return
     with _lock:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        if env != _state["env"]:
+        if (env, os.getpid()) != (_state["env"], _state["pid"]):
             _end_child()
-            _state["env"], _state["child"] = env, subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env=env, start_new_session=True,  # Ctrl-C is for the process that asks
-            )  # fmt: skip
+            command = [sys.executable, "-c", f"from {__name__} import serve; serve({ATTEMPTS})"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": env}
+            # Ctrl-C is for the process that asks.
+            child = subprocess.Popen(command, start_new_session=True, **pipes)
+            _state.update(child=child, env=env, pid=os.getpid())
         child = _state["child"]
         try:
             pickle.dump((name, items), child.stdin)
             child.stdin.flush()
-            return [pickle.load(child.stdout) for _ in items]
-        except BaseException:  # results that nobody read must not stay in the pipe
+            for _ in items:
+                if isinstance(result := pickle.load(child.stdout), StoreError):
+                    raise result
+                yield result
+        except BaseException:  # results that nobody reads must not stay in the pipe
             _end_child()
             raise
 
 
 @atexit.register
 def _end_child() -> None:
-    if child := _state["child"]:
-        _state["child"] = _state["env"] = None
-        child.kill()
-        child.communicate()
+    if _state["child"] and _state["pid"] == os.getpid():
+        _state["child"].kill()
+        _state["child"].communicate()
+    _state.update(child=None, env=None)
 
 
-def serve() -> None:
+def serve(attempts: int) -> None:
     """Answers (name, items) on standard input with a result for each; ends with its parent."""
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    global ATTEMPTS
+    ATTEMPTS = attempts
+
+    def result(name: str, item: Any) -> Any:
+        try:
+            return _answer(name, item)
+        except StoreError as error:
+            return error
+
+    with contextlib.suppress(EOFError, BrokenPipeError), ThreadPoolExecutor(REQUESTS) as pool:
         while True:
             name, items = pickle.load(sys.stdin.buffer)
-            for result in _pool().map(functools.partial(_result, name), items):
-                pickle.dump(result, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+            for answer in pool.map(functools.partial(result, name), items):
+                pickle.dump(answer, sys.stdout.buffer)
+                sys.stdout.buffer.flush()

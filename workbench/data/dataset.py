@@ -35,8 +35,8 @@ def fingerprint(data: Dataset) -> str:
     parts = []
     for frame in (data.train, data.val):
         if index := frame.attrs.get("index"):
-            parts.append(index.digest)
-            if len(frame) == index.rows:
+            parts.append(index[0])
+            if len(frame) == index[1]:
                 continue
         digest = frame.digest if "digest" in frame else [""] * len(frame)
         parts += map("|".join, zip(frame.file, frame.label.astype(str), digest, strict=True))

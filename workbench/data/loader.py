@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from workbench import shard_store
@@ -149,7 +149,7 @@ class Reader(TorchDataset):
         self.paths = pa.array(frame.path if is_text else [os.fsencode(p) for p in frame.path])
         self.labels = frame.label.to_numpy()
         self.transform, self.cached, self.seed = transform, cached, seed
-        self.shards = shard_store.known
+        self.shards = shard_store.known  # goes with it to a process that is not forked
 
     def path(self, row: int) -> str:
         return os.fsdecode(self.paths[row].as_py())
@@ -159,6 +159,7 @@ class Reader(TorchDataset):
         start, streams, rng = time.perf_counter(), Streams(self.seed), None
         decoded, params, used, failures, error_text = [], [], [], [], ""
         paths = [self.path(row) for row in part.rows.tolist()] if self.cached is None else []
+        shard_store.known.update(self.shards)
         contents = shard_store.read(paths)
         for i, row in enumerate(part.rows.tolist()):
             if part.copies is not None:
@@ -268,7 +269,6 @@ def _identity(batch: Batch) -> Batch:
 def _init_worker(_: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group; the main process decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    shard_store.in_worker(get_worker_info().dataset.shards)
     parent = multiprocessing.parent_process()
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -131,8 +131,7 @@ def _train(
         _saved_on_leaving(writer),
     ):
         while action < STOP and not state.finished:
-            with _saved_without_images(writer):
-                train_step(state, batches, prepare, writer.quarantine)
+            train_step(state, batches, prepare, writer.quarantine)
             epoch_ends = state.step % state.steps_per_epoch == 0
             row_due = epoch_ends or state.step % recipe.log_every == 0
             save_due = epoch_ends or writer.checkpoint_due()
@@ -226,27 +225,21 @@ def lr_range_test(
 
 
 @contextlib.contextmanager
-def _saved_without_images(writer: RunWriter) -> Iterator[None]:
-    """Writes a checkpoint where a step gets no images from a store, before it changes anything.
+def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
+    """Writes a checkpoint when the caller leaves the loop, or a step gets no images from a store.
 
-    A step of several parts, or processes, may have begun: then the last checkpoint remains.
+    Where the step has several parts or processes it may have begun: the last checkpoint remains.
     """
+    state = writer.state
     try:
         yield
     except shard_store.StoreError:
-        recipe, state = writer.state.recipe, writer.state
-        if not recipe.micro_batch_size and state.dist.world == 1 and writer.saved_step < state.step:
+        whole = not state.recipe.micro_batch_size and state.dist.world == 1
+        if whole and state.step % state.steps_per_epoch:  # 0 in validation, and where one is saved
             writer.settle()
             state.meter.lap()
             writer.save()
         raise
-
-
-@contextlib.contextmanager
-def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
-    """Writes a checkpoint when the caller leaves the loop."""
-    try:
-        yield
     except GeneratorExit:
         if writer.saved_step != writer.state.step:
             writer.save()
