@@ -1,6 +1,5 @@
-"""Commands that write files of data, which `workbench.__main__` offers."""
+"""Commands about data, of `workbench.__main__`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,12 +7,9 @@ import typer
 
 def index(
     sources: Annotated[list[str], typer.Argument(help="'s3://bucket/train/*.tar' a{0..9}.tar")],
-    out: Annotated[Path, typer.Option(help="NAME.arrow, for train_list or val_list")],
+    out: Annotated[str, typer.Option(help="NAME.arrow, for train_list or val_list")],
 ) -> None:
-    """Index the images of tar shards, WebDataset's or of class folders, to train from in place.
-
-    workbench index 's3://bucket/train/{00000..00099}.tar' --out train.arrow
-    """
+    """Index the images of tar shards, WebDataset's or of class folders, to train in place."""
     from workbench import data
 
     print(data.write_index(sources, out))

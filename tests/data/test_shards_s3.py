@@ -1,5 +1,6 @@
 """Training from shards in an object store gives what files give, whatever the store does."""
 
+import functools
 import json
 import os
 import signal
@@ -47,6 +48,7 @@ def store(server, monkeypatch):
     return server
 
 
+@functools.cache
 def client(server: str):
     """The client of the SDK, which is not the one that the package uses."""
     return boto3.client("s3", endpoint_url=server)

@@ -44,8 +44,8 @@ class Batch(NamedTuple):
     global_size: int  # images in the whole step, over all parts and processes
     failures: list[tuple[int, str, str]]  # (row, reason, detail) of images that were left out
     aug_params: list[dict] | None = None  # of each image, what is left for the device
-    seconds: float = 0.0  # to read and transform them, in the process that did
     error: str = ""  # of a shard, which says nothing about the images
+    seconds: float = 0.0  # to read and transform them, in the process that did
 
 
 class Part(NamedTuple):
@@ -186,8 +186,8 @@ class Reader(TorchDataset):
             part.global_size,
             failures,
             params if self.transform.on_device else None,
-            time.perf_counter() - start,
             error_text,
+            time.perf_counter() - start,
         )
 
     def pixels(

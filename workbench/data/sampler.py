@@ -79,18 +79,19 @@ def permuted(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.nda
     return found.astype(np.int64)
 
 
-def repeat(rows: np.ndarray, batch_size: int, copies: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first 1 / copies of the rows, each `copies` times, and the number of each copy.
+def repeat(
+    positions: np.ndarray, count: int, batch_size: int, copies: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What stands at positions of an epoch where a `copies`-th of `count` is used: place and copy.
 
     Hoffer et al., arXiv 1901.09335: the copies of an image are in one batch, each augmented
     differently. They are a `copies`-th of the batch apart, so that neighbours, which are mixed
     with each other, are different images.
     """
     size = max(1, batch_size // copies)
-    chunks = [rows[i : i + size] for i in range(0, -(-len(rows) // copies), size)]
-    number = [np.repeat(np.arange(copies), len(chunk)) for chunk in chunks]
-    repeated = [np.tile(chunk, copies) for chunk in chunks]
-    return np.concatenate(repeated)[: len(rows)], np.concatenate(number)[: len(rows)]
+    chunk, at = np.divmod(positions, size * copies)
+    copy, within = np.divmod(at, np.minimum(size, count - chunk * size))
+    return chunk * size + within, copy
 
 
 def apportion(shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -151,24 +152,22 @@ class Sampler:
         A pair of row and copy is used at most once an epoch, so each has different random numbers.
         """
         epoch, slot = divmod(step, self.steps_per_epoch)
-        if len(self.labels) > LARGE:
-            return self._computed(epoch, slot * self.batch_size)
         part = slice(slot * self.batch_size, (slot + 1) * self.batch_size)
+        if (count := len(self.labels)) > LARGE:
+            at = np.arange(*part.indices(count))
+            at, copies = repeat(at, count, self.batch_size, self.repeated_aug)
+            rows = permuted(at, count, self.seed, epoch)
+            rows.flags.writeable = copies.flags.writeable = False
+            return rows, copies
         rows, copies = self._epoch(epoch)
         return rows[part], copies[part]
-
-    def _computed(self, epoch: int, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """A batch of what `repeat` gives for the whole epoch."""
-        count, copies = len(self.labels), self.repeated_aug
-        size, used = max(1, self.batch_size // copies), -(-count // copies)
-        chunk, at = np.divmod(np.arange(start, min(start + self.batch_size, count)), size * copies)
-        copy, within = np.divmod(at, np.minimum(size, used - chunk * size))
-        return permuted(chunk * size + within, count, self.seed, epoch), copy
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
             shuffled = epoch_permutation(self.seed, epoch, len(self.labels))
-            rows, copies = repeat(shuffled, self.batch_size, self.repeated_aug)
+            at = np.arange(len(shuffled))
+            rows, copies = repeat(at, len(at), self.batch_size, self.repeated_aug)
+            rows = shuffled[rows]
             if self.class_balanced_sampling:  # `shuffled` then is the order of the chosen rows
                 chosen, number = self._balanced(epoch)
                 rows, copies = chosen[rows], number[rows] * self.repeated_aug + copies

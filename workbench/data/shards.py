@@ -42,24 +42,20 @@ def write_index(sources: Sequence[str], out: str | Path, *, progress: bool = Tru
     if not is_index(out):
         raise DataError(f"--out {str(out)!r}: an index is mapped into memory; name it NAME.arrow")
     urls = [url for source in sources for url in _expand(source)]
-    shards, tables, kinds = {}, [], set()
+    shards, tables = {}, []
     with counter(len(urls), "listing shards", "shard", progress) as count:
         for start in range(0, len(urls), 64):
             some = urls[start : start + 64]
-            for url, (shards[url], found) in zip(some, shard_store.each("list", some), strict=True):
-                table, kind = _samples(url, found)
-                tables.append(table)
-                kinds.add(kind)
+            for url, (shards[url], files) in zip(some, shard_store.each("list", some), strict=True):
+                tables.append(_samples(url, files))
                 count()
-    if len(kinds) > 1:
-        raise DataError("some shards have label files and some class folders; index one kind")
     table = pa.concat_tables(tables).combine_chunks()
     counts = pc.value_counts(table["file"])
     if len(counts) < len(table):
         name = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
         first, other, *_ = table.filter(pc.equal(table["file"], name))["path"].to_pylist()
         raise DataError(f"{name.as_py()!r} is there twice: {first}, {other}; a key stands for one")
-    labels, classes = _numbered(table["label"].combine_chunks(), kinds == {"folders"})
+    labels, classes = _numbered(table["label"].combine_chunks())
     table = table.set_column(1, "label", labels)
     digest = hashlib.sha256(json.dumps([shards, classes]).encode())
     for buffer in filter(None, table["file"].chunk(0).buffers() + labels.buffers()):
@@ -69,7 +65,7 @@ def write_index(sources: Sequence[str], out: str | Path, *, progress: bool = Tru
     with pa.ipc.new_file(temporary := f"{out}.{os.getpid()}", table.schema) as file:
         file.write_table(table)
     os.replace(temporary, out)
-    number = counted(len(classes) if classes else pc.count_distinct(labels).as_py(), "class")
+    number = counted(pc.count_distinct(labels).as_py(), "class")
     return f"{out}: {counted(len(table), 'image')} of {number} in {counted(len(urls), 'shard')}"
 
 
@@ -79,21 +75,18 @@ def _expand(source: str) -> list[str]:
         numbers = range(int(part[1]), int(part[2]) + 1)
         names = (source.replace(part[0], f"{i:0{len(part[1])}d}", 1) for i in numbers)
         return [url for name in names for url in _expand(name)]
-    source = source if shard_store.is_remote(source) else os.path.abspath(source)
+    source = source if "://" in source else os.path.abspath(source)
     if not re.search(r"[*?\[]", source):
         return [source]
-    if shard_store.is_remote(source):
-        [below] = shard_store.each("below", [source])
-        found = [url for url in below if fnmatchcase(url, source)]
-    else:
-        found = glob.glob(source)
+    [below] = shard_store.each("below", [source]) if "://" in source else [[]]
+    found = [url for url in below if fnmatchcase(url, source)] or glob.glob(source)
     if not found:
         raise DataError(f"no shard has the name {source!r}")
     return sorted(found)
 
 
-def _samples(url: str, files: shard_store.Members) -> tuple[pa.Table, str]:
-    """file, label (text) and path of the images in a shard, and where the labels are from."""
+def _samples(url: str, files: list[tuple[str, int, int, bytes]]) -> pa.Table:
+    """file, label and path of the images in a shard; a label that is a folder ends in a slash."""
     files = [(normalize("NFC", f[0].removeprefix("./")), *f[1:]) for f in files]
     files = [file for file in files if not any(map(is_hidden, file[0].split("/")))]
     by_file = any(name.rpartition(".")[2] in shard_store.LABELS for name, *_ in files)
@@ -115,7 +108,7 @@ def _samples(url: str, files: shard_store.Members) -> tuple[pa.Table, str]:
         raise DataError(f"shard {url} has no images; leave it out")
     rows = []
     for key, (name, start, size) in found.items():
-        label = _label(labels.pop(key, {})) if by_file else name.rpartition("/")[0]
+        label = _label(labels.pop(key, {})) if by_file else "".join(name.rpartition("/")[:2])
         if not label:
             text = f"{name!r} has no label; add .cls, .json or .txt, or use class folders"
             raise DataError(f"shard {url}: {text}")
@@ -123,7 +116,7 @@ def _samples(url: str, files: shard_store.Members) -> tuple[pa.Table, str]:
     if labels:
         raise DataError(f"shard {url}: {min(labels)!r} has a label and no image; pack it again")
     columns = [pa.array(column, pa.large_string()) for column in zip(*rows, strict=True)]
-    return pa.table(columns, ["file", "label", "path"]), "files" if by_file else "folders"
+    return pa.table(columns, ["file", "label", "path"])
 
 
 def _label(given: dict[str, bytes]) -> str:
@@ -131,26 +124,29 @@ def _label(given: dict[str, bytes]) -> str:
     try:
         entry = json.loads(given.get("json", b"{}"))
         found = [entry.get(name) for name in ("cls", "label")] if isinstance(entry, dict) else []
-        texts = [str(one) for one in found if isinstance(one, int | str)]
-        texts = [given.get("cls", b"").decode(), *texts, given.get("txt", b"").decode()]
-        return next((normalize("NFC", text.strip()) for text in texts if text.strip()), "")
+        texts = [
+            given.get("cls", b"").decode(),
+            *(str(t) for t in found if isinstance(t, int | str)),
+        ]
+        texts = [normalize("NFC", t.strip()) for t in (*texts, given.get("txt", b"").decode())]
+        return next(filter(None, texts), "")
     except ValueError:  # no JSON, or no UTF-8
         return ""
 
 
-def _numbered(labels: pa.Array, are_folders: bool) -> tuple[pa.Array, list[str] | None]:
+def _numbered(labels: pa.Array) -> tuple[pa.Array, list[str] | None]:
     """Labels as numbers of the smallest type, and the class names, None where they were numbers."""
     coded = labels.dictionary_encode()
     texts, classes = coded.dictionary.to_pylist(), None
-    while (
-        are_folders and all("/" in t for t in texts) and len({t.split("/")[0] for t in texts}) < 2
-    ):
-        texts = [text.partition("/")[2] for text in texts]  # a folder around all others is no class
-    texts = [text.partition("/")[0] for text in texts] if are_folders else texts
+    are_folders = all(text.endswith("/") for text in texts)
+    if are_folders:  # one around all others is no class
+        while all(t.count("/") > 1 for t in texts) and len({t.split("/")[0] for t in texts}) == 1:
+            texts = [text.partition("/")[2] for text in texts]
+        texts = [text.partition("/")[0] for text in texts]
     names = [text for text in texts if are_folders or not re.fullmatch(r"\d{1,9}", text)]
     if names and len(names) < len(texts):
-        number = next(text for text in texts if text not in names)
-        raise DataError(f"labels are numbers ({number!r}) and names ({names[0]!r}); use one kind")
+        text = f"{names[0]!r} is no number, and others are; use one kind"
+        raise DataError(f"labels of the shards: {text}")
     if names:
         classes = sorted({*texts})
         texts = [*map({name: i for i, name in enumerate(classes)}.get, texts)]
@@ -159,41 +155,34 @@ def _numbered(labels: pa.Array, are_folders: bool) -> tuple[pa.Array, list[str] 
     return pa.array(numbers[coded.indices.to_numpy()]), classes
 
 
-def open_indexes(
-    paths: Sequence[Path], classes: list[str] | None = None
-) -> tuple[pd.DataFrame, list[str] | None]:
-    """The rows of indexes, mapped into memory, and the class names, None for numbers.
+def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, list[str] | None]:
+    """The rows of an index, mapped into memory, and the class names, None for numbers.
 
     With `classes` (those of training) labels follow them. attrs["index"] has a digest and the
     number of rows. Raises DataError.
     """
-    frames, digest, shards = [], "", {}
-    for number, path in enumerate(paths):
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            meta = json.loads(table.schema.metadata[_META])
-        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-            text = f"cannot be read ({error}); `workbench index SHARDS --out FILE` makes it"
-            raise DataError(f"index {str(path)!r} {text}") from None
-        frame, names = table.to_pandas(split_blocks=True), meta["classes"]
-        classes = names if classes is None and not frames else classes
-        if (names is None) != (classes is None) or {*(names or ())} - {*(classes or ())}:
-            both = f"classes {str(names)[:60]}, which are not of the others, {str(classes)[:60]}"
-            raise DataError(f"index {str(path)!r} has {both}")
-        if names != classes:
-            frame["label"] = np.array([*map(classes.index, names)])[frame.label]
-        listed = np.zeros(len(frame), np.int64)  # takes no memory while nothing is written
-        if number:
-            listed += number
-        frames.append(frame.assign(list=listed, outside=np.zeros(len(frame), bool)))
-        digest += meta["digest"]
-        shards |= {url: shard_store.Shard(*shard) for url, shard in meta["shards"].items()}
-    frame = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
-    frame.attrs["index"], _opened[digest] = (digest, len(frame)), shards
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        meta = json.loads(table.schema.metadata[_META])
+    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+        text = f"cannot be read ({error}); `workbench index SHARDS --out FILE` makes it"
+        raise DataError(f"index {str(path)!r} {text}") from None
+    frame, names = table.to_pandas(split_blocks=True), meta["classes"]
+    if classes and names != classes:
+        if extra := sorted({*(names or ["numbers"])} - {*classes}):
+            raise DataError(f"index {str(path)!r} has classes {extra[:8]}, not in training")
+        frame["label"] = np.array([*map(classes.index, names)])[frame.label]
+    shards = {url: (size, version) for url, (size, version) in meta["shards"].items()}
+    _opened[meta["digest"]] = shards
     shard_store.known.update(shards)
-    return frame, classes
+    zeros = np.zeros(len(frame), np.int64)  # takes no memory while nothing is written
+    frame = frame.assign(list=zeros, outside=np.zeros(len(frame), bool))
+    frame.attrs["index"] = meta["digest"], len(frame)
+    return frame, classes or names
 
 
 def check_shards(frame: pd.DataFrame) -> None:
     """Raises StoreError where a shard of an index is missing or has changed since."""
-    shard_store.check(_opened[frame.attrs["index"][0]])
+    shards = _opened[frame.attrs["index"][0]]
+    for (url, shard), now in zip(shards.items(), shard_store.each("look", shards), strict=True):
+        shard_store.compare(url, shard, now)

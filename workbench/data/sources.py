@@ -47,7 +47,9 @@ def _load(recipe: Recipe, strict: bool, folder: Path) -> Dataset:
     sources = _sources(recipe, folder)
     for side, (lists, roots) in sources.items():
         if any(map(shards.is_index, lists)):
-            frames[side], folders = shards.open_indexes(lists, folders)
+            if len(lists) > 1:
+                raise DataError(f"{side}_list: an index stands alone; index all shards in one")
+            frames[side], folders = shards.open_index(lists[0], folders)
         elif lists:
             pairs = enumerate(zip(lists, roots, strict=True))
             parts = [tables.read(path, root, i, *columns) for i, (path, root) in pairs]
