@@ -201,7 +201,7 @@ def test_a_store_that_stops_answering_ends_the_run_with_a_checkpoint(
 ):
     upload(store, shards, "silent")
     monkeypatch.setattr(shard_store, "ATTEMPTS", 2)  # in the workers, which are forked
-    options = recipe(shards, "silent", tmp_path, epochs=3)
+    options = recipe(shards, "silent", tmp_path, batch_size=16)  # more steps than are read ahead
     run = runs.Run(options.folder)
     from workbench import training
 
@@ -211,7 +211,7 @@ def test_a_store_that_stops_answering_ends_the_run_with_a_checkpoint(
                 faults(store, 10**9)
     faults(store, 0)
     assert run.load_checkpoint()["progress"]["step"] >= 4
-    resumed, whole = train(options), train(recipe(shards, "local", tmp_path, epochs=3))
+    resumed, whole = train(options), train(recipe(shards, "local", tmp_path, batch_size=16))
     assert_same_tensors(weights(resumed), weights(whole))
     assert resumed.metrics().equals(whole.metrics())
 

@@ -175,8 +175,9 @@ def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, lis
     shards = {url: (size, version) for url, (size, version) in meta["shards"].items()}
     _opened[meta["digest"]] = shards
     shard_store.known.update(shards)
-    zeros = np.zeros(len(frame), np.int64)  # takes no memory while nothing is written
-    frame = frame.assign(list=zeros, outside=np.zeros(len(frame), bool))
+    # Zeros that nobody writes, and that pandas does not copy, take no memory.
+    zeros = {"list": np.zeros(len(frame), np.int64), "outside": np.zeros(len(frame), bool)}
+    frame = pd.DataFrame({**frame, **zeros}, copy=False)
     frame.attrs["index"] = meta["digest"], len(frame)
     return frame, classes or names
 
