@@ -85,7 +85,7 @@ def simulate(where: str, number: str) -> None:
     shard_of = pa.array(names, pa.large_string()).take(shard_of)
     path = pc.binary_join_element_wise(shard_of, tail, text("::"))
     label = pa.array((np.arange(images) * 2654435761 % 21_843).astype(np.int16))
-    meta |= {"digest": "simulated", "shards": dict.fromkeys(names, shard)}
+    meta["shards"] = dict.fromkeys(names, shard)
     table = pa.table({"file": file, "label": label, "path": path}).combine_chunks()
     table = table.replace_schema_metadata({META: json.dumps(meta)})
     with pa.ipc.new_file(str(folder / "large.arrow"), table.schema) as out:

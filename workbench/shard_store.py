@@ -179,12 +179,10 @@ def each(name: str, items: Iterable) -> Iterator[Any]:
     if multiprocessing.current_process().daemon:  # as the loaders' workers, which fork no process
         results = _pool().map(functools.partial(_answer, name), items)
     else:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-c", f"from {__name__} import answer_all; answer_all()"]
-        options = {"input": pickle.dumps((name, items)), "stdout": subprocess.PIPE, "env": env}
-        done = subprocess.run(
-            command, start_new_session=True, **options
-        )  # Ctrl-C ends it from here
+        options = {"input": pickle.dumps((name, items)), "env": {**os.environ, **path}}
+        done = subprocess.run(command, stdout=subprocess.PIPE, start_new_session=True, **options)
         if done.returncode:
             raise StoreError("the process that reads shards failed; see its message above")
         results = pickle.loads(done.stdout)

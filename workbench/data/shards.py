@@ -5,7 +5,6 @@ into memory: file (the name in the shard), label, and path, the place that image
 """
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 from workbench import counted, shard_store
 from workbench.data import images
 from workbench.data.archives import is_hidden
-from workbench.data.dataset import DataError
+from workbench.data.dataset import DataError, text_digest
 from workbench.data.verify import counter
 
 _META = b"workbench.index"
@@ -56,12 +55,8 @@ def write_index(sources: Sequence[str], out: str | Path, *, progress: bool = Tru
         first, other, *_ = table.filter(pc.equal(table["file"], name))["path"].to_pylist()
         raise DataError(f"{name.as_py()!r} is there twice: {first}, {other}; a key stands for one")
     labels, classes = _numbered(table["label"].combine_chunks())
-    table = table.set_column(1, "label", labels)
-    digest = hashlib.sha256(json.dumps([shards, classes]).encode())
-    for buffer in filter(None, table["file"].chunk(0).buffers() + labels.buffers()):
-        digest.update(buffer)
-    meta = {"digest": digest.hexdigest(), "classes": classes, "shards": shards}
-    table = table.replace_schema_metadata({_META: json.dumps(meta)})
+    meta = json.dumps({"classes": classes, "shards": shards})
+    table = table.set_column(1, "label", labels).replace_schema_metadata({_META: meta})
     with pa.ipc.new_file(temporary := f"{out}.{os.getpid()}", table.schema) as file:
         file.write_table(table)
     os.replace(temporary, out)
@@ -123,12 +118,9 @@ def _label(given: dict[str, bytes]) -> str:
     """The label of a sample as text, "" without one: .cls, else cls or label of .json, else .txt"""
     try:
         entry = json.loads(given.get("json", b"{}"))
-        found = [entry.get(name) for name in ("cls", "label")] if isinstance(entry, dict) else []
-        texts = [
-            given.get("cls", b"").decode(),
-            *(str(t) for t in found if isinstance(t, int | str)),
-        ]
-        texts = [normalize("NFC", t.strip()) for t in (*texts, given.get("txt", b"").decode())]
+        found = [entry.get("cls"), entry.get("label")] if isinstance(entry, dict) else []
+        found = [given.get("cls", b"").decode(), *found, given.get("txt", b"").decode()]
+        texts = [normalize("NFC", str(t).strip()) for t in found if isinstance(t, int | str)]
         return next(filter(None, texts), "")
     except ValueError:  # no JSON, or no UTF-8
         return ""
@@ -145,8 +137,7 @@ def _numbered(labels: pa.Array) -> tuple[pa.Array, list[str] | None]:
         texts = [text.partition("/")[0] for text in texts]
     names = [text for text in texts if are_folders or not re.fullmatch(r"\d{1,9}", text)]
     if names and len(names) < len(texts):
-        text = f"{names[0]!r} is no number, and others are; use one kind"
-        raise DataError(f"labels of the shards: {text}")
+        raise DataError(f"label {names[0]!r} is no number, and others are; write all as names")
     if names:
         classes = sorted({*texts})
         texts = [*map({name: i for i, name in enumerate(classes)}.get, texts)]
@@ -163,22 +154,21 @@ def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, lis
     """
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        meta = json.loads(table.schema.metadata[_META])
+        digest = text_digest((about := table.schema.metadata[_META]).decode())
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         text = f"cannot be read ({error}); `workbench index SHARDS --out FILE` makes it"
         raise DataError(f"index {str(path)!r} {text}") from None
-    frame, names = table.to_pandas(split_blocks=True), meta["classes"]
+    frame, (names, shards) = table.to_pandas(split_blocks=True), json.loads(about).values()
     if classes and names != classes:
         if extra := sorted({*(names or ["numbers"])} - {*classes}):
             raise DataError(f"index {str(path)!r} has classes {extra[:8]}, not in training")
         frame["label"] = np.array([*map(classes.index, names)])[frame.label]
-    shards = {url: (size, version) for url, (size, version) in meta["shards"].items()}
-    _opened[meta["digest"]] = shards
-    shard_store.known.update(shards)
+    _opened[digest] = {url: tuple(shard) for url, shard in shards.items()}
+    shard_store.known.update(_opened[digest])
     # Zeros that nobody writes, and that pandas does not copy, take no memory.
     zeros = {"list": np.zeros(len(frame), np.int64), "outside": np.zeros(len(frame), bool)}
     frame = pd.DataFrame({**frame, **zeros}, copy=False)
-    frame.attrs["index"] = meta["digest"], len(frame)
+    frame.attrs["index"] = digest, len(frame)
     return frame, classes or names
 
 
