@@ -1,7 +1,8 @@
 """moto's S3 server behind a proxy that injects faults; `python shard_server.py` prints its URL.
 
 GET /faults?200 lets it damage this many of the next range requests; GET /faults says how many of
-each kind there were. Kinds: status 503, a reset connection, half of the bytes, a delay.
+each kind there were. Kinds: status 503, a reset connection, half of the bytes, a delay. With a
+count over 10^8 every range gets status 503.
 """
 
 import collections
@@ -57,6 +58,8 @@ class Proxy(BaseHTTPRequestHandler):
         with lock:
             if self.command != "GET" or not self.headers.get("Range") or not left[0]:
                 return ""
+            if left[0] > 10**8:
+                return "503"
             if rng.random() < 0.5:
                 return ""
             left[0] -= 1

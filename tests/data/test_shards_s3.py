@@ -45,7 +45,8 @@ def store(server, monkeypatch):
     options = {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "DEFAULT_REGION": "us-east-1"}
     for name, value in {**options, "ENDPOINT_URL": server}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    return server
+    yield server
+    faults(server, 0)
 
 
 @functools.cache
