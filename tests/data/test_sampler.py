@@ -80,7 +80,7 @@ def test_the_rows_of_a_step_never_change(
 
 @pytest.mark.parametrize("count, batch_size, copies", [(18, 6, 3), (40, 16, 4), (23, 7, 2)])
 def test_neighbours_among_repeated_images_are_different(count, batch_size, copies):
-    rows, number = sampler.repeat(np.arange(count), batch_size, copies)
+    rows, number = sampler.repeat(np.arange(count), count, batch_size, copies)
     assert len(rows) == len(number) == count and set(number) <= set(range(copies))
     for start in range(0, count, batch_size):
         step = rows[start : start + batch_size]

@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from workbench import image_files
+from workbench import image_files, shard_store
 
 cv2.setNumThreads(0)  # there is a worker per core, and OpenCV's threads do not survive a fork
 warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata
@@ -45,12 +46,13 @@ def decode(path: str | Path) -> Image.Image:
     return Image.fromarray(open(path).pixels())
 
 
-def open(path: str | Path) -> "Pixels | Jpeg":
+def open(path: str | Path, content: bytes | None = None) -> "Pixels | Jpeg":
     """The image of `decode`; a JPEG is decoded at the first use of its pixels.
 
-    Raises ImageError, as do the methods that decode.
+    `content` has the bytes at the path, if they were read. Raises ImageError, as do the methods
+    that decode.
     """
-    return image_files.with_reason(path, lambda: _open(path))
+    return image_files.with_reason(path, lambda: _open(path, content))
 
 
 def image(image: "AnyImage") -> "Pixels | Jpeg":
@@ -185,8 +187,14 @@ def resize(
     return np.asarray(image.resize(size, Image.Resampling[interpolation.upper()], box))
 
 
-def _open(path: str | Path) -> Pixels | Jpeg:
-    with image_files.opened(path) as file:
+def opened(path: str | Path, content: bytes | None = None) -> BinaryIO:
+    """The bytes of an image, which may be in a shard. Raises ImageError, OSError."""
+    content = next(shard_store.read([str(path)])) if content is None else content
+    return image_files.opened(path) if content is None else io.BufferedReader(io.BytesIO(content))
+
+
+def _open(path: str | Path, content: bytes | None) -> Pixels | Jpeg:
+    with opened(path, content) as file:
         is_jpeg = file.raw.read(3) == b"\xff\xd8\xff"
         file.raw.seek(0)
         if is_jpeg and (found := _jpeg(file.raw.read())):

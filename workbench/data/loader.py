@@ -20,10 +20,12 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from workbench import shard_store
 from workbench.data import images
 from workbench.data.dataset import DataError
 from workbench.data.pixel_cache import Cache
@@ -42,6 +44,7 @@ class Batch(NamedTuple):
     global_size: int  # images in the whole step, over all parts and processes
     failures: list[tuple[int, str, str]]  # (row, reason, detail) of images that were left out
     aug_params: list[dict] | None = None  # of each image, what is left for the device
+    error: str = ""  # of a shard, which says nothing about the images
     seconds: float = 0.0  # to read and transform them, in the process that did
 
 
@@ -94,7 +97,7 @@ def train_loader(
     and a part of no images where a small last batch has none for it. `cached` is a
     pixel_cache.Cache of the frame with transform.resize; it changes no byte.
     """
-    sampler = Sampler(frame.label.to_numpy(np.int64), **sampling)
+    sampler = Sampler(frame.label.to_numpy(), **sampling)
     parts = _train_parts(sampler, steps, micro_batch_size, rank, world)
     return _load(Reader(frame, transform, cached, sampler.seed), parts, workers, pin_memory)
 
@@ -134,24 +137,38 @@ def eval_loader(
 
 
 class Reader(TorchDataset):
-    """Reads parts of steps into batches. Every worker has one, so the paths are one array."""
+    """Reads parts of steps into batches.
+
+    Every worker has one: paths are one array, which for an index is a file mapped into memory.
+    """
 
     def __init__(
         self, frame: pd.DataFrame, transform: Transform, cached: Cache | None, seed: int = 0
     ):
-        self.paths = np.array([os.fsencode(path) for path in frame.path])
-        self.labels = frame.label.to_numpy(np.int64)
+        is_text = frame.path.dtype != object  # object for names that are not UTF-8
+        self.paths = pa.array(frame.path if is_text else [os.fsencode(p) for p in frame.path])
+        self.labels = frame.label.to_numpy()
         self.transform, self.cached, self.seed = transform, cached, seed
+        self.shards = shard_store.known  # goes with it to a process that is not forked
+
+    def path(self, row: int) -> str:
+        return os.fsdecode(self.paths[row].as_py())
 
     def __getitem__(self, part: Part) -> Batch:
         """The rows that can be read, transformed with the random numbers of (epoch, row, copy)."""
         start, streams, rng = time.perf_counter(), Streams(self.seed), None
-        decoded, params, used, failures = [], [], [], []
+        decoded, params, used, failures, error_text = [], [], [], [], ""
+        paths = [self.path(row) for row in part.rows.tolist()] if self.cached is None else []
+        shard_store.known.update(self.shards)
+        contents = shard_store.read(paths)
         for i, row in enumerate(part.rows.tolist()):
             if part.copies is not None:
                 rng = streams(DRAW, part.epoch, row, int(part.copies[i]))
             try:
-                pixels, left = self.pixels(row, rng)
+                pixels, left = self.pixels(row, rng, next(contents, None))
+            except shard_store.StoreError as error:
+                error_text = str(error)
+                break
             except images.ImageError as error:
                 failures.append((row, error.reason, error.detail))
                 continue
@@ -163,19 +180,22 @@ class Reader(TorchDataset):
         rows, positions = (a[used].astype(np.int64) for a in (part.rows, part.positions))
         return Batch(
             torch.from_numpy(stacked).permute(0, 3, 1, 2),
-            *map(torch.from_numpy, (self.labels[rows], rows, positions)),
+            *map(torch.from_numpy, (self.labels[rows].astype(np.int64), rows, positions)),
             part.step,
             part.is_last,
             part.global_size,
             failures,
             params if self.transform.on_device else None,
+            error_text,
             time.perf_counter() - start,
         )
 
-    def pixels(self, row: int, rng: np.random.Generator | None) -> tuple[np.ndarray, dict | None]:
+    def pixels(
+        self, row: int, rng: np.random.Generator | None, content: bytes | None = None
+    ) -> tuple[np.ndarray, dict | None]:
         """The pixels (size, size, 3) of a row, and what is left for the device."""
         if self.cached is None:
-            image = images.open(os.fsdecode(self.paths[row]))
+            image = images.open(self.path(row), content)
         else:
             image = self.cached.image(row)
             if rng is None:  # the cache has the result of validation
@@ -211,7 +231,10 @@ def _load(reader: Reader, parts: Iterator[Part], workers: int, pin_memory: bool)
                 generator=torch.Generator(),  # leaves the global one unchanged
             )
         )
-        yield from loader
+        for batch in loader:
+            if batch.error:
+                raise shard_store.StoreError(batch.error)
+            yield batch
     except EOFError:  # a worker without a free file descriptor cannot hand over a batch
         explained = DataError(_TOO_MANY_FILES)
     except (OSError, RuntimeError) as error:

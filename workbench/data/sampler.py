@@ -15,6 +15,7 @@ from workbench.data.dataset import DataError
 from workbench.schedule import steps_per_epoch
 
 ORDER, DRAW, STEP, ERASE, MIX, BALANCE = range(6)  # purposes of random numbers
+LARGE = 4_000_000  # images from which on an epoch's order is computed, not stored
 COPIES = 2**16  # copies of an image in an epoch that have different random numbers
 
 
@@ -53,18 +54,44 @@ def epoch_permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return rng_for(seed, ORDER, epoch).permutation(count)
 
 
-def repeat(rows: np.ndarray, batch_size: int, copies: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first 1 / copies of the rows, each `copies` times, and the number of each copy.
+def permuted(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows at these positions of an epoch's order, from a bijection of 0 to count - 1.
+
+    A Feistel network of eight rounds (Luby and Rackoff, SIAM J. Comput. 17, 1988) permutes the
+    numbers of 2w bits; one of `count` or more is permuted again, which is cycle walking (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Rounds mix as splitmix64 does
+    (Steele et al., OOPSLA 2014).
+    """
+    width = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
+    mask, keys = np.uint64(2 ** int(width) - 1), rng_for(seed, ORDER, epoch).bit_generator
+    keys = keys.random_raw(8)
+    found = np.asarray(positions).astype(np.uint64)
+    todo = np.arange(len(found))
+    while len(todo):
+        left, right = found[todo] >> width, found[todo] & mask
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        found[todo] = left << width | right
+        todo = todo[found[todo] >= count]
+    return found.astype(np.int64)
+
+
+def repeat(
+    positions: np.ndarray, count: int, batch_size: int, copies: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What stands at positions of an epoch where a `copies`-th of `count` is used: place and copy.
 
     Hoffer et al., arXiv 1901.09335: the copies of an image are in one batch, each augmented
     differently. They are a `copies`-th of the batch apart, so that neighbours, which are mixed
     with each other, are different images.
     """
     size = max(1, batch_size // copies)
-    chunks = [rows[i : i + size] for i in range(0, -(-len(rows) // copies), size)]
-    number = [np.repeat(np.arange(copies), len(chunk)) for chunk in chunks]
-    repeated = [np.tile(chunk, copies) for chunk in chunks]
-    return np.concatenate(repeated)[: len(rows)], np.concatenate(number)[: len(rows)]
+    chunk, at = np.divmod(positions, size * copies)
+    copy, within = np.divmod(at, np.minimum(size, count - chunk * size))
+    return chunk * size + within, copy
 
 
 def apportion(shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -104,6 +131,9 @@ class Sampler:
     def __post_init__(self) -> None:
         if not self.class_balanced_sampling:
             return
+        if len(self.labels) > LARGE:
+            text = f"class_balanced_sampling: {len(self.labels):,} images are over {LARGE:,}"
+            raise DataError(f"{text}, whose order is not stored; set it to 0")
         _, sizes, shares = self._classes
         times = np.ceil(np.ceil(np.round(shares, 6)) / sizes).astype(np.int64)
         if times.max() * self.repeated_aug > COPIES:
@@ -123,13 +153,21 @@ class Sampler:
         """
         epoch, slot = divmod(step, self.steps_per_epoch)
         part = slice(slot * self.batch_size, (slot + 1) * self.batch_size)
+        if (count := len(self.labels)) > LARGE:
+            at = np.arange(*part.indices(count))
+            at, copies = repeat(at, count, self.batch_size, self.repeated_aug)
+            rows = permuted(at, count, self.seed, epoch)
+            rows.flags.writeable = copies.flags.writeable = False
+            return rows, copies
         rows, copies = self._epoch(epoch)
         return rows[part], copies[part]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
             shuffled = epoch_permutation(self.seed, epoch, len(self.labels))
-            rows, copies = repeat(shuffled, self.batch_size, self.repeated_aug)
+            at = np.arange(len(shuffled))
+            rows, copies = repeat(at, len(at), self.batch_size, self.repeated_aug)
+            rows = shuffled[rows]
             if self.class_balanced_sampling:  # `shuffled` then is the order of the chosen rows
                 chosen, number = self._balanced(epoch)
                 rows, copies = chosen[rows], number[rows] * self.repeated_aug + copies

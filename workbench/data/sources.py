@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from workbench import ROOT, counted
-from workbench.data import archives, tables, toy
+from workbench.data import archives, shards, tables, toy
 from workbench.data.dataset import DataError, Dataset
 from workbench.data.lists import is_utf8, on_disk
 from workbench.parts import PartError
@@ -41,33 +41,11 @@ def load_dataset(recipe: Recipe, *, strict: bool = True, folder: Path | None = N
 def _load(recipe: Recipe, strict: bool, folder: Path) -> Dataset:
     if recipe.dataset != "files" and not is_part(recipe.dataset):
         recipe = recipe.model_copy(update=toy.as_files(recipe.dataset))
-    frames: dict[str, pd.DataFrame] = {}
-    folders, skipped = None, []
-    columns = recipe.file_column, recipe.label_column
     sources = _sources(recipe, folder)
-    for side, (lists, roots) in sources.items():
-        if lists:
-            pairs = enumerate(zip(lists, roots, strict=True))
-            parts = [tables.read(path, root, i, *columns) for i, (path, root) in pairs]
-            frames[side] = tables.joined(parts)
-        else:
-            frames[side], folders, left = read_folders(roots, folders)
-            skipped += [(side, *entry) for entry in left]
-    names, by_name = _class_names(recipe, folders), None
-    if any(tables.is_table(path) for lists, _ in sources.values() for path in lists):
-        listed = {side: frames[side] for side, (lists, _) in sources.items() if lists}
-        by_name = tables.number_labels(listed, names)
-        names = by_name or names
-    elif recipe.file_column or recipe.label_column:
-        raise DataError("file_column and label_column are for tables, and there is none")
-    for side, (lists, _) in sources.items():
-        if lists and names and not by_name:
-            _check_names(side, frames[side], names)
-        elif not lists:  # labels follow the file of class names
-            index = {name: i for i, name in enumerate(names)}
-            frames[side]["label"] = np.array([index[f] for f in folders])[frames[side].label]
-    trusted = is_part(recipe.dataset)  # code may name any file
-    frames = {side: f.assign(outside=f.outside & (not trusted)) for side, f in frames.items()}
+    frames, folders, skipped = _read(recipe, sources)
+    names = _label(recipe, sources, frames, folders)
+    if is_part(recipe.dataset):  # code may name any file
+        frames = {side: frame.assign(outside=False) for side, frame in frames.items()}
     if recipe.fold:
         frames["train"], frames["val"] = k_fold(frames["train"], recipe.fold, recipe.group_column)
     if recipe.val_fraction:
@@ -81,7 +59,55 @@ def _load(recipe: Recipe, strict: bool, folder: Path) -> Dataset:
     return Dataset(frames["train"], frames["val"], names, skipped)
 
 
-def _sources(recipe: Recipe, folder: Path) -> dict[str, tuple[list[Path], list[Path]]]:
+Sources = dict[str, tuple[list[Path], list[Path]]]  # lists and roots by side
+
+
+def _read(
+    recipe: Recipe, sources: Sources
+) -> tuple[dict[str, pd.DataFrame], list[str] | None, list[tuple[str, str, str]]]:
+    """The entries by side, class folders if there are some, and what is skipped."""
+    frames: dict[str, pd.DataFrame] = {}
+    folders, skipped = None, []
+    columns = recipe.file_column, recipe.label_column
+    for side, (lists, roots) in sources.items():
+        if any(map(shards.is_index, lists)):
+            if len(lists) > 1:
+                raise DataError(f"{side}_list: an index stands alone; index all shards in one")
+            frames[side], folders = shards.open_index(lists[0], folders)
+        elif lists:
+            pairs = enumerate(zip(lists, roots, strict=True))
+            parts = [tables.read(path, root, i, *columns) for i, (path, root) in pairs]
+            frames[side] = tables.joined(parts)
+        else:
+            frames[side], folders, left = read_folders(roots, folders)
+            skipped += [(side, *entry) for entry in left]
+    return frames, folders, skipped
+
+
+def _label(
+    recipe: Recipe, sources: Sources, frames: dict[str, pd.DataFrame], folders: list[str] | None
+) -> list[str] | None:
+    """The class names, if there are some; changes the labels of `frames` to their order."""
+    names, by_name = _class_names(recipe, folders), None
+    if any(tables.is_table(path) for lists, _ in sources.values() for path in lists):
+        listed = {side: frames[side] for side, (lists, _) in sources.items() if lists}
+        if any("index" in frame.attrs for frame in listed.values()):
+            raise DataError("train_list and val_list: an index cannot be beside a table")
+        by_name = tables.number_labels(listed, names)
+        names = by_name or names
+    elif recipe.file_column or recipe.label_column:
+        raise DataError("file_column and label_column are for tables, and there is none")
+    for side, (lists, _) in sources.items():
+        by_folder = not lists or folders is not None and "index" in frames[side].attrs
+        if not by_folder and names and not by_name:
+            _check_names(side, frames[side], names)
+        elif by_folder and names != folders:  # labels follow the file of class names
+            index = {name: i for i, name in enumerate(names)}
+            frames[side]["label"] = np.array([index[f] for f in folders])[frames[side].label]
+    return names
+
+
+def _sources(recipe: Recipe, folder: Path) -> Sources:
     """Lists and roots by side; validation is missing where it is split off training."""
     if is_part(recipe.dataset):
         root = _in_data_dir(recipe, "")
@@ -102,7 +128,7 @@ def _sources(recipe: Recipe, folder: Path) -> dict[str, tuple[list[Path], list[P
             for kind in ("list", "root")
         )
         lists = roots if not lists and any(map(tables.is_table, roots)) else lists
-        stored = lists and all(path.suffix.lower() == ".parquet" for path in lists)
+        stored = lists and all(path.suffix.lower() in (".parquet", ".arrow") for path in lists)
         if missing := [str(root) for root in roots if not root.exists() and not stored]:
             have = sorted(path.name for path in base.iterdir() if path.is_dir())[:8]
             raise DataError(

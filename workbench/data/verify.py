@@ -65,7 +65,7 @@ def file_digest(path: str) -> str:
 
     Raises OSError, and ImageError for a pipe, which would block.
     """
-    with image_files.opened(path) as file:
+    with images.opened(path) as file:
         return hashlib.file_digest(file, "sha1").hexdigest()
 
 

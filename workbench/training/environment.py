@@ -26,7 +26,7 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
     recipe, dist, train, val = state.recipe, state.dist, dataset.train, dataset.val
     cuda = dist.device.type == "cuda"
     downscaled = duplicates = None
-    if recipe.verify_data:
+    if "digest" in train and "digest" in val:
         duplicates = int(val.digest.isin(train.digest).sum())
         if recipe.train_resize:
             downscaled = int((train[["width", "height"]].min(axis=1) > recipe.train_resize).sum())

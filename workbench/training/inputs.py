@@ -61,6 +61,9 @@ def build_pixel_caches(
     """Complete caches of verified frames: training images before the crop, validation images as
     the model takes them. Raises CacheError.
     """
+    if "digest" not in train or "digest" not in val:
+        text = "cache: true needs images that were read before, and an index checks shards alone"
+        raise pixel_cache.CacheError(f"{text}; set cache: false")
     folder = ROOT / Path(recipe.cache_dir).expanduser() if recipe.cache_dir else CACHE / "pixels"
     caches = (
         pixel_cache.Cache(train, train_transform(recipe).resize, folder),

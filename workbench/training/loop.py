@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from workbench import data, models, parts, runs
+from workbench import data, models, parts, runs, shard_store
 from workbench.recipe import Recipe
 from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model
@@ -227,9 +227,20 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
-    """Writes a checkpoint when the caller leaves the loop."""
+    """Writes a checkpoint when the caller leaves the loop, or a step gets no images from a store.
+
+    Where the step has several parts or processes it may have begun: the last checkpoint remains.
+    """
+    state = writer.state
     try:
         yield
+    except shard_store.StoreError:
+        whole = not state.recipe.micro_batch_size and state.dist.world == 1
+        if whole and state.step % state.steps_per_epoch:  # 0 in validation, and where one is saved
+            writer.settle()
+            state.meter.lap()
+            writer.save()
+        raise
     except GeneratorExit:
         if writer.saved_step != writer.state.step:
             writer.save(alone=True)

@@ -63,15 +63,17 @@ class Meter:
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The parts of one step; measures the time that reading takes, and waiting for it."""
-        self._images.append(0)
+        is_last = True
         while True:
             start = time.monotonic()
-            batch = next(batches)
+            batch = next(batches)  # may raise, and then there is no step
+            self._images += [0] if is_last else []
+            is_last = batch.is_last
             self._waited += time.monotonic() - start
             self._loading += batch.seconds
             self._images[-1] += len(batch.labels)
             yield batch
-            if batch.is_last:
+            if is_last:
                 self._read += self._images[-1]
                 self._seen += batch.global_size
                 return

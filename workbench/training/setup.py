@@ -136,13 +136,16 @@ def trained_on_validation(recipe: Recipe, dataset: data.Dataset) -> list[str]:
 
 def verified(recipe: Recipe, dataset: data.Dataset) -> tuple[data.Dataset, pd.DataFrame]:
     """The dataset without the images that cannot be read, and those; every image is read once."""
-    if not recipe.verify_data:
-        columns = ["side", "file", "label", "reason", "detail", "step"]
-        return dataset, pd.DataFrame(columns=columns)
-    train, val = (data.verify_images(f, progress=is_main()) for f in (dataset.train, dataset.val))
-    train, bad_train = data.drop_corrupt(train, "train")
-    val, bad_val = data.drop_corrupt(val, "val")
-    return replace(dataset, train=train, val=val), pd.concat([bad_train, bad_val])
+    sides = {"train": dataset.train, "val": dataset.val}
+    bad = [pd.DataFrame(columns=["side", "file", "label", "reason", "detail", "step"])]
+    for side, frame in sides.items() if recipe.verify_data else ():
+        if "index" in frame.attrs:  # of an index the shards are checked
+            data.check_shards(frame)
+            continue
+        frame = data.verify_images(frame, progress=is_main())
+        sides[side], found = data.drop_corrupt(frame, side)
+        bad.append(found)
+    return replace(dataset, **sides), pd.concat(bad[1:] or bad)
 
 
 def _check_batch_norm(recipe: Recipe, images: int, world: int) -> None:

@@ -1,0 +1,362 @@
+"""Tar shards are read in place by an index, or refused by name."""
+
+import json
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import save_noise
+from shard_helpers import pack
+
+from workbench import data, shard_store
+from workbench.augmentation import EvalTransform, TrainTransform
+from workbench.data import DataError, images, sampler
+from workbench.recipe import Recipe
+from workbench.shard_store import StoreError
+from workbench.training import setup
+
+
+@pytest.fixture
+def png(tmp_path):
+    """The bytes of different images."""
+    return lambda seed: save_noise(tmp_path / "x.png", seed).read_bytes()
+
+
+def index(folder, *sources, name="train") -> str:
+    return data.write_index(list(map(str, sources)), folder / f"{name}.arrow", progress=False)
+
+
+def load(folder, **options) -> data.Dataset:
+    lists = {"train_list": "train.arrow", "val_list": "train.arrow", **options}
+    return data.load_dataset(Recipe(dataset="files", data_dir=str(folder), **lists))
+
+
+def samples(png, labels, end="cls", start=0) -> dict[str, bytes]:
+    files = {}
+    for i, label in enumerate(labels, start):
+        files |= {f"{i:03d}.png": png(i), f"{i:03d}.{end}": label}
+    return files
+
+
+def test_every_entry_of_an_index_has_the_bytes_and_the_label_of_its_sample(tmp_path, png):
+    """Read with Python's tarfile by name, not by offset."""
+    for n in range(3):
+        pack(tmp_path / f"{n:05d}.tar", samples(png, [b"1\n", b"0", b"12"] * 2, start=6 * n))
+    text = index(tmp_path, tmp_path / "{00000..00001}.tar", tmp_path / "0000[2-9].tar")
+    assert text.endswith("train.arrow: 18 images of 3 classes in 3 shards")
+    train = load(tmp_path).train
+    assert train.file.tolist() == [f"{i:03d}.png" for i in range(18)]
+    assert train.label.tolist() == [1, 0, 12] * 6 and train.label.dtype == np.int8
+    for row in train.itertuples():
+        with tarfile.open(row.path.partition("::")[0]) as tar:
+            wanted = tar.extractfile(row.file).read()
+        assert next(shard_store.read([row.path])) == wanted
+        assert (images.open(row.path).pixels() == images.open(row.path, wanted).pixels()).all()
+
+
+@pytest.mark.parametrize(
+    "files, classes, labels",
+    [
+        ({"a.jpg": b"x", "a.txt": b"cat", "b.jpg": b"x", "b.txt": b" ant\n"},
+         ["ant", "cat"], [1, 0]),
+        ({"a.jpg": b"x", "a.json": b'{"label": 1}',
+          "b.jpg": b"x", "b.json": b'{"cls": 0, "label": 7}'}, ["0", "1"], [1, 0]),
+        ({"a.jpg": b"x", "a.cls": b"1", "a.txt": b"a caption", "a.seg.png": b"x",
+          "b.jpg": b"x", "b.cls": b"0"}, ["0", "1"], [1, 0]),
+        ({"./cat/1.jpg": b"x", "./cat/2.x.jpg": b"x", "./ant/1.jpg": b"x", "./ant/._1.jpg": b"x"},
+         ["ant", "cat"], [1, 1, 0]),
+        ({"train/7/a.jpg": b"x", "train/7/in/b.jpg": b"x", "train/11/a.jpg": b"x"},
+         ["11", "7"], [1, 1, 0]),
+    ],
+)  # fmt: skip
+def test_labels_are_from_members_of_the_sample_or_from_class_folders(
+    tmp_path, files, classes, labels
+):
+    index(tmp_path, pack(tmp_path / "a.tar", files))
+    found = load(tmp_path)
+    assert found.classes == classes and found.train.label.tolist() == labels
+
+
+def test_labels_of_validation_follow_the_classes_of_training(tmp_path):
+    index(tmp_path, pack(tmp_path / "a.tar", {f"{c}/1.jpg": b"x" for c in "abc"}))
+    index(tmp_path, pack(tmp_path / "b.tar", {"c/2.jpg": b"x", "b/2.jpg": b"x"}), name="val")
+    assert load(tmp_path, val_list="val.arrow").val.label.tolist() == [2, 1]
+    (tmp_path / "names.txt").write_text("c\na\nb\n")
+    named = load(tmp_path, val_list="val.arrow", class_names="names.txt")
+    assert named.train.label.tolist() == [1, 2, 0] and named.val.label.tolist() == [0, 2]
+    index(tmp_path, pack(tmp_path / "c.tar", {"d/2.jpg": b"x"}), name="val")
+    with pytest.raises(DataError, match=r"classes \['d'\], not in training"):
+        load(tmp_path, val_list="val.arrow")
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"x"}, "'b.jpg' has no label"),
+        ({"a.jpg": b"x"}, "'a.jpg' has no label"),
+        ({"a.jpg": b"x", "a.json": b"[1]"}, "'a.jpg' has no label"),
+        ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "'a.jpg' and 'a.png' have one key"),
+        ({"a.jpg": b"x", "a.cls": b"1", "b.cls": b"1"}, "'/b' has a label and no image"),
+        ({"a.md": b"x"}, "has no images"),
+        ({"a.jpg": b"x", "a.txt": b"cat", "b.jpg": b"x", "b.txt": b"7"}, "'cat' is no number"),
+    ],
+)  # fmt: skip
+def test_samples_that_would_be_read_wrongly_are_refused_by_name(tmp_path, files, message):
+    with pytest.raises(DataError, match=message):
+        index(tmp_path, pack(tmp_path / "a.tar", files))
+    assert not (tmp_path / "train.arrow").exists()
+
+
+def test_a_key_in_two_shards_is_refused_with_both_places(tmp_path):
+    for name in "ab":
+        pack(tmp_path / f"{name}.tar", {"k.jpg": b"x", "k.cls": b"1"})
+    with pytest.raises(DataError, match="'k.jpg' is there twice: .*a.tar::.*b.tar::"):
+        index(tmp_path, tmp_path / "*.tar")
+
+
+def test_compressed_truncated_damaged_linked_and_missing_shards_are_refused_by_name(tmp_path, png):
+    whole = pack(tmp_path / "whole.tar", samples(png, [b"1", b"0"])).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        header, end = tar.getmembers()[2].offset, tar.offset
+    places = {"member": 1000, "boundary": header, "header": header + 100, "end": end, "no": 0}
+    cut = {name: whole[:place] for name, place in places.items()}
+    damaged = bytearray(whole)
+    damaged[header + 148] ^= 1  # the checksum of a later header
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        tar.add(tmp_path / "whole.tar", "a.jpg")
+    with tarfile.open(tmp_path / "linked.tar", "w") as tar:
+        (link := tarfile.TarInfo("b.jpg")).type = tarfile.SYMTYPE
+        tar.addfile(link)
+    for name, content in {**cut, "damaged": bytes(damaged)}.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+    for name in (*cut, "damaged", "packed", "linked"):
+        with pytest.raises(
+            StoreError, match=f"{name}.tar is truncated, compressed or no plain tar"
+        ):
+            index(tmp_path, tmp_path / f"{name}.tar")
+    with pytest.raises(StoreError, match="gone.tar is missing"):
+        index(tmp_path, tmp_path / "gone.tar")
+    with pytest.raises(DataError, match="no shard has the name"):
+        index(tmp_path, tmp_path / "z*.tar")
+    with pytest.raises(DataError, match="name it NAME.arrow"):
+        data.write_index([str(tmp_path / "whole.tar")], tmp_path / "train.parquet")
+
+
+@pytest.fixture
+def indexed(tmp_path, png):
+    """A folder with an index of three shards of five images."""
+    for n in range(3):
+        pack(tmp_path / f"{n}.tar", samples(png, [b"0", b"1", b"2", b"0", b"1"], start=5 * n))
+    index(tmp_path, tmp_path / "*.tar")
+    return tmp_path
+
+
+OPTIONS = {"seed": 3, "batch_size": 4, "steps": range(6)}
+
+
+def batches(frame, **options) -> list[data.Batch]:
+    transform = TrainTransform(16, crop_scale=(0.3, 1.0), hflip=0.5)
+    return list(data.train_loader(frame, transform, **OPTIONS, **options))
+
+
+def test_batches_are_those_of_the_unpacked_files_for_any_number_of_workers(indexed):
+    train = load(indexed).train
+    for path in indexed.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            tar.extractall(indexed / "files", filter="data")
+    files = train.assign(path=[str(indexed / "files" / name) for name in train.file])
+    files.attrs = {}
+    wanted = batches(files)
+    for workers in (0, 2):
+        for ours, theirs in zip(batches(train, workers=workers), wanted, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4], strict=True))
+
+
+def test_a_reader_that_moves_to_another_process_still_checks_its_shards(indexed):
+    train = load(indexed).train
+    reader = data.loader.Reader(train, EvalTransform(16, 16), None)
+    packed = pickle.dumps(reader)
+    os.utime(indexed / "1.tar", ns=(1, 1))
+    shard_store.known.clear()  # as in a process that was not forked
+    part = data.loader.Part(np.arange(7), None, np.arange(7), 0, 0, True, 7)
+    assert "1.tar has changed since it was indexed" in pickle.loads(packed)[part].error
+
+
+@pytest.mark.parametrize("how", ["replaced", "longer", "missing"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_is_not_the_indexed_one_stops_the_batches_by_name(indexed, how, workers):
+    train, shard = load(indexed).train, indexed / "1.tar"
+    content = shard.read_bytes()
+    shard.unlink()
+    if how != "missing":
+        shard.write_bytes(content + bytes(512 * (how == "longer")))
+    text = "is missing" if how == "missing" else "has changed since it was indexed"
+    with pytest.raises(StoreError, match=f"1.tar {text}"):
+        batches(train, workers=workers)
+    with pytest.raises(StoreError, match=f"1.tar {text}"):
+        data.check_shards(train)
+
+
+def test_an_image_that_is_damaged_in_its_shard_is_left_out_by_name_and_no_other(tmp_path, png):
+    files = samples(png, [b"0", b"1", b"0", b"1"])
+    files["002.png"] = files["002.png"][:200]
+    index(tmp_path, pack(tmp_path / "a.tar", files))
+    content = load(tmp_path)
+    [batch] = data.eval_loader(content.train, EvalTransform(16, 16), batch_size=4)
+    assert batch.indices.tolist() == [0, 1, 3] and batch.failures[0][0] == 2
+    findings = data.check_data(content, progress=False)
+    assert set(findings.file[findings.finding == "truncated"]) == {"002.png"}
+
+
+def test_verification_of_an_index_checks_shards_and_leaves_its_rows(indexed):
+    recipe = Recipe(dataset="files", data_dir=str(indexed), train_list="train.arrow",
+                    val_list="train.arrow")  # fmt: skip
+    content = data.load_dataset(recipe)
+    verified, bad = setup.verified(recipe, content)
+    assert verified.train is content.train and bad.empty
+    os.utime(indexed / "2.tar", ns=(1, 1))
+    with pytest.raises(StoreError, match="2.tar has changed"):
+        setup.verified(recipe, content)
+    setup.verified(recipe.replace(verify_data=False), content)
+
+
+def test_the_fingerprint_of_an_index_follows_its_shards_labels_and_rows(indexed, png):
+    content = load(indexed)
+    again, few = load(indexed), load(indexed, train_fraction=0.5)
+    assert data.fingerprint(again) == data.fingerprint(content) != data.fingerprint(few)
+    pack(indexed / "1.tar", samples(png, [b"0", b"1", b"2", b"0", b"2"], start=5))
+    index(indexed, indexed / "*.tar")
+    assert data.fingerprint(load(indexed)) != data.fingerprint(content)
+
+
+def test_an_index_is_refused_beside_other_lists_and_where_it_is_none(indexed):
+    (indexed / "t.csv").write_text("file,label\na.png,1\n")
+    (indexed / "val").mkdir()
+    with pytest.raises(DataError, match="an index cannot be beside a table"):
+        load(indexed, val_list="t.csv")
+    with pytest.raises(DataError, match="an index stands alone"):
+        load(indexed, train_list=["train.arrow", "train.arrow"])
+    pd.DataFrame({"a": [1]}).to_feather(indexed / "other.arrow")
+    (indexed / "cut.arrow").write_bytes((indexed / "train.arrow").read_bytes()[:-500])
+    for name in ("other", "cut", "gone"):
+        with pytest.raises(DataError, match=rf"{name}.arrow' cannot be read .* `workbench index"):
+            load(indexed, train_list=f"{name}.arrow")
+
+
+def test_the_command_writes_an_index(indexed, command):
+    done = command("index", indexed / "{0..2}.tar", "--out", indexed / "val.arrow")
+    assert done.returncode == 0 and "15 images of 3 classes in 3 shards" in done.stdout
+    assert len(load(indexed, val_list="val.arrow").val) == 15
+    done = command("index", indexed / "9.tar", "--out", indexed / "val.arrow")
+    assert done.returncode == 1 and "9.tar is missing" in done.stderr
+
+
+def test_a_request_is_repeated_until_it_succeeds_and_then_the_shard_is_named(indexed, monkeypatch):
+    place = load(indexed).train.path[0]
+    wanted, pread, waits = next(shard_store.read([place])), os.pread, []
+    monkeypatch.setattr(shard_store.time, "sleep", waits.append)
+    answers = [OSError(5, "Input/output error"), b"short"]
+
+    def failing(*arguments):
+        answer = answers.pop(0) if answers else pread(*arguments)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert next(shard_store.read([place])) == wanted and len(waits) == 2
+    assert waits[1] == 2 * waits[0]
+    answers += [b"short"] * shard_store.ATTEMPTS
+    with pytest.raises(StoreError, match="0.tar cannot be read in 10 attempts .* same command"):
+        next(shard_store.read([place]))
+    assert 90 < sum(waits) < 300  # seconds
+
+
+# ---- an order without a permutation
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 255, 256, 257, 1000, 4097, 100_003])
+def test_the_computed_order_is_a_bijection_of_every_size(count):
+    for seed, epoch in ((0, 0), (0, 1), (2**32 - 1, 7)):
+        rows = sampler.permuted(np.arange(count), count, seed, epoch)
+        assert (np.sort(rows) == np.arange(count)).all()
+
+
+def test_computed_orders_differ_by_seed_and_epoch_and_any_part_is_that_of_the_whole():
+    orders = [sampler.permuted(np.arange(500), 500, seed, e) for seed in range(3) for e in range(3)]
+    assert len({order.tobytes() for order in orders}) == 9
+    part = np.array([499, 3, 77])
+    assert (sampler.permuted(part, 500, 2, 2) == orders[-1][part]).all()
+
+
+def chi_square(orders: np.ndarray) -> float:
+    """Of how often each row stands at each position; about (n - 1)^2 for random orders (k, n)."""
+    count = orders.shape[1]
+    at = np.ravel_multi_index(
+        (np.broadcast_to(np.arange(count), orders.shape), orders), (count,) * 2
+    )
+    seen, expected = np.bincount(at.ravel(), minlength=count**2), len(orders) / count
+    return ((seen - expected) ** 2 / expected).sum()
+
+
+@pytest.mark.parametrize("count", [23, 64])
+def test_positions_and_pairs_of_computed_orders_are_as_uniform_as_numpys(count):
+    """Five standard deviations of the statistic; with 3 rounds instead of 8 it is far outside."""
+    every = np.arange(count)
+    ours = np.array([sampler.permuted(every, count, seed, 1) for seed in range(4000)])
+    numpys = np.array([np.random.default_rng(seed).permutation(count) for seed in range(4000)])
+    freedom = (count - 1) ** 2
+    for orders in (ours, numpys):
+        assert abs(chi_square(orders) - freedom) < 5 * np.sqrt(2 * freedom)
+        # A neighbour is as far ahead as in a random order: each distance equally often.
+        steps = np.bincount((np.diff(orders) % count).ravel(), minlength=count)[1:]
+        statistic = ((steps - steps.mean()) ** 2 / steps.mean()).sum()
+        assert abs(statistic - (count - 2)) < 6 * np.sqrt(2 * count)
+
+
+@pytest.mark.parametrize("copies, batch_size", [(1, 7), (3, 12), (3, 16), (4, 5)])
+def test_a_large_set_uses_what_a_small_one_uses_at_every_position(monkeypatch, copies, batch_size):
+    """Against the same places of an order that is stored."""
+    count = 101
+    order = sampler.permuted(np.arange(count), count, 5, 0)
+    monkeypatch.setattr(sampler, "epoch_permutation", lambda seed, epoch, n: order)
+    options = {"seed": 5, "batch_size": batch_size, "repeated_aug": copies}
+    stored = data.Sampler(range(count), **options)
+    wanted = [stored.rows(step) for step in range(stored.steps_per_epoch)]
+    monkeypatch.setattr(sampler, "LARGE", 100)
+    computed = data.Sampler(range(count), **options)
+    for step, (rows, number) in enumerate(wanted):
+        ours = computed.rows(step)
+        assert (ours[0] == rows).all() and (ours[1] == number).all()
+
+
+def test_a_billion_images_have_an_order_without_an_array_of_them():
+    large = data.Sampler(range(10**9), seed=1, batch_size=4096)
+    steps = [large.rows(step)[0] for step in (0, 1, large.steps_per_epoch - 1)]
+    rows = np.concatenate(steps)
+    assert len(np.unique(rows)) == len(rows) and 0 <= rows.min() and rows.max() < 10**9
+    assert abs(rows.mean() / 10**9 - 0.5) < 0.02 and not large._epochs
+    with pytest.raises(DataError, match="class_balanced_sampling: 1,000,000,000 images are over"):
+        data.Sampler(range(10**9), seed=1, batch_size=4096, class_balanced_sampling=1.0)
+
+
+def test_orders_that_earlier_runs_used_are_not_computed():
+    """ImageNet-1k has 1,281,167 images, and its runs can still be repeated and resumed."""
+    assert sampler.LARGE >= 4_000_000
+    few = data.Sampler(range(1_281_167), seed=0, batch_size=8)
+    order = data.epoch_permutation(0, 0, 1_281_167)
+    assert (few.rows(0)[0] == order[:8]).all()
+
+
+def test_an_index_says_what_its_shards_were(indexed):
+    import pyarrow as pa
+
+    schema = pa.ipc.open_file(str(indexed / "train.arrow")).schema
+    meta = json.loads(schema.metadata[b"workbench.index"])
+    for url, (size, version) in meta["shards"].items():
+        assert os.stat(url).st_size == size and str(os.stat(url).st_mtime_ns) == version
+    assert schema.names == ["file", "label", "path"]
