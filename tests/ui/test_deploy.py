@@ -86,3 +86,17 @@ def test_without_an_image_there_is_no_figure_and_of_many_the_first_are_shown(sou
     assert figure is None and len(problems) == 1
     problems, figure = deploy.predictions(source, {f"{i}.png": png(9) for i in range(20)})
     assert len(figure.axes) == 32 and problems[0].startswith("the first 16 of 20 files")
+
+
+def test_runs_of_a_sweep_are_listed_with_its_name(tmp_path):
+    best = finished(tmp_path / "runs" / "digits-sweep", "lr=0.3", 90.0)
+    (best.path.parent / "sweep.yaml").write_text("axes: {}\n")
+    other = finished(tmp_path / "runs", "low", 70.0)
+    choice = deploy.run_choice(tmp_path / "runs", other.path)
+    labels = [label.split(":")[0] for label, _ in choice.options]
+    assert labels == ["digits-sweep/lr=0.3-seed3", "low-seed3"]
+
+
+def test_a_package_of_a_sweeps_run_gets_a_name_that_a_file_may_have():
+    assert export.default_name("lr=0.3_seed 1") == "lr-0.3_seed-1"
+    assert export.default_name("digits_baseline-2.b") == "digits_baseline-2.b"

@@ -318,6 +318,12 @@ def test_interrupt_ends_the_following_and_not_the_training(elsewhere, monkeypatc
     assert not elsewhere.file("STOP").exists() and elsewhere.locked()
 
 
+def test_a_folder_that_is_no_run_cannot_be_watched(tmp_path):
+    for run in (runs.Run(tmp_path / "gone"), "runs/no-such-run-seed0"):
+        with pytest.raises(runs.RunError, match="is no run folder; `workbench runs` lists them"):
+            asyncio.run(widgets.watch(run))
+
+
 def test_a_run_of_another_recipe_is_not_followed(long, monkeypatch):
     run = runs.Run(long.folder)
     monkeypatch.setattr(socket, "gethostname", lambda: "another")

@@ -22,7 +22,9 @@ def run_choice(root: Path, default: Path) -> ipywidgets.Dropdown:
     Of equal top-1 the newest is first. `default` is selected, and listed first if it is elsewhere.
     """
     found = [
-        runs.Run(root / row["run"]) for row in run_list.rows(root) if row["state"] == "finished"
+        runs.Run(root / row["run"])
+        for row in run_list.rows(root, sweeps=True)
+        if row["state"] == "finished"
     ]
     found = [run for run in found if run.file("last.pt").exists() and len(run.metrics())]
     found.sort(key=lambda run: -_exported_top1(run)[1])
@@ -44,6 +46,8 @@ def _exported_top1(run: runs.Run) -> tuple[str, float, int]:
 
 def _figures(run: runs.Run) -> str:
     status, name = run.status(), run.path.name
+    if (run.path.parent / "sweep.yaml").exists():
+        name = f"{run.path.parent.name}/{name}"
     if run.metrics().empty:
         return f"{name}: {status['state']}"
     _, top1, images = _exported_top1(run)

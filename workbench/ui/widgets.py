@@ -192,12 +192,15 @@ async def train(recipe: Recipe, run: Run, *, dataset: data.Dataset | None = None
         raise RunError(training_text.end_text(run))
 
 
-async def watch(run: Run) -> None:
-    """Follows a run that another process or machine trains: `await widgets.watch(run)`.
+async def watch(run: Run | str) -> None:
+    """Follows a run that another process or machine trains: `await widgets.watch("runs/NAME")`.
 
-    The buttons leave it a STOP or PAUSE file; Interrupt ends the following alone. Waits for a run
+    A text is a folder relative to the project. Raises RunError if it is no folder. The buttons leave it a STOP or PAUSE file; Interrupt ends the following alone. Waits for a run
     that is queued, which Stop cancels.
     """
+    run = Run(ROOT / run) if isinstance(run, str) else run
+    if not run.path.is_dir():
+        raise RunError(f"{run.path} is no run folder; `workbench runs` lists them")
     job = jobs.of_runs([run.path]).get(run.path)
     writer = run.writer() or (job.name if job else "no process")
     await _show(run, lambda stop: jobs.wait_and_follow(run, stop), writer)
