@@ -195,8 +195,9 @@ async def train(recipe: Recipe, run: Run, *, dataset: data.Dataset | None = None
 async def watch(run: Run | str) -> None:
     """Follows a run that another process or machine trains: `await widgets.watch("runs/NAME")`.
 
-    A text is a folder relative to the project. Raises RunError if it is no folder. The buttons leave it a STOP or PAUSE file; Interrupt ends the following alone. Waits for a run
-    that is queued, which Stop cancels.
+    A text is a folder relative to the project. Raises RunError if it is no folder. The buttons
+    leave it a STOP or PAUSE file; Interrupt ends the following alone. Waits for a run that is
+    queued, which Stop cancels.
     """
     run = Run(ROOT / run) if isinstance(run, str) else run
     if not run.path.is_dir():
