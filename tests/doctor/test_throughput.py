@@ -60,7 +60,7 @@ def test_verdict_names_the_limit_and_what_would_help(speed, options, words):
 
 def test_loader_is_measured_with_and_without_files(digits, monkeypatch):
     load = images.open
-    monkeypatch.setattr(images, "open", lambda path: (time.sleep(0.05), load(path))[1])
+    monkeypatch.setattr(images, "open", lambda *args: (time.sleep(0.05), load(*args))[1])
     speed = throughput.measure(Recipe(hflip=0.5), digits, 1.0)
     assert 8 < speed.files < 20  # 50 ms for the file, and little besides
     assert speed.cached > 5 * speed.files
@@ -97,7 +97,7 @@ def test_any_recipe_can_be_measured(digits, options):
 def test_training_records_loader_and_model_speed(digits, tmp_path, monkeypatch):
     """Reading a batch takes 0.4 s, training on it much less, in one process."""
     load = images.open
-    monkeypatch.setattr(images, "open", lambda path: (time.sleep(0.02), load(path))[1])
+    monkeypatch.setattr(images, "open", lambda *args: (time.sleep(0.02), load(*args))[1])
     options = {"epochs": 1, "batch_size": 20, "workers": 0, "log_every": 2}
     few = replace(digits, train=digits.train.head(160), val=digits.val.head(20))
     run = train(Recipe(**options, runs_dir=str(tmp_path)), dataset=few)

@@ -507,11 +507,10 @@ def test_run_all_of_04_uses_no_run_of_another_recipe(tmp_path, monkeypatch):
 def test_the_newest_run_that_can_be_exported_is_exported(tmp_path):
     recipe = Recipe(**QUICK, runs_dir=str(tmp_path))
     run = train(recipe)
-    for later, name in enumerate(("a word", "gone", "lost"), 1):
+    for later, name in enumerate(("gone", "lost"), 1):
         shutil.copytree(run.path, tmp_path / f"{name}-seed0")
         os.utime(tmp_path / f"{name}-seed0" / "status.json", (later, later))
     os.utime(run.file("status.json"), (0, 0))
-    recipe.replace(name="a word").to_yaml(tmp_path / "a word-seed0" / "recipe.yaml")
     gone = Recipe(dataset="files", data_dir=str(tmp_path / "gone"), name="gone")
     gone.to_yaml(tmp_path / "gone-seed0" / "recipe.yaml")
     (tmp_path / "lost-seed0" / "last.pt").unlink()
