@@ -142,7 +142,9 @@ def test_a_cache_changes_no_bit_of_a_run_and_is_used(tmp_path, image_folder, mon
     assert "cache_mb" not in plain.environment() and plain.environment()["downscaled"] == 18
 
     read, open_image = [], data.images.open
-    monkeypatch.setattr(data.images, "open", lambda path: (read.append(path), open_image(path))[1])
+    monkeypatch.setattr(
+        data.images, "open", lambda path, *more: (read.append(path), open_image(path, *more))[1]
+    )
     recipe = small(tmp_path / "read", **options, **cache)
     assert_same_run(plain, train(recipe))
     assert len(read) == 2  # the first image of each side, to compare
