@@ -475,22 +475,19 @@ def test_a_page_that_is_saved_and_reloaded_during_a_training_shows_and_stops_it(
         page.add_init_script(LATE)
     open_and_run(page, lab, "live.ipynb")
     stop = lambda: cell(page, "training").get_by_role("button", name="Stop")
-    stopped = lambda: "stopped at step" in cell(page, "training").inner_text()
     first = _until(lambda: step(page), 120)
     stop().click()
-    _until(stopped, 60)
+    wait_for_all_cells(page)
     cell(page, "training").locator(".cm-content").click()
     page.keyboard.press("Shift+Enter")
     _until(lambda: (step(page) or 0) > first, 60)
-    text = lambda: (root / "notebooks" / "live.ipynb").read_text("utf-8")
     for _ in range(3):
-        page.keyboard.press("Control+s")
-        _until(lambda: "widget-view" in text(), 30)
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
         page.reload()
         shown = _until(lambda: step(page), 60, Exception)
         _until(lambda at=shown: (step(page) or 0) > at, 30)
     stop().click()
-    _until(stopped, 60)
+    _until(lambda: "stopped at step" in cell(page, "training").inner_text(), 60)
     assert runs.Run(root / "live" / "baseline-seed0").status()["state"] == "stopped"
 
 
