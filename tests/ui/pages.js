@@ -30,7 +30,7 @@
   const width = (text, style) => { pen.font = style.font; return pen.measureText(text).width; };
 
   const OUTPUTS = ".jp-Cell-outputArea > .jp-OutputArea-child > .jp-OutputArea-output";
-  const texts = [], images = [];
+  const texts = [], images = [], scrolls = [];
   for (const cell of window.jupyterapp.shell.currentWidget.content.widgets) {
     const name = cell.model.id;
     for (const output of cell.node.querySelectorAll(OUTPUTS)) {
@@ -68,6 +68,14 @@
           add(field, "placeholder", field.placeholder, getComputedStyle(field, "::placeholder"),
             !fits(field.placeholder));
       }
+      for (const element of [output, ...output.querySelectorAll("*")]) {
+        if (!seen(element) || element.closest("textarea, .workbench-runs")) continue;
+        const { overflowX, overflowY } = getComputedStyle(element);
+        const bar = (overflow, all, shown) => /auto|scroll/.test(overflow) && all > shown + 1;
+        if (bar(overflowX, element.scrollWidth, element.clientWidth) ||
+            bar(overflowY, element.scrollHeight, element.clientHeight))
+          scrolls.push({ cell: name, class: element.className });
+      }
       for (const image of output.querySelectorAll("img")) {
         const box = image.getBoundingClientRect();
         if (!seen(image) || !box.width) continue;
@@ -77,5 +85,5 @@
       }
     }
   }
-  return { texts, images, scale: devicePixelRatio };
+  return { texts, images, scrolls, scale: devicePixelRatio };
 }

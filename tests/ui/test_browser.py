@@ -460,6 +460,37 @@ def test_a_training_is_shown_again_in_another_tab_stopped_and_resumed(page, lab,
     assert row["step"] > stopped and row["step"] - stopped <= 10
 
 
+# A slow connection: each message of the page is sent late, in order.
+LATE = """const send = WebSocket.prototype.send;
+WebSocket.prototype.send = function (message) { setTimeout(() => send.call(this, message), 1200); };
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_page_that_is_saved_and_reloaded_during_a_training_shows_and_stops_it(
+    page, lab, root, late
+):
+    live(root)
+    if late:
+        page.add_init_script(LATE)
+    open_and_run(page, lab, "live.ipynb")
+    stop = lambda: cell(page, "training").get_by_role("button", name="Stop")
+    first = _until(lambda: step(page), 120)
+    stop().click()
+    wait_for_all_cells(page)
+    cell(page, "training").locator(".cm-content").click()
+    page.keyboard.press("Shift+Enter")
+    _until(lambda: (step(page) or 0) > first, 60)
+    for _ in range(3):
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        page.reload()
+        shown = _until(lambda: step(page), 60, Exception)
+        _until(lambda at=shown: (step(page) or 0) > at, 30)
+    stop().click()
+    _until(lambda: "stopped at step" in cell(page, "training").inner_text(), 60)
+    assert runs.Run(root / "live" / "baseline-seed0").status()["state"] == "stopped"
+
+
 def test_voila_serves_the_comparison_as_a_page(page, root):
     port = free_port()
     command = ["voila", "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]

@@ -137,6 +137,29 @@ def test_images_have_two_pixels_for_a_css_pixel_and_no_text_is_cut_off(opened, s
     assert [text for text in found["texts"] if text["cut"]] == []
 
 
+READOUTS = """() => [...document.querySelectorAll('.widget-readout')]
+  .filter(box => box.clientWidth).map(box => {
+    const range = document.createRange();
+    range.selectNodeContents(box);
+    return [box.textContent, box.clientWidth - range.getBoundingClientRect().width];
+  })"""
+
+
+def test_no_output_scrolls_inside_the_page_beside_the_file_browser(opened):
+    """But the run table and a text area. Readouts of sliders keep clear of their boxes."""
+    before = opened.viewport_size
+    opened.set_viewport_size({"width": 1400, "height": 900})
+    opened.wait_for_timeout(500)
+    assert opened.locator(".jp-FileBrowser").is_visible()
+    scrolls = opened.evaluate(MEASURE)["scrolls"]
+    readouts = opened.evaluate(READOUTS)
+    opened.set_viewport_size(before)
+    assert scrolls == []
+    assert [readout for readout in readouts if readout[1] < 8] == []
+    if opened.name == "01_augmentation":
+        assert [text for text, _ in readouts if " – " in text], "of ranges"
+
+
 @pytest.mark.parametrize("name", ["Light", "Dark"])
 def test_text_has_a_contrast_of_at_least_4_5(opened, name):
     """WCAG 2.2, 1.4.3, which excepts disabled controls, here but a textarea that is to be read."""
@@ -213,18 +236,22 @@ PAGE = """
 <div style="background: black"><p style="color: rgb(255 255 255 / 50%)">four</p></div>
 <button disabled style="color: #aaa">five</button>
 <p style="overflow: hidden; white-space: nowrap">CUT</p><input placeholder="CUT" size="5">
+<div style="overflow: auto; height: 1em" class="long"><div style="height: 2em"></div></div>
+<div style="overflow: auto; height: 1em"><div style="height: 1em"></div></div>
 </div></div></div><script>
 const widgets = [{ model: { id: "x" }, node: document.body }];
 window.jupyterapp = { shell: { currentWidget: { content: { widgets } } } };
 </script>"""
 
 
-def test_the_measurement_agrees_with_published_contrasts_and_finds_cut_text(browser):  # noqa: F811
+def test_the_measurement_agrees_with_published_contrasts_and_finds_cut_text_and_scrolling(browser):  # noqa: F811
     """#767676 on white has 4.54, #777 has 4.48; black at one half is #808080, with 3.95."""
     page = browser.new_page()
     page.set_content(PAGE.replace("CUT", 30 * "long "))
-    texts = page.evaluate(MEASURE)["texts"]
+    found = page.evaluate(MEASURE)
     page.close()
+    texts = found["texts"]
+    assert [element["class"] for element in found["scrolls"]] == ["long"]
     assert [text["cut"] for text in texts] == [False] * 5 + [True] * 2
     ratios = [text["ratio"] for text in texts[:4]]
     assert ratios == pytest.approx([4.54, 4.48, 3.95, 5.32], rel=0.01)  # not rounded to 8 bits

@@ -37,7 +37,8 @@ def accept_drops(box: ipywidgets.Box) -> None:
     """Lets files be dropped anywhere on a box that has a FileUpload in it."""
     script = {"output_type": "display_data", "metadata": {}}
     script["data"] = {"application/javascript": DROP_SCRIPT}
-    unseen = ipywidgets.Output(outputs=(script,), layout={"height": "0px", "margin": "0px"})
+    layout = {"height": "0px", "margin": "0px", "overflow": "hidden"}  # an Output has a padding
+    unseen = ipywidgets.Output(outputs=(script,), layout=layout)
     box.add_class("workbench-drop")
     box.children = [*box.children, unseen]
 

@@ -38,8 +38,9 @@ RANGES |= {"randaug_std": (0.0, 3.0), "mixup_alpha": (0.0, 2.0), "cutmix_alpha":
 
 
 # Greyed out by ipywidgets are the handle of a slider and a text, but not its description. Its
-# titles of closed groups have a contrast of 4.2 to 4.4.
+# titles of closed groups have a contrast of 4.2 to 4.4. Ranges need more than 72px.
 STYLE = """<style>.workbench-inactive { opacity: 0.45; }
+.jupyter-widget-Collapse-contents { --jp-widgets-inline-width-tiny: 84px; }
 .jupyter-widgets .jupyter-widget-Collapse-header { color: var(--jp-ui-font-color1); }</style>"""
 WIDTH = 322  # CSS pixels
 PRE = "white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere"  # breaks at spaces

@@ -295,7 +295,8 @@ class TrainingView(View):
         beside = ipywidgets.HBox([self.curves, self.epochs], layout=wrap)
         script = {"output_type": "display_data", "metadata": {}}
         script["data"] = {"application/javascript": SAVE_NOTEBOOK}
-        save = ipywidgets.Output(outputs=(script,), layout={"height": "0px", "margin": "0px"})
+        unseen = {"height": "0px", "margin": "0px", "overflow": "hidden"}  # it has a padding
+        save = ipywidgets.Output(outputs=(script,), layout=unseen)
         super().__init__([self.start, buttons, self.line, beside, save])
 
     async def show_all(self, rows: Iterable[Row]) -> None:
@@ -304,7 +305,7 @@ class TrainingView(View):
         work = asyncio.ensure_future(asyncio.to_thread(self.consume, rows))
         kernel = getattr(get_ipython(), "kernel", None)
         try:
-            with _idle_messages(kernel) if kernel else contextlib.nullcontext():
+            with _messages(kernel) if kernel else contextlib.nullcontext():
                 while not work.done():  # wakes up for a signal that another thread received
                     await asyncio.sleep(0.2)
                     await asyncio.to_thread(self.refresh)
@@ -405,21 +406,41 @@ class TrainingView(View):
 
 
 @contextlib.contextmanager
-def _idle_messages(kernel: Any) -> Iterator[None]:
-    """Publishes idle for the comm messages that ipykernel handles while an async cell runs.
+def _messages(kernel: Any) -> Iterator[None]:
+    """Answers messages that ipykernel delays until an async cell ends, or does not end with idle.
 
-    ipykernel does not, and the front end sends the next state of a widget only after idle for the
-    previous one: a slider would work once. Clicks of a Button are not states.
+    A page that was opened again asks for kernel_info, and where it does not get the widgets within
+    4 s, for comm_info: the view would be shown after the training. The front end sends the next
+    state of a widget only after idle for the previous one: a slider would work once.
     """
     handle, cell = kernel.shell_handlers["comm_msg"], kernel.get_parent("shell")
 
-    def handle_and_publish(stream: Any, ident: Any, message: dict[str, Any]) -> None:
-        handle(stream, ident, message)
+    def publish_idle(message: dict[str, Any]) -> None:
         for state, parent in (("idle", message), ("busy", cell)):  # the cell is still running
             kernel.session.send(kernel.iopub_socket, "status", {"execution_state": state}, parent)
 
+    def handle_and_publish(stream: Any, ident: Any, message: dict[str, Any]) -> None:
+        handle(stream, ident, message)
+        publish_idle(message)
+
+    async def answer(parts: list[Any]) -> None:  # in the thread that reads the channel
+        ident, signed = kernel.session.feed_identities(parts, copy=False)
+        header = kernel.session.deserialize(signed, content=False, copy=False)["header"]
+        if header["msg_type"] not in ("kernel_info_request", "comm_info_request"):
+            await kernel.shell_channel_thread_main(parts)
+            return
+        message = kernel.session.deserialize(signed, copy=False)
+        await kernel.shell_handlers[header["msg_type"]](kernel.shell_stream, ident, message)
+        publish_idle(message)
+
+    def receive(callback: Callable[[list[Any]], Any]) -> None:
+        if thread := kernel.shell_channel_thread:
+            thread.io_loop.add_callback(kernel.shell_stream.on_recv, callback, copy=False)
+
     kernel.shell_handlers["comm_msg"] = handle_and_publish
+    receive(answer)
     try:
         yield
     finally:
+        receive(kernel.shell_channel_thread_main)
         kernel.shell_handlers["comm_msg"] = handle
