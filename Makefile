@@ -55,7 +55,7 @@ bench: venv
 	  $(BIN)/python $$script || exit 1; done
 
 screenshots: venv
-	NOTEBOOK_SCREENSHOTS=notebooks/figures $(BIN)/python -m pytest -m slow --basetemp=/tmp/workbench \
+	NOTEBOOK_SCREENSHOTS=notebooks/figures $(BIN)/python -m pytest -m slow \
 	  tests/ui/test_browser_pages.py -k screenshot
 
 # .venv/installed is newer than pyproject.toml exactly when the environment is up to date
