@@ -72,11 +72,10 @@ def jupyter_server(root: Path, port: int, ready: str, *command: str) -> Iterator
         yield
     finally:
         server.terminate()  # both servers end their kernels then
-        try:
-            server.wait(30)
-        finally:
-            server.kill()
-            server.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(60)
+        server.kill()
+        server.wait()
 
 
 def free_port() -> int:
