@@ -213,7 +213,7 @@ def read_all(folder: Path, name: str, images: int) -> float:
 
 
 def trained(folder: Path, kind: str, name: str) -> runs.Run:
-    one = recipe(folder, kind, name).replace(train_fraction=0.25, eval_every=1, image_size=64)
+    one = recipe(folder, kind, name).replace(log_every=1, image_size=64)
     run = runs.Run(one.folder)
     for _ in training.fit(one, run):
         pass
