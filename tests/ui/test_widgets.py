@@ -287,7 +287,7 @@ def followed(call, monkeypatch) -> tuple[widgets.TrainingView, threading.Thread]
     monkeypatch.setattr(widgets, "display", shown.append)
     thread = threading.Thread(target=lambda: asyncio.run(call))
     thread.start()
-    until(lambda: shown and shown[0].bar.value >= 2)
+    until(lambda: shown and shown[0].bar.value >= 2 and shown[0].start.value)
     return shown[0], thread
 
 
