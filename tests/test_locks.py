@@ -275,6 +275,7 @@ def test_an_owner_file_that_cannot_be_read_is_replaced_after_the_time(tmp_path, 
 def test_a_writer_whose_folder_was_removed_ends_without_another_error(tmp_path):
     with Run(tmp_path / "run").writing() as run:
         shutil.rmtree(run.path)
+    assert not run.path.exists() and not run.locked()
 
 
 def test_who_took_an_old_number_withdraws_and_takes_a_higher_one(tmp_path, monkeypatch):

@@ -55,10 +55,11 @@ def locking(path: Path, wait: float = 0.4) -> Iterator[tuple[int, bool | None]]:
 class Owner:
     """The file `<path>.<n>`, which names the process that has the lock of `path`.
 
-    Who wants the lock takes the highest number n. If that owner has released it, is known to be
-    dead, or did not change the file's modification time for STALE_SECONDS by the clock of the one
-    who waits, `<path>.<n + 1>` is created, exclusively. Whoever then finds a higher number removes
-    its file and starts again; otherwise it removes the lower ones and owns the lock.
+    A process that wants the lock reads the highest number n. If that owner has released it, is
+    known to be dead, or did not change the file's modification time for STALE_SECONDS by the clock
+    of the waiting process, `<path>.<n + 1>` is created, exclusively. A process that then finds a
+    higher number removes its file and starts again; otherwise it removes the lower ones and owns
+    the lock.
 
     The file with the highest number is never removed, so numbers only grow: one who looked long ago
     either cannot create n + 1, or finds a higher number afterwards. An owner's file is gone before

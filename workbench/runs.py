@@ -77,7 +77,7 @@ class Run:
     summary.png          curves, weakest classes and worst images of a finished run
     STOP, PAUSE          created by a user or a widget: training stops at the next step, or waits
                          there until the file is removed
-    lock, lock.<n>       the lock of whoever writes here, and the n-th of them: host, process, job
+    lock, lock.<n>       the lock of the writer, and who the n-th writer is: host, process, job
     job.json, CANCEL     of `workbench submit` and `workbench cancel`; see jobs
     """
 
