@@ -172,7 +172,7 @@ def lamb(options) -> Iterator[Row]:
 
 
 def loaders(options) -> Iterator[Row]:
-    """Whether the loaders keep up with the model, from JPEG and from the cache."""
+    """Whether the loaders keep up with the model, from JPEG, tar shards and the cache."""
     from input import jpegs
 
     from workbench import runs, training
@@ -196,12 +196,12 @@ def loaders(options) -> Iterator[Row]:
         "runs_dir": str(options.scratch / "runs"), "workers": None if cuda else 1,
     }  # fmt: skip
     pixels = {"cache": True, "train_resize": 256, "cache_dir": str(options.scratch / "pixels")}
-    forms = itertools.product((False, True), (False, True))
-    for number, (cached, on_device) in enumerate(forms):
-        form = Recipe(
-            **recipe, name=f"loaders{number}", augment_on_device=on_device,
-            **(pixels if cached else {}),
-        )  # fmt: skip
+    shards = {side: f"{side}.arrow" for side in ("train_list", "val_list")}
+    for side in ("train", "val"):
+        index_shards(folder / "data", side)
+    kinds = (("JPEG", {}), ("tar shards", shards), ("cache", pixels))
+    for number, ((kind, own), on_device) in enumerate(itertools.product(kinds, (False, True))):
+        form = Recipe(**recipe, name=f"loaders{number}", augment_on_device=on_device, **own)
         run = runs.Run(form.folder)
         for _ in training.fit(form, run):
             pass
@@ -210,7 +210,7 @@ def loaders(options) -> Iterator[Row]:
         steps = run.steps()
         steps = steps[steps.epoch == 2].iloc[2 if cuda else 0 :]
         yield {
-            "read from": "cache" if cached else "JPEG",
+            "read from": kind,
             "augment_on_device": on_device,
             "model": form.model,
             "workers": run.environment()["workers"],
@@ -219,6 +219,19 @@ def loaders(options) -> Iterator[Row]:
             "loaders alone (img/s)": round(float(steps.loader_images_per_second.median())),
             "model alone (img/s)": round(float(steps.model_images_per_second.median())),
         }
+
+
+def index_shards(folder: Path, side: str) -> None:
+    """Packs the class folders of one side into tar shards, and indexes these."""
+    from workbench import data
+
+    files = sorted((folder / side).rglob("*.jpg"))
+    for number, start in enumerate(range(0, len(files), 1000)):
+        with tarfile.open(folder / f"{side}-{number:03d}.tar", "w", dereference=True) as tar:
+            for path in files[start : start + 1000]:
+                tar.add(path, path.relative_to(folder / side))
+    sources = [str(folder / f"{side}-*.tar")]
+    data.write_index(sources, folder / f"{side}_list.arrow", progress=False)
 
 
 def cifar(options) -> Iterator[Row]:

@@ -199,8 +199,9 @@ def test_a_custom_loss_trains_as_the_one_built_in(tmp_path):
 
 def test_gradient_checkpointing_changes_memory_alone(tmp_path, record):
     """The same first losses with a lower peak, although the run with the higher one was first."""
-    options = {"epochs": 1, "log_every": 2, "model": "resnet18", "train_fraction": 0.25}
-    options |= {"image_size": 64, "val_resize": 64, "batch_size": 64}
+    model, size = ("resnet50", 224) if DEVICE == "cuda" else ("resnet18", 64)
+    options = {"epochs": 1, "log_every": 2, "model": model, "train_fraction": 0.25}
+    options |= {"image_size": size, "val_resize": size, "batch_size": 64}
     plain, saved = (
         train(recipe_for(tmp_path / str(on), grad_checkpointing=on, **options))
         for on in (False, True)
@@ -231,6 +232,43 @@ def test_one_process_under_torchrun_trains_as_one_without(tmp_path, record):
     run = runs.Run(recipe.folder)
     assert run.environment()["distributed"] == ("nccl" if DEVICE == "cuda" else "gloo")
     np.testing.assert_allclose(plain.steps().loss, run.steps().loss, rtol=2e-2)
+
+
+# Two processes share the GPU: by gloo, since NCCL takes one process for a GPU.
+GLOO = """
+import sys, torch.distributed
+start = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda backend: start("gloo")
+from workbench import runs, training
+from workbench.recipe import Recipe
+recipe = Recipe.from_yaml(sys.argv[1])
+for _ in training.fit(recipe, runs.Run(recipe.folder)):
+    pass
+"""
+
+
+@needs_cuda
+def test_two_processes_with_synchronised_batch_norm_train_as_one(tmp_path, record, monkeypatch):
+    """The losses of the first steps; without synchronisation they differ."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    (tmp_path / "gloo.py").write_text(GLOO)
+    options = {"epochs": 1, "log_every": 1, "precision": "fp32", "drop_last": True}
+    losses = {}
+    for name, processes in (("one", 1), ("synchronised", 2), ("each its own", 2)):
+        recipe = recipe_for(tmp_path, name=name, sync_batch_norm=name == "synchronised", **options)
+        recipe.to_yaml(tmp_path / "recipe.yaml")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"]  # fmt: skip
+        done = subprocess.run(
+            [*command, str(tmp_path / "gloo.py"), str(tmp_path / "recipe.yaml")],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[name] = runs.Run(recipe.folder).steps().loss.to_numpy()[:3]
+    apart = {name: float(np.abs(own / losses["one"] - 1).max()) for name, own in losses.items()}
+    record("largest difference of a loss", apart)
+    assert apart["synchronised"] < 1e-3 < apart["each its own"]
 
 
 def test_a_package_predicts_as_the_run_did(strikes, tmp_path, record):

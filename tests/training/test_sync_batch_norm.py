@@ -21,8 +21,14 @@ def norms(model: nn.Module) -> list[nn.Module]:
 @pytest.fixture
 def gpus(monkeypatch):
     """Contexts of a number of processes with a GPU each, whose models stay on the CPU."""
-    monkeypatch.setattr(nn.Module, "to", lambda model, *_, **__: model)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    moved = []
+
+    def reset(device):
+        if not moved:  # as torch does before CUDA is initialised
+            raise RuntimeError("Invalid device argument")
+
+    monkeypatch.setattr(nn.Module, "to", lambda model, *_, **__: moved.append(model) or model)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     return lambda world: DistContext(torch.device("cuda", 0), world=world)
 
 

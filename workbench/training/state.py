@@ -44,10 +44,10 @@ class TrainState:
         norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         self._norms = [norm for norm in norms if norm.track_running_stats]
         self.has_batch_norm = any(norm.training for norm in self._norms)
-        if dist.device.type == "cuda":  # the peak of this run, not of one before in this process
-            torch.cuda.reset_peak_memory_stats(dist.device)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(dist.device, memory_format=layout)
+        if dist.device.type == "cuda":  # initialised by now; the peak of this run, not of one before
+            torch.cuda.reset_peak_memory_stats(dist.device)
         self.ema, self.networks = None, {"raw": self.model}
         if recipe.ema_decay:
             self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
