@@ -46,7 +46,7 @@ class TrainState:
         self.has_batch_norm = any(norm.training for norm in self._norms)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(dist.device, memory_format=layout)
-        if dist.device.type == "cuda":  # initialised by now; the peak of this run, not of one before
+        if dist.device.type == "cuda":  # initialised by now; of this run, not of one before
             torch.cuda.reset_peak_memory_stats(dist.device)
         self.ema, self.networks = None, {"raw": self.model}
         if recipe.ema_decay:
