@@ -29,7 +29,7 @@ from PIL import Image  # noqa: E402
 
 from workbench import data, runs, training  # noqa: E402
 from workbench.recipe import Recipe  # noqa: E402
-from workbench.training.inputs import train_batches  # noqa: E402
+from workbench.training.inputs import open_shard_cache, train_batches  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 META = b"workbench.index"
@@ -154,12 +154,12 @@ def speeds(folder: Path, s3: bool) -> None:
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         upload(server.stdout.readline().strip(), folder)
-        kinds["s3"] = "s3.arrow"
+        kinds |= {"s3": "s3.arrow", "s3, kept on the disk": "s3.arrow"}
     try:
         seconds = {kind: [] for kind in kinds}
-        for turn in range(4):
-            for kind in kinds if turn else [k for k in kinds if k != "s3"]:  # the first warms up
-                seconds[kind].append(read_all(folder, kinds[kind], len(images)))
+        for turn in range(4):  # the first warms up, and fills the cache
+            for kind in kinds if turn else [k for k in kinds if k[:2] != "s3" or "kept" in k]:
+                seconds[kind].append(read_all(recipe(folder, kind, kinds[kind]), len(images)))
         rates = {kind: len(images) / np.median(found[-3:]) for kind, found in seconds.items()}
         print(
             "loader alone, 2 workers: " + ", ".join(f"{k} {r:.0f} img/s" for k, r in rates.items())
@@ -168,7 +168,7 @@ def speeds(folder: Path, s3: bool) -> None:
         each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         print(f"  local shards / files: {np.median(ratios):.3f} (turns: {each})")
         for kind, name in kinds.items():
-            run = trained(folder, kind, name)
+            run = trained(recipe(folder, kind, name))
             steps = run.steps().iloc[1:]
             print(f"training from {kind}: {steps.images_per_second.median():.0f} img/s, ", end="")
             print(f"{100 * steps.data_wait.mean():.1f} % of the time waiting", flush=True)
@@ -191,18 +191,20 @@ def upload(url: str, folder: Path) -> None:
 
 
 def recipe(folder: Path, kind: str, name: str) -> Recipe:
+    cache = {"shard_cache_gb": 1.0, "cache_dir": str(folder / "cache")}
     return Recipe(
         name=kind, dataset="files", data_dir=str(folder), train_list=name, train_root="files",
         val_list=name, val_root="files", image_size=128, val_resize=128, crop_scale=[0.08, 1.0],
         hflip=0.5, batch_size=64, epochs=1, workers=2, model="resnet10t", log_every=4,
         runs_dir=str(folder / "runs"), verify_data=kind != "files",
+        **(cache if kind.endswith("kept on the disk") else {}),
     )  # fmt: skip
 
 
-def read_all(folder: Path, name: str, images: int) -> float:
+def read_all(one: Recipe, images: int) -> float:
     """Seconds for all images, decoded and augmented, from the first batch on."""
-    one = recipe(folder, "x", name)
     content = data.load_dataset(one)
+    open_shard_cache(one, content)
     batches = train_batches(one, content, range(images // 64 + 4), workers=2)
     for _ in range(4):  # the workers start
         next(batches)
@@ -212,10 +214,9 @@ def read_all(folder: Path, name: str, images: int) -> float:
     return time.perf_counter() - start
 
 
-def trained(folder: Path, kind: str, name: str) -> runs.Run:
-    one = recipe(folder, kind, name).replace(log_every=1, image_size=64)
+def trained(one: Recipe) -> runs.Run:
     run = runs.Run(one.folder)
-    for _ in training.fit(one, run):
+    for _ in training.fit(one.replace(log_every=1, image_size=64), run):
         pass
     return run
 

@@ -109,8 +109,10 @@ class Options(BaseModel):
     verify_data: bool = option(True, "decode every image once before training; remembered")
     cache: bool = runtime_option(False,
         help="save pixels on disk for the next epochs and runs; batches are the same bytes")
-    cache_dir: str = runtime_option("", needs={"cache": True},
-        help="folder for them; empty: pixels/ in WORKBENCH_CACHE or ~/.cache/workbench")
+    shard_cache_gb: float = runtime_option(0.0, needs=LISTED, ge=0,
+        help="GB of images from object stores that are kept on this machine; 0: none")
+    cache_dir: str = runtime_option("", needs=[{"cache": True}, {"shard_cache_gb": True}],
+        help="folder of both; empty: pixels/ and shards/ in WORKBENCH_CACHE or ~/.cache/workbench")
     train_resize: int | None = input_option(None, ge=8,
         help="pixels, short side before the training crop if longer; None: as stored")
     image_size: int = input_option(32, aka="img_size input_size", ge=8, le=4096,

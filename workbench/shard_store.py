@@ -19,8 +19,11 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from workbench.shard_cache import ShardCache
 
 LABELS = ("cls", "json", "txt")  # members of a WebDataset sample that may have its label
 REQUESTS = 16  # at once, of every process
@@ -39,6 +42,7 @@ class StoreError(OSError):
 
 Shard = tuple[int, str]  # size, and ETag of an object or time of the last change of a file
 known: dict[str, Shard] = {}  # by path or URL, the shards of every index that was opened
+cache: "ShardCache | None" = None  # of the training in this process
 
 
 def read(places: Iterable[str]) -> Iterator[bytes | None]:
@@ -50,9 +54,18 @@ def read(places: Iterable[str]) -> Iterator[bytes | None]:
     for part in map(_PLACE.fullmatch, places):
         mine = part and (part[1] in known or "://" in part[1])
         found.append((part[1], int(part[2]), int(part[3]), known.get(part[1])) if mine else None)
-    remote = each("read", [one for one in found if one and "://" in one[0]])
+    remote = [one for one in found if one and "://" in one[0]]
+    kept = {one: cache.get(*one) for one in remote if cache and one[3]}
+    answers = each("read", [one for one in remote if kept.get(one) is None])
     for one in found:
-        content = one and (next(remote) if "://" in one[0] else _answer("read", one))
+        if one and "://" in one[0]:
+            content = kept.get(one)
+            if content is None:
+                content = next(answers)
+                if one in kept:
+                    cache.put(*one, content)
+        else:
+            content = one and _answer("read", one)
         if isinstance(content, StoreError):
             raise content
         yield content
@@ -200,4 +213,6 @@ def answer_all() -> None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
+    with contextlib.suppress(ImportError):  # threads that import it at once can get half of it
+        import obstore.store  # noqa: F401
     return ThreadPoolExecutor(REQUESTS)

@@ -1,8 +1,8 @@
 """moto's S3 server behind a proxy that injects faults; `python shard_server.py` prints its URL.
 
 GET /faults?200 lets it damage this many of the next range requests; GET /faults says how many of
-each kind there were. Kinds: status 503, a reset connection, half of the bytes, a delay. With a
-count over 10^8 every range gets status 503.
+each kind there were, GET /ranges how many range requests. Kinds: status 503, a reset connection,
+half of the bytes, a delay. With a count over 10^8 every range gets status 503.
 """
 
 import collections
@@ -20,6 +20,7 @@ from moto.server import ThreadedMotoServer
 
 KINDS = ("503", "reset", "short", "delay")
 left, seen, rng, lock = [0], collections.Counter(), random.Random(0), threading.Lock()
+ranges = [0]
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -33,6 +34,8 @@ class Proxy(BaseHTTPRequestHandler):
         if self.path.startswith("/faults"):
             left[0] = int(self.path.partition("?")[2] or left[0])
             return self.answer(200, {}, json.dumps(seen).encode())
+        if self.path == "/ranges":
+            return self.answer(200, {}, json.dumps(ranges[0]).encode())
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         kind = self.fault()
         if kind == "503":
@@ -56,6 +59,7 @@ class Proxy(BaseHTTPRequestHandler):
     def fault(self) -> str:
         """The kind of fault for this request, or none: about every second range is damaged."""
         with lock:
+            ranges[0] += self.command == "GET" and bool(self.headers.get("Range"))
             if self.command != "GET" or not self.headers.get("Range") or not left[0]:
                 return ""
             if left[0] > 10**8:

@@ -10,12 +10,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import save_noise
+from helpers import train
 from shard_helpers import pack
 
 from workbench import data, shard_store
 from workbench.augmentation import EvalTransform, TrainTransform
 from workbench.data import DataError, images, sampler
 from workbench.recipe import Recipe
+from workbench.shard_cache import ShardCache
 from workbench.shard_store import StoreError
 from workbench.training import setup
 
@@ -176,14 +178,26 @@ def test_batches_are_those_of_the_unpacked_files_for_any_number_of_workers(index
             assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4], strict=True))
 
 
-def test_a_reader_that_moves_to_another_process_still_checks_its_shards(indexed):
+def test_a_reader_that_moves_to_another_process_has_its_shards_and_their_cache(
+    indexed, monkeypatch
+):
     train = load(indexed).train
+    monkeypatch.setattr(shard_store, "cache", cache := ShardCache(str(indexed), 10**6))
     reader = data.loader.Reader(train, EvalTransform(16, 16), None)
     packed = pickle.dumps(reader)
     os.utime(indexed / "1.tar", ns=(1, 1))
     shard_store.known.clear()  # as in a process that was not forked
+    shard_store.cache = None
     part = data.loader.Part(np.arange(7), None, np.arange(7), 0, 0, True, 7)
     assert "1.tar has changed since it was indexed" in pickle.loads(packed)[part].error
+    assert shard_store.cache == cache
+
+
+def test_a_cache_for_shards_that_are_on_a_disk_is_refused(indexed):
+    options = {"train_list": ["train.arrow"], "val_list": ["train.arrow"], "shard_cache_gb": 1.0}
+    recipe = Recipe(dataset="files", data_dir=str(indexed), **options)
+    with pytest.raises(DataError, match="shard_cache_gb: no shard is in an object store"):
+        train(recipe.replace(runs_dir=str(indexed / "runs")))
 
 
 @pytest.mark.parametrize("how", ["replaced", "longer", "missing"])

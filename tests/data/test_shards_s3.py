@@ -60,6 +60,12 @@ def put(server: str, path: str, content: bytes) -> None:
     client(server).put_object(Bucket=bucket, Key=key, Body=content)
 
 
+def requests(server: str) -> int:
+    """How many ranges the server has been asked for."""
+    with urllib.request.urlopen(f"{server}/ranges") as answer:
+        return json.load(answer)
+
+
 def faults(server: str, count: int | str = "") -> dict:
     """Lets the server damage this many requests; returns how many it has damaged."""
     with urllib.request.urlopen(f"{server}/faults{f'?{count}' if count != '' else ''}") as answer:
@@ -141,6 +147,29 @@ def test_two_hundred_faults_of_the_store_lose_and_swap_nothing(shards, store, fr
     assert run.metrics().equals(from_files.metrics()) and run.quarantine().empty
 
 
+@pytest.mark.parametrize("gigabytes", [1.0, 0.0004])
+def test_a_cache_gives_the_same_weights_and_asks_the_store_for_no_image_twice(
+    shards, store, from_files, tmp_path, gigabytes
+):
+    bucket = f"kept-{gigabytes}"
+    upload(store, shards, bucket)
+    cache = {"shard_cache_gb": gigabytes, "cache_dir": str(tmp_path / "cache")}
+    for name in ("first", "second"):
+        before = requests(store)
+        run = train(recipe(shards, bucket, tmp_path, name=name, **cache))
+        asked = requests(store) - before
+        assert_same_tensors(weights(run), weights(from_files))
+        assert run.metrics().equals(from_files.metrics())
+        images = 324 + 500  # training and validation
+        if name == "second":
+            assert (asked == 0) == (gigabytes == 1)  # or those there was no room for
+        elif gigabytes == 1:  # two processes may ask for one image at a time
+            assert images <= asked < images + 50
+    os.sync()
+    space = sum(path.stat().st_blocks * 512 for path in (tmp_path / "cache").glob("*.shard"))
+    assert 0.5 * min(gigabytes, 0.001) * 1e9 < space <= gigabytes * 1e9
+
+
 def start(options: Recipe, folder: Path, **env) -> subprocess.Popen:
     options.to_yaml(folder / "recipe.yaml")
     command = [sys.executable, "-m", "workbench", "train", str(folder / "recipe.yaml")]
@@ -154,7 +183,8 @@ def test_a_run_from_s3_that_is_killed_resumes_to_the_same_weights(shards, store,
     upload(store, shards, "killed")
     ended = {}
     for name, kill in (("whole", False), ("killed", True)):
-        options = recipe(shards, "killed", tmp_path / name, checkpoint_minutes=0.0)
+        cache = {"shard_cache_gb": 1.0, "cache_dir": str(tmp_path / name / "cache")}
+        options = recipe(shards, "killed", tmp_path / name, checkpoint_minutes=0.0, **cache)
         (tmp_path / name).mkdir()
         run = runs.Run(options.folder)
         if kill:

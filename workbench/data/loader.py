@@ -149,7 +149,7 @@ class Reader(TorchDataset):
         self.paths = pa.array(frame.path if is_text else [os.fsencode(p) for p in frame.path])
         self.labels = frame.label.to_numpy()
         self.transform, self.cached, self.seed = transform, cached, seed
-        self.shards = shard_store.known  # goes with it to a process that is not forked
+        self.store = shard_store.known, shard_store.cache  # go to a process that is not forked
 
     def path(self, row: int) -> str:
         return os.fsdecode(self.paths[row].as_py())
@@ -159,7 +159,8 @@ class Reader(TorchDataset):
         start, streams, rng = time.perf_counter(), Streams(self.seed), None
         decoded, params, used, failures, error_text = [], [], [], [], ""
         paths = [self.path(row) for row in part.rows.tolist()] if self.cached is None else []
-        shard_store.known.update(self.shards)
+        known, shard_store.cache = self.store
+        shard_store.known.update(known)
         contents = shard_store.read(paths)
         for i, row in enumerate(part.rows.tolist()):
             if part.copies is not None:

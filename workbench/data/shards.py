@@ -8,7 +8,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from unicodedata import normalize
@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from workbench import counted, shard_store
+from workbench import counted, shard_cache, shard_store
 from workbench.data import images
 from workbench.data.archives import is_hidden
 from workbench.data.dataset import DataError, text_digest
@@ -177,3 +177,17 @@ def check_shards(frame: pd.DataFrame) -> None:
     shards = _opened[frame.attrs["index"][0]]
     for (url, shard), now in zip(shards.items(), shard_store.each("look", shards), strict=True):
         shard_store.compare(url, shard, now)
+
+
+def open_cache(frames: Iterable[pd.DataFrame], folder: Path, limit: int) -> str:
+    """Keeps images of these frames from object stores in a folder; returns a sentence about it.
+
+    limit: bytes. Raises DataError where there are none, and StoreError; see shard_cache.opened.
+    """
+    listed = [_opened[frame.attrs["index"][0]] for frame in frames if "index" in frame.attrs]
+    remote = {url: shard for some in listed for url, shard in some.items() if "://" in url}
+    if not remote:
+        raise DataError("shard_cache_gb: no shard is in an object store; leave it out")
+    shard_store.cache = shard_cache.opened(folder, limit, remote)
+    size = sum(size for size, _ in remote.values())
+    return f"shard cache: at most {limit / 1e9:g} of {size / 1e9:.3g} GB in {folder}"

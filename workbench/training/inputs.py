@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench import CACHE, ROOT, augmentation, data, parts
+from workbench import CACHE, ROOT, augmentation, data, parts, shard_store
 from workbench.augmentation import device_ops
 from workbench.data import pixel_cache
 from workbench.recipe import Recipe
@@ -64,13 +64,27 @@ def build_pixel_caches(
     if "digest" not in train or "digest" not in val:
         text = "cache: true needs images that were read before, and an index checks shards alone"
         raise pixel_cache.CacheError(f"{text}; set cache: false")
-    folder = ROOT / Path(recipe.cache_dir).expanduser() if recipe.cache_dir else CACHE / "pixels"
+    folder = _cache_folder(recipe, "pixels")
     caches = (
         pixel_cache.Cache(train, train_transform(recipe).resize, folder),
         pixel_cache.Cache(val, eval_transform(recipe), folder),
     )
     pixel_cache.build(*caches, progress=is_main())
     return caches
+
+
+def open_shard_cache(recipe: Recipe, dataset: data.Dataset) -> None:
+    """Opens the cache of images from object stores, or none; says where. Raises StoreError."""
+    shard_store.cache = None
+    if recipe.shard_cache_gb:
+        frames, limit = (dataset.train, dataset.val), round(recipe.shard_cache_gb * 1e9)
+        text = data.open_cache(frames, _cache_folder(recipe, "shards"), limit)
+        if is_main():
+            print(text)
+
+
+def _cache_folder(recipe: Recipe, name: str) -> Path:
+    return ROOT / Path(recipe.cache_dir).expanduser() if recipe.cache_dir else CACHE / name
 
 
 class Normalize:
