@@ -271,7 +271,7 @@ def test_text_that_only_begins_like_a_list_is_a_problem(text):
 # options, and the values of others that they need
 NEEDS = [
     ("data_dir train_list train_root val_list val_root val_fraction", {"dataset": "files"}),
-    ("class_names num_classes allow_outside_root", {"dataset": "files"}),
+    ("class_names num_classes allow_outside_root shard_cache_gb", {"dataset": "files"}),
     ("file_column label_column", {"dataset": "files"}),
     ("group_column", {"dataset": "files", "fold": "1/2"}),
     ("cache_dir", {"cache": True}),

@@ -19,11 +19,8 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
-
-if TYPE_CHECKING:
-    from workbench.shard_cache import ShardCache
 
 LABELS = ("cls", "json", "txt")  # members of a WebDataset sample that may have its label
 REQUESTS = 16  # at once, of every process
@@ -42,7 +39,7 @@ class StoreError(OSError):
 
 Shard = tuple[int, str]  # size, and ETag of an object or time of the last change of a file
 known: dict[str, Shard] = {}  # by path or URL, the shards of every index that was opened
-cache: "ShardCache | None" = None  # of the training in this process
+cache: Any = None  # shard_cache.ShardCache of the training in this process
 
 
 def read(places: Iterable[str]) -> Iterator[bytes | None]:

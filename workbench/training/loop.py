@@ -21,12 +21,7 @@ from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model
 from workbench.training.distributed import DistContext
 from workbench.training.dry_run import check_bf16
-from workbench.training.inputs import (
-    DeviceTransform,
-    build_pixel_caches,
-    open_shard_cache,
-    train_batches,
-)
+from workbench.training.inputs import DeviceTransform, build_pixel_caches, train_batches
 from workbench.training.meter import Row
 from workbench.training.run_writer import RunWriter
 from workbench.training.setup import is_finished, set_up
@@ -115,7 +110,6 @@ def _train(
     meter, dataset, action = state.meter, writer.dataset, CONTINUE
     prepare = DeviceTransform(recipe, len(dataset.classes), dist.device)
     train_cache = val_cache = None
-    open_shard_cache(recipe, dataset)
     if recipe.cache:  # last, since it may take hours
         with dist.main_first():
             train_cache, val_cache = build_pixel_caches(recipe, dataset.train, dataset.val)

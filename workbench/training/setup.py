@@ -16,6 +16,7 @@ from workbench.training.build import build_initial_model, create_model
 from workbench.training.distributed import DistContext, is_main
 from workbench.training.dry_run import dry_run
 from workbench.training.environment import code_digest, environment
+from workbench.training.inputs import open_shard_cache
 from workbench.training.optim import check_optimizer
 from workbench.training.run_writer import RunWriter
 from workbench.training.state import TrainState
@@ -135,7 +136,10 @@ def trained_on_validation(recipe: Recipe, dataset: data.Dataset) -> list[str]:
 
 
 def verified(recipe: Recipe, dataset: data.Dataset) -> tuple[data.Dataset, pd.DataFrame]:
-    """The dataset without the images that cannot be read, and those; every image is read once."""
+    """The dataset without the images that cannot be read, and those; every image is read once.
+
+    Opens the cache of shards.
+    """
     sides = {"train": dataset.train, "val": dataset.val}
     bad = [pd.DataFrame(columns=["side", "file", "label", "reason", "detail", "step"])]
     for side, frame in sides.items() if recipe.verify_data else ():
@@ -145,6 +149,7 @@ def verified(recipe: Recipe, dataset: data.Dataset) -> tuple[data.Dataset, pd.Da
         frame = data.verify_images(frame, progress=is_main())
         sides[side], found = data.drop_corrupt(frame, side)
         bad.append(found)
+    open_shard_cache(recipe, dataset)
     return replace(dataset, **sides), pd.concat(bad[1:] or bad)
 
 
