@@ -71,14 +71,16 @@ def until(true, seconds: float = 60):
 # ---- what submit writes
 
 
-def test_a_dry_run_prints_script_and_command_and_writes_nothing(params, command):
-    before = sorted(params.parent.rglob("*"))
+def test_a_dry_run_writes_list_and_script_to_edit_and_starts_nothing(params, command):
     words = "--nodes 2 --gpus 4 --time 4:00:00 --partition main --dry-run --sbatch".split()
     done = command("submit", params, "lr=0.03,0.1", "seed=0-2", *words, "--account=x --mem=32G")
-    assert done.returncode == 0 and sorted(params.parent.rglob("*")) == before
+    assert done.returncode == 0 and not list(params.parent.rglob("job.json"))
     *script, last = done.stdout.splitlines()
     folder = params.parent / "small-sweep-lr"
-    assert last == f"6 runs: sbatch --parsable {folder}/job-1.sh"
+    assert last == f"6 runs in {folder}/job-1.txt; to start: sbatch --parsable {folder}/job-1.sh"
+    assert (folder / "job-1.sh").read_text().splitlines() == script
+    tasks = [Path(line) for line in (folder / "job-1.txt").read_text().splitlines()]
+    assert len({*tasks}) == 6 and all((path / "recipe.yaml").exists() for path in tasks)
     options = [word for line in script if line.startswith("#SBATCH") for word in line.split()[1:]]
     asked = {"--array=0-5", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--mem=32G"}
     assert asked | {"--time=4:00:00", "--partition=main", "--signal=TERM@120"} <= set(options)
@@ -86,7 +88,7 @@ def test_a_dry_run_prints_script_and_command_and_writes_nothing(params, command)
     subprocess.run(["bash", "-n"], input=done.stdout.rpartition("6 runs")[0], text=True, check=True)
     local = command("submit", params, "seed=0,1", "--local", 2, "--dry-run").stdout
     assert "2 runs" in local and "workbench.cluster" in local
-    assert sorted(params.parent.rglob("*")) == before
+    assert not list(params.parent.rglob("job.json"))
 
 
 def test_without_sbatch_one_sentence_says_what_to_do(params, command, slurm):

@@ -34,7 +34,11 @@ def main() -> None:
         if not (of_a_file or type(error).__module__.startswith("workbench.")):
             raise
         name = type(error).__name__
-        sys.exit(str(error) if name == "RecipeError" else f"{name}: {error}")
+        text = str(error) if name == "RecipeError" else f"{name}: {error}"
+        if name != "StoreUnavailable":
+            sys.exit(text)
+        print(text, file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 @app.command()

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,7 +34,8 @@ def submit(
     With `local` a process of this machine that survives the kernel trains that many runs at once,
     otherwise an array of Slurm all of them (`job_script`). Finished, queued and running ones are
     left out. The list of run folders and the script are written into the folder of the sweep, or of
-    the run. Raises RecipeError, and RunError for a folder of another run, or if sbatch fails.
+    the run; with `dry_run` nothing more is done. Raises RecipeError, and RunError for a folder of
+    another run, or if sbatch fails.
     """
     recipes = [parts.pin(one) for one in (sweep.combinations(recipe, axes) if axes else [recipe])]
     folder = sweep.folder_of(recipe, axes) if axes else recipe.folder
@@ -53,9 +55,9 @@ def submit(
     if local:
         command = [sys.executable, "-m", "workbench.cluster", str(tasks), str(local)]
     text = "" if local else job_script(tasks, recipe.name, len(left), **slurm)
-    if dry_run or not left:
-        return f"{text}{count}: {shlex.join(command)}" if left else count
-    if not local and not shutil.which("sbatch"):
+    if not left:
+        return count
+    if not (local or dry_run or shutil.which("sbatch")):
         raise runs.RunError("there is no sbatch on this machine; --local 1 trains without Slurm")
     for one in left:
         with (run := runs.Run(one.folder)).writing():
@@ -65,12 +67,28 @@ def submit(
             for name in ("job.json", "CANCEL"):
                 run.file(name).unlink(missing_ok=True)
     tasks.write_text("".join(f"{one.folder}\n" for one in left))
-    job = _detach(command, tasks) if local else _sbatch(command, script, text)
+    if not local:
+        script.write_text(text)
+    if dry_run:
+        return f"{text}{count} in {tasks}; to start: {shlex.join(command)}"
+    job = _detach(command, tasks) if local else _sbatch(command, script)
     for index, one in enumerate(left):  # "x": the job itself may have been faster
         with contextlib.suppress(FileExistsError), open(one.folder / "job.json", "x") as file:
             json.dump({"submitted": time.time(), "index": index, **job}, file, indent=2)
     name = f"process {job['process']} on {job['host']}" if local else f"job {job['job']}"
     return f"{count} in {tasks}: {name}"
+
+
+def notes(recipe: Recipe, time: str) -> list[str]:
+    """What looks wrong on this machine, and may be right on a node."""
+    found = []
+    if re.fullmatch(r"(0+:)?0*[12](:\d+)?", time):
+        text = f"--time {time} leaves no time: the training is stopped 120 s before the limit"
+        found.append(f"{text}, or as --signal in --sbatch says")
+    folder = ROOT / Path(recipe.data_dir).expanduser()
+    if recipe.dataset == "files" and not folder.exists():
+        found.append(f"there is no data_dir {str(folder)!r} on this machine")
+    return found
 
 
 def job_script(tasks: Path, name: str, count: int, *, gpus: int = 1, **options: Any) -> str:
@@ -91,8 +109,7 @@ def job_script(tasks: Path, name: str, count: int, *, gpus: int = 1, **options: 
     return text
 
 
-def _sbatch(command: list[str], script: Path, text: str) -> dict[str, Any]:
-    script.write_text(text)
+def _sbatch(command: list[str], script: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise runs.RunError(f"sbatch failed: {done.stderr.strip()}; see {script}")
@@ -122,6 +139,9 @@ def run_tasks(tasks: Path, count: int) -> None:
     paths, train = map(Path, tasks.read_text().splitlines()), functools.partial(_train_task, count)
     for path, row in sweep.in_processes(train, paths, count, tasks.with_suffix(".log")):
         print(f"{path.name}: {row['message']}", flush=True)
+        if row["state"] == "failed" and (run := runs.Run(path)).status()["state"] == "new":
+            with run.writing():
+                run.set_status("failed", message=row["message"])
 
 
 if __name__ == "__main__":  # a task list, and how many at a time

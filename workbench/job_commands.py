@@ -52,7 +52,7 @@ def submit(
     time: Annotated[str, typer.Option(help="limit of a run, such as 4:00:00")] = "",
     partition: Annotated[str, typer.Option(help="of Slurm")] = "",
     sbatch: Annotated[str, typer.Option(help="more options of sbatch: --account=x --mem=32G")] = "",
-    dry_run: Annotated[bool, typer.Option(help="print script and command only")] = False,
+    dry_run: Annotated[bool, typer.Option(help="write list and script, start nothing")] = False,
 ) -> None:
     """Train in a job of Slurm, or detached from this terminal, a recipe or each run of a sweep."""
     recipe = read_recipe(params, p)
@@ -60,12 +60,15 @@ def submit(
 
     slurm = {"nodes": nodes, "gpus": gpus, "time": time, "partition": partition, "sbatch": sbatch}
     options = sweep.parse_axes(axes or [])
+    print(*(f"note: {text}\n" for text in cluster.notes(recipe, time)), sep="", end="")
     print(cluster.submit(recipe, options, local=local, dry_run=dry_run, **slurm))
 
 
 @app.command()
-def cancel(folders: Annotated[list[Path], typer.Argument(help="run folders")]) -> None:
+def cancel(
+    folders: Annotated[list[Path], typer.Argument(help="of runs or sweeps, also as in `runs`")],
+) -> None:
     """Cancel the jobs of runs, queued or running; these stop with a checkpoint."""
     from workbench import jobs
 
-    print(*jobs.cancel(folders), sep="\n")
+    print(*jobs.cancel([path for folder in folders for path in jobs.run_folders(folder)]), sep="\n")

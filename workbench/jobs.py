@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from workbench import locks
+from workbench import ROOT, locks
 from workbench.runs import Run, RunError, atomic_write, follow
 
 STARTS = 3  # of Slurm without a new step; then a run is not requeued any more
-FORMAT = "ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|,RestartCnt:|"  # "12|3|PENDING||0|"
+# "12|3|PENDING||0|Priority|"
+FORMAT = "ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|,RestartCnt:|,Reason:|"
 
 
 class Job(NamedTuple):
@@ -30,6 +31,7 @@ class Job(NamedTuple):
     state: str
     node: str | None = None
     requeues: int = 0
+    reason: str = ""  # why it is queued, in Slurm's words
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def of_runs(paths: Iterable[Path]) -> dict[Path, Job]:
 
 
 def _queue(jobs: set[str]) -> dict[tuple, list[str]] | None:
-    """State, nodes and number of requeues by job and array index; None if squeue cannot say."""
+    """State, nodes, requeues and reason by job and array index; None if squeue cannot say."""
     command = ["squeue", "--noheader", "--array", "--Format", FORMAT, "--jobs", ",".join(jobs)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30) if jobs else None
@@ -63,7 +65,7 @@ def _queue(jobs: set[str]) -> dict[tuple, list[str]] | None:
     if done and done.returncode and "Invalid job id" not in done.stderr:  # it ended long ago
         return None
     rows = (line.split("|") for line in done.stdout.splitlines()) if done else ()
-    return {(job, index): rest[:3] for job, index, *rest in rows}
+    return {(job, index): rest[:4] for job, index, *rest in rows}
 
 
 def _job(job: dict[str, Any], cancelled: bool, queue: dict[tuple, list[str]] | None) -> Job:
@@ -72,9 +74,9 @@ def _job(job: dict[str, Any], cancelled: bool, queue: dict[tuple, list[str]] | N
         name, requeues = f"job {job['job']}_{job['index']}", job.get("requeues", 0)
         if queue is None:  # then the lock alone says that it runs
             return Job(name, ended if cancelled else "" if node else "queued", node, requeues)
-        found = queue.get((job["job"], str(job["index"])), ["COMPLETING", node, requeues])
+        found = queue.get((job["job"], str(job["index"])), ["COMPLETING", node, requeues, ""])
         state = {"PENDING": "queued", "REQUEUED": "queued", "COMPLETING": ended}
-        return Job(name, state.get(found[0], "running"), found[1], int(found[2]))
+        return Job(name, state.get(found[0], "running"), found[1], int(found[2]), found[3])
     worker = "worker" in job
     state = ended if cancelled else "" if worker else "queued"
     if job["host"] == socket.gethostname():
@@ -139,6 +141,19 @@ def cancel(paths: Iterable[Path]) -> list[str]:
     if done and done.returncode:
         raise RunError(f"scancel {' '.join(ids)} failed: {done.stderr.strip()}")
     return said
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The run folder of this name, or those of a sweep: here, in the root folder or in its runs/.
+
+    Raises RunError where there is none.
+    """
+    for folder in (path.absolute(), ROOT / path, ROOT / "runs" / path):
+        if (folder / "recipe.yaml").exists():
+            return [folder]
+        if below := sorted(one.parent for one in folder.glob("*/recipe.yaml")):
+            return below
+    raise RunError(f"{path} is no folder of a run or sweep; `workbench runs` lists them")
 
 
 def wait_and_follow(run: Run, stop: threading.Event) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,8 @@ def row(path: Path, job: jobs.Job | None = None) -> dict[str, Any]:
         if job and job.requeues and row["state"] in ("queued", "running"):
             times = {1: "once", 2: "twice"}.get(job.requeues, f"{job.requeues} times")
             row["text"] = f"requeued {times}, {row['state']}"
+        if job and row["state"] == "queued" and job.reason not in ("", "None"):
+            row["text"] += f" ({job.reason})"
         if job and job.node and row["state"] == "running":
             row["text"] += f" on {job.node}"
         if status["state"] == "running":
@@ -73,4 +75,6 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     text = lambda v: "-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
     lines = [columns, *([text(row[c]) for c in columns] for row in found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [" ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    lines = [" ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    failed = [row for row in found if row["state"] in ("failed", "unreadable")]
+    return lines + [f"{row['run']}: {row['message']}" for row in failed[:5]]

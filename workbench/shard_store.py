@@ -8,6 +8,7 @@ another process a child reads.
 
 import contextlib
 import functools
+import io
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,6 @@ import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +26,7 @@ LABELS = ("cls", "json", "txt")  # members of a WebDataset sample that may have 
 REQUESTS = 16  # at once, of every process
 # Of each request, with waits of 0.25, 0.5, ... to 30 seconds: two minutes in all
 ATTEMPTS = int(os.environ.get("WORKBENCH_STORE_ATTEMPTS") or 10)
-BLOCK = 2**16  # bytes; of larger members a listing reads the headers alone
+BLOCK = 2**20  # bytes at a time for a listing; of larger members it reads the headers alone
 _PLACE = re.compile(r"(.+?)::(\d+)\+(\d+):.*", re.DOTALL)
 _CHANGED = "has changed since it was indexed; put it back, or index the shards again"
 _MISSING = "is missing; put it back, or index the shards again"
@@ -35,6 +35,10 @@ _FINAL = {"PreconditionError": _CHANGED, "NotFoundError": _MISSING, "FileNotFoun
 
 class StoreError(OSError):
     """A shard is missing, has changed or cannot be read; the text names it and what to do."""
+
+
+class StoreUnavailable(StoreError):
+    """A store did not answer; a run can be resumed when it does again."""
 
 
 Shard = tuple[int, str]  # size, and ETag of an object or time of the last change of a file
@@ -109,14 +113,10 @@ def _list(url: str) -> tuple[Shard, list[tuple[str, int, int, bytes]]]:
     """A shard, and name, offset and size of its files; of LABELS the content too."""
     shard, found = _look(url), []
     if "://" in url:
-        import obstore
-
-        file = obstore.open_reader(*_store(url), buffer_size=BLOCK)
-        read = lambda size: bytes(file.read(size))
-        archive = SimpleNamespace(read=read, seek=file.seek, tell=file.tell)
+        archive = io.BufferedReader(_Object(url, shard), BLOCK)
     else:
-        file = archive = open(url, "rb")
-    with contextlib.closing(file):
+        archive = open(url, "rb")
+    with contextlib.closing(archive):
         try:
             tar = tarfile.open(fileobj=archive, mode="r:", errors="strict")
             for info in tar:
@@ -134,6 +134,28 @@ def _list(url: str) -> tuple[Shard, list[tuple[str, int, int, bytes]]]:
             raise StoreError(f"shard {url} {text}") from None
     compare(url, shard, _look(url))
     return shard, found
+
+
+class _Object(io.RawIOBase):
+    """An object as a file to read."""
+
+    def __init__(self, url: str, shard: Shard):
+        self.url, self.shard, self.place = url, shard, 0
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = offset + (0, self.place, self.shard[0])[whence]
+        return self.place
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = max(0, min(len(buffer), self.shard[0] - self.place))
+        buffer[:size] = _read(self.url, self.place, size, self.shard) if size else b""
+        self.place += size
+        return size
 
 
 def _below(url: str) -> list[str]:
@@ -176,7 +198,7 @@ def _answer(name: str, item: Any) -> Any:
         if attempt + 1 < ATTEMPTS:  # processes that failed together do not come back together
             time.sleep(min(30.0, 0.25 * 2**attempt) * (1 + os.getpid() % 16 / 16))
     text = f"cannot be read in {ATTEMPTS} attempts ({text}); the same command resumes"
-    return StoreError(f"shard {item[0]} {text}")
+    return StoreUnavailable(f"shard {item[0]} {text}")
 
 
 def each(name: str, items: Iterable) -> Iterator[Any]:

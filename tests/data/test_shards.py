@@ -189,7 +189,7 @@ def test_a_reader_that_moves_to_another_process_has_its_shards_and_their_cache(
     shard_store.known.clear()  # as in a process that was not forked
     shard_store.cache = None
     part = data.loader.Part(np.arange(7), None, np.arange(7), 0, 0, True, 7)
-    assert "1.tar has changed since it was indexed" in pickle.loads(packed)[part].error
+    assert "1.tar has changed since it was indexed" in str(pickle.loads(packed)[part].error)
     assert shard_store.cache == cache
 
 

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     global_size: int  # images in the whole step, over all parts and processes
     failures: list[tuple[int, str, str]]  # (row, reason, detail) of images that were left out
     aug_params: list[dict] | None = None  # of each image, what is left for the device
-    error: str = ""  # of a shard, which says nothing about the images
+    error: shard_store.StoreError | None = None  # of a shard, which says nothing about the images
     seconds: float = 0.0  # to read and transform them, in the process that did
 
 
@@ -157,7 +157,7 @@ class Reader(TorchDataset):
     def __getitem__(self, part: Part) -> Batch:
         """The rows that can be read, transformed with the random numbers of (epoch, row, copy)."""
         start, streams, rng = time.perf_counter(), Streams(self.seed), None
-        decoded, params, used, failures, error_text = [], [], [], [], ""
+        decoded, params, used, failures, failed = [], [], [], [], None
         paths = [self.path(row) for row in part.rows.tolist()] if self.cached is None else []
         known, shard_store.cache = self.store
         shard_store.known.update(known)
@@ -168,7 +168,7 @@ class Reader(TorchDataset):
             try:
                 pixels, left = self.pixels(row, rng, next(contents, None))
             except shard_store.StoreError as error:
-                error_text = str(error)
+                failed = error
                 break
             except images.ImageError as error:
                 failures.append((row, error.reason, error.detail))
@@ -187,7 +187,7 @@ class Reader(TorchDataset):
             part.global_size,
             failures,
             params if self.transform.on_device else None,
-            error_text,
+            failed,
             time.perf_counter() - start,
         )
 
@@ -234,7 +234,7 @@ def _load(reader: Reader, parts: Iterator[Part], workers: int, pin_memory: bool)
         )
         for batch in loader:
             if batch.error:
-                raise shard_store.StoreError(batch.error)
+                raise batch.error
             yield batch
     except EOFError:  # a worker without a free file descriptor cannot hand over a batch
         explained = DataError(_TOO_MANY_FILES)

@@ -250,6 +250,8 @@ def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
 
 def _record_failure(run: runs.Run, error: BaseException) -> None:
     state, message = "failed", f"{type(error).__name__}: {error}"[:2000]
+    if isinstance(error, shard_store.StoreUnavailable):
+        state = "stopped"
     if isinstance(error, KeyboardInterrupt):
         state, message = "stopped", "stopped by Ctrl-C, at once; the same command resumes it"
     for _ in range(2):  # meanwhile torch may raise for another loader process
