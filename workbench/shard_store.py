@@ -18,7 +18,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,15 +61,18 @@ known: dict[str, Shard] = {}  # by path or URL, the shards of every index that w
 cache: Any = None  # shard_cache.ShardCache of the training in this process
 
 
-def read(places: Iterable[str]) -> Iterator[bytes | None]:
+def read(
+    places: Iterable[str], shards: Mapping[str, Shard] | None = None
+) -> Iterator[bytes | None]:
     """The bytes at these places (see image_files), read at once; None where no shard is named.
 
-    Raises StoreError where a shard is not the one that was indexed, or does not answer.
+    `shards` are those of the index, by default of the last one that was opened with a URL. Raises
+    StoreError where a shard is not the one that was indexed, or does not answer.
     """
-    found = []
+    found, shards = [], shards or known
     for part in map(_PLACE.fullmatch, places):
-        mine = part and (part[1] in known or "://" in part[1])
-        found.append((part[1], int(part[2]), int(part[3]), known.get(part[1])) if mine else None)
+        mine = part and (part[1] in shards or "://" in part[1])
+        found.append((part[1], int(part[2]), int(part[3]), shards.get(part[1])) if mine else None)
     remote = [one for one in found if one and "://" in one[0]]
     kept = {one: cache.get(*one) for one in remote if cache and one[3]}
     answers = each("read", [one for one in remote if kept.get(one) is None])

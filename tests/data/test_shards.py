@@ -196,6 +196,35 @@ def test_a_reader_that_moves_to_another_process_has_its_shards_and_their_cache(
     assert shard_store.cache == cache
 
 
+def test_a_frame_keeps_the_versions_of_its_own_index(tmp_path, png):
+    """A shard is packed again in another order, with the same size, and indexed for validation."""
+    path, files = tmp_path / "a.tar", samples(png, [b"0", b"1", b"2"])
+    index(tmp_path, pack(path, files))
+    index(tmp_path, pack(path, dict(reversed(files.items()))), name="val")
+    content = load(tmp_path, val_list="val.arrow")
+    assert path.stat().st_size and content.val.label.tolist() == [2, 1, 0]
+    assert batches(content.val)
+    with pytest.raises(StoreError, match="a.tar has changed since it was indexed"):
+        batches(content.train)
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_a_training_without_readable_images_ends_by_name(tmp_path, png, side):
+    """Files are decoded before training; of an index only the shards are looked at."""
+    files = samples(png, [b"0", b"1"] * 20)
+    damaged = {name: content[:60] if name > "025.png" else content for name, content in
+               files.items()}  # fmt: skip
+    for name in ("train", "val"):
+        pack(tmp_path / f"{name}.tar", damaged if name == side else files)
+        index(tmp_path, tmp_path / f"{name}.tar", name=name)
+    recipe = Recipe(
+        dataset="files", data_dir=str(tmp_path), train_list="train.arrow", val_list="val.arrow",
+        model="test_resnet", epochs=1, batch_size=8, workers=0, runs_dir=str(tmp_path / "runs"),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=f"{side}: 9 of 40 images cannot be read, last "):
+        train(recipe)
+
+
 def test_a_cache_for_shards_that_are_on_a_disk_is_refused(indexed):
     options = {"train_list": ["train.arrow"], "val_list": ["train.arrow"], "shard_cache_gb": 1.0}
     recipe = Recipe(dataset="files", data_dir=str(indexed), **options)
