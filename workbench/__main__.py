@@ -62,12 +62,15 @@ def train(
         for line in smoke_test(recipe):
             print(line, flush=True)
         return
-    from workbench import data, runs, training
+    from workbench import data, jobs, runs, training
     from workbench.doctor import teachers, throughput
     from workbench.ui import summary, widgets
 
     run = runs.Run(recipe.folder)
     progress, content = widgets.Progress(run), None
+    job = jobs.of_runs([run.path]).get(run.path) if training.is_main() else None
+    if job and job.state in ("queued", "unknown"):
+        print(f"note: {job.name} of this run is {job.state}: workbench cancel {run.path}")
     if recipe.teacher and training.is_main() and not run.file("last.pt").exists():
         content = data.load_dataset(recipe)
         report = teachers.teacher_report(recipe, content, max_images=512, max_val_images=2048)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench import ROOT, counted, jobs, locks, parts, runs, sweep, training
-from workbench.recipe import Recipe
+from workbench.recipe import Recipe, fingerprint
 from workbench.training.meter import Row
 
 
@@ -37,46 +38,55 @@ def submit(
     the run; with `dry_run` nothing more is done. Raises RecipeError, and RunError for a folder of
     another run, or if sbatch fails.
     """
-    recipes = [parts.pin(one) for one in (sweep.combinations(recipe, axes) if axes else [recipe])]
-    folder = sweep.folder_of(recipe, axes) if axes else recipe.folder
-    found, left = jobs.of_runs(one.folder for one in recipes), []
-    for one in recipes:
-        state = jobs.state((run := runs.Run(one.folder)).status()["state"], found.get(run.path))
-        if state not in ("finished", "queued", "running"):
-            left.append(one)
-        if run.file("last.pt").exists():
-            training.check_same_recipe(one, run)
-    count = counted(len(left), "run")
-    if len(left) < len(recipes):
-        count += f" ({len(recipes) - len(left)} finished, queued or running)"
-    number = 1 + max((int(p.stem[4:]) for p in folder.glob("job-*.txt")), default=0)
-    tasks = folder / f"job-{number}.txt"
-    command = ["sbatch", "--parsable", str(script := tasks.with_suffix(".sh"))]
-    if local:
-        command = [sys.executable, "-m", "workbench.cluster", str(tasks), str(local)]
-    text = "" if local else job_script(tasks, recipe.name, len(left), **slurm)
-    if not left:
-        return count
     if not (local or dry_run or shutil.which("sbatch")):
         raise runs.RunError("there is no sbatch on this machine; --local 1 trains without Slurm")
-    for one in left:
-        with (run := runs.Run(one.folder)).writing():
-            with run.atomic_write("recipe.yaml") as temporary:
-                one.to_yaml(temporary)
-            parts.save(one, run.path)
-            for name in ("job.json", "CANCEL"):
-                run.file(name).unlink(missing_ok=True)
-    tasks.write_text("".join(f"{one.folder}\n" for one in left))
-    if not local:
-        script.write_text(text)
-    if dry_run:
-        return f"{text}{count} in {tasks}; to start: {shlex.join(command)}"
-    job = _detach(command, tasks) if local else _sbatch(command, script)
-    for index, one in enumerate(left):  # "x": the job itself may have been faster
-        with contextlib.suppress(FileExistsError), open(one.folder / "job.json", "x") as file:
-            json.dump({"submitted": time.time(), "index": index, **job}, file, indent=2)
+    recipes = [parts.pin(one) for one in (sweep.combinations(recipe, axes) if axes else [recipe])]
+    folder = sweep.folder_of(recipe, axes) if axes else recipe.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.owning(folder / ".submit", wait=True):  # until others see these runs as queued
+        left, count = _left(recipes)
+        if not left:
+            return count
+        numbers = (folder / f"job-{number}.txt" for number in itertools.count(1))
+        tasks = next(path for path in numbers if not path.exists())
+        for one in left:
+            with (run := runs.Run(one.folder)).writing():
+                with run.atomic_write("recipe.yaml") as temporary:
+                    one.to_yaml(temporary)
+                parts.save(one, run.path)
+                for name in ("job.json", "CANCEL"):
+                    run.file(name).unlink(missing_ok=True)
+        tasks.write_text("".join(f"{one.folder}\n" for one in left))
+        text, command = "", [sys.executable, "-m", "workbench.cluster", str(tasks), str(local)]
+        if not local:
+            command = ["sbatch", "--parsable", str(script := tasks.with_suffix(".sh"))]
+            script.write_text(text := job_script(tasks, recipe.name, len(left), **slurm))
+        if dry_run:
+            return f"{text}{count} in {tasks}; to start: {shlex.join(command)}"
+        job = _detach(command, tasks) if local else _sbatch(command, script)
+        for index, one in enumerate(left):  # "x": the job itself may have been faster
+            with contextlib.suppress(FileExistsError), open(one.folder / "job.json", "x") as file:
+                json.dump({"submitted": time.time(), "index": index, **job}, file, indent=2)
     name = f"process {job['process']} on {job['host']}" if local else f"job {job['job']}"
     return f"{count} in {tasks}: {name}"
+
+
+def _left(recipes: list[Recipe]) -> tuple[list[Recipe], str]:
+    """The recipes to train, and in words how many. Raises RunError for a run of another recipe."""
+    found, left, unknown = jobs.of_runs(one.folder for one in recipes), [], 0
+    for one in recipes:
+        known, job = (run := runs.Run(one.folder)).status()["state"], found.get(one.folder)
+        state = jobs.state(known, job)
+        if run.file("last.pt").exists() or known == "running":
+            training.check_same_recipe(one, run)
+        elif state in jobs.LIVE and fingerprint(run.recipe()) != one.fingerprint:
+            text = f"another recipe is {state} as {job.name}"
+            raise runs.RunError(f"{run.path}: {text}; first call: workbench cancel {run.path}")
+        unknown += state == "unknown"
+        left += [one] if state not in ("finished", *jobs.LIVE) else []
+    count, others = counted(len(left), "run"), len(recipes) - len(left) - unknown
+    count += f" ({others} finished, queued or running)" if others else ""
+    return left, count + f" ({unknown} unknown: `workbench cancel` frees them)" * bool(unknown)
 
 
 def notes(recipe: Recipe, time: str) -> list[str]:
@@ -113,7 +123,9 @@ def _sbatch(command: list[str], script: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise runs.RunError(f"sbatch failed: {done.stderr.strip()}; see {script}")
-    return {"job": done.stdout.strip().partition(";")[0]}
+    if not (number := re.search(r"(\d+)(;\S*)?\s*$", done.stdout)):  # at the end, "12;cluster"
+        raise runs.RunError(f"sbatch printed no job number but {done.stdout!r}; see {script}")
+    return {"job": number[1]}
 
 
 def _detach(command: list[str], tasks: Path) -> dict[str, Any]:
@@ -121,12 +133,17 @@ def _detach(command: list[str], tasks: Path) -> dict[str, Any]:
         how = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": ROOT}
         process = subprocess.Popen(command, start_new_session=True, **how)
     process.returncode = 0  # nobody waits for it
-    job = {"host": socket.gethostname(), "process": process.pid}
-    return job | {"started": locks.started(process.pid)}
+    return _facts(process.pid)
 
 
-def _train_task(count: int, path: Path) -> Row:
-    jobs.write(path, worker=os.getpid(), worker_started=locks.started(os.getpid()))
+def _facts(process: int) -> dict[str, Any]:
+    return {"host": socket.gethostname(), "process": process, "started": locks.started(process)}
+
+
+def _train_task(count: int, job: dict[str, Any], path: Path) -> Row:
+    if (run := runs.Run(path)).locked():  # whose job.json stays
+        return {"state": "stopped", "message": f"{path} is being written by {run.writer()}"}
+    jobs.write(path, **job, worker=os.getpid(), worker_started=locks.started(os.getpid()))
     if (path / "CANCEL").exists():
         return {"state": "stopped", "message": "cancelled"}
     recipe = Recipe.from_yaml(path / "recipe.yaml")
@@ -136,11 +153,12 @@ def _train_task(count: int, path: Path) -> Row:
 def run_tasks(tasks: Path, count: int) -> None:
     """Trains the runs of a list of folders, `count` at a time; SIGTERM stops them all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    paths, train = map(Path, tasks.read_text().splitlines()), functools.partial(_train_task, count)
+    paths = map(Path, tasks.read_text().splitlines())
+    train = functools.partial(_train_task, count, _facts(os.getpid()))
     for path, row in sweep.in_processes(train, paths, count, tasks.with_suffix(".log")):
         print(f"{path.name}: {row['message']}", flush=True)
         if row["state"] == "failed" and (run := runs.Run(path)).status()["state"] == "new":
-            with run.writing():
+            with contextlib.suppress(runs.RunError), run.writing():  # another process may have it
                 run.set_status("failed", message=row["message"])
 
 
