@@ -48,9 +48,9 @@ def submit(recipe: Recipe, axes=None, **slurm) -> str:
 
 
 def shown(folder: Path) -> dict[str, str]:
-    """The column state of `workbench runs`, by run."""
+    """The column state of `workbench runs` by run, without Slurm's reason."""
     found = run_list.rows(folder, sweeps=True)
-    return {row["run"]: row["text"] for row in found}
+    return {row["run"]: row["text"].partition(" (")[0] for row in found}
 
 
 def queue(nodes) -> dict[str, tuple[str, str]]:
