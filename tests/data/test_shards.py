@@ -198,6 +198,11 @@ def test_a_class_of_validation_with_folders_in_it_is_that_class(tmp_path, png):
         assert found.val.label.tolist() == [0, 0]
     roots = {"train_root": "train0.tar", "val_root": "val0.tar", "train_list": [], "val_list": []}
     assert load(tmp_path, **roots).val.label.tolist() == [0, 0]
+    (tmp_path / "names.txt").write_text("dog\ncat")
+    (tmp_path / "train.txt").write_text("x.png 0\ny.png 1\n")
+    (tmp_path / "train").mkdir()
+    named = {"train_list": "train.txt", "class_names": "names.txt", "val_list": "val0.arrow"}
+    assert load(tmp_path, **named).val.label.tolist() == [1, 1]
 
 
 # ---- labels that are numbers, and labels that are names
