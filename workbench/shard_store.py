@@ -139,15 +139,20 @@ def _list(url: str) -> tuple[Shard, list[tuple[str, int, int, bytes]]]:
             tar = tarfile.open(fileobj=archive, mode="r:", errors="strict")
             for info in tar:
                 if info.isreg() and not info.issparse():
-                    is_label = info.name.rpartition(".")[2] in LABELS
+                    is_label = info.name.rpartition(".")[2].lower() in LABELS
                     content = tar.extractfile(info).read() if is_label else b""
                     found.append((info.name, info.offset_data, info.size, content))
                 elif not info.isdir():
-                    raise tarfile.ReadError(f"{info.name!r} is a link")
+                    kind = "sparse" if info.issparse() else "a link" if info.linkname else "no file"
+                    raise tarfile.ReadError(f"{info.name!r} is {kind}")
             archive.seek(tar.offset)  # at a damaged header tarfile ends without an error
             if archive.read(512) != bytes(512):
                 raise tarfile.ReadError(f"it ends at {tar.offset:,} of {shard[0]:,} bytes")
-        except (tarfile.TarError, UnicodeError) as error:
+            if any(part.strip(b"\0") for part in iter(lambda: archive.read(BLOCK), b"")):
+                raise tarfile.ReadError("there is another tar behind its end")
+        except UnicodeDecodeError as error:
+            raise StoreError(f"shard {url}: {error.object!r} is no UTF-8 name; rename it") from None
+        except tarfile.TarError as error:
             text = f"is truncated, compressed or no plain tar ({error}); copy or pack it again"
             raise StoreError(f"shard {url} {text}") from None
     compare(url, shard, _look(url))

@@ -1,5 +1,6 @@
 """Tar shards are read in place by an index, or refused by name."""
 
+import itertools
 import json
 import os
 import pickle
@@ -94,7 +95,7 @@ def test_labels_of_validation_follow_the_classes_of_training(tmp_path):
     named = load(tmp_path, val_list="val.arrow", class_names="names.txt")
     assert named.train.label.tolist() == [1, 2, 0] and named.val.label.tolist() == [0, 2]
     index(tmp_path, pack(tmp_path / "c.tar", {"d/2.jpg": b"x"}), name="val")
-    with pytest.raises(DataError, match=r"classes \['d'\], not in training"):
+    with pytest.raises(DataError, match=r"has \['d'\], not in training"):
         load(tmp_path, val_list="val.arrow")
 
 
@@ -105,7 +106,7 @@ def test_labels_of_validation_follow_the_classes_of_training(tmp_path):
         ({"a.jpg": b"x"}, "'a.jpg' has no label"),
         ({"a.jpg": b"x", "a.json": b"[1]"}, "'a.jpg' has no label"),
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "'a.jpg' and 'a.png' have one key"),
-        ({"a.jpg": b"x", "a.cls": b"1", "b.cls": b"1"}, "'/b' has a label and no image"),
+        ({"a.jpg": b"x", "a.cls": b"1", "b.cls": b"1"}, "'b' has a label and no image"),
         ({"a.md": b"x"}, "has no images"),
         ({"a.jpg": b"x", "a.txt": b"cat", "b.jpg": b"x", "b.txt": b"7"}, "'cat' is no number"),
     ],
@@ -114,6 +115,160 @@ def test_samples_that_would_be_read_wrongly_are_refused_by_name(tmp_path, files,
     with pytest.raises(DataError, match=message):
         index(tmp_path, pack(tmp_path / "a.tar", files))
     assert not (tmp_path / "train.arrow").exists()
+
+
+def dotted(name: str, end: str = "cls") -> dict[str, bytes]:
+    return {f"{name}.png": b"x", f"{name}.{end}": b"1"}
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({**dotted("a"), **dotted("b.1"), **dotted("d")}, "'b.1.png' has a key that ends"),
+        ({**dotted("b.1"), **dotted("c.1")}, "'b.1.png' has a key that ends"),
+        ({**dotted("a"), **dotted("a.1")}, "'a.1.png' has a key that ends"),
+        (dotted("b.1", "txt"), "'b.1.png' has a key that ends"),
+        ({**dotted("a"), "b.1.cls": b"1"}, "'b.1' has a label and no image"),
+        ({"a.jpg": b"x", "a.json": b'{"label": null}', "a.txt": b"a caption"},
+         r"'a.jpg' has no label \(None\)"),
+        ({"a.jpg": b"x", "a.json": b'{"label": 1.5}', "a.txt": b"1"}, r"no label \(1.5\)"),
+        ({"a.jpg": b"x", "a.cls": b" ", "a.txt": b"a caption"}, r"no label \(' '\)"),
+        ({"a.jpg": b"x", "a.json": b'{"label": "\\ud800"}'}, "no label .*surrogates not allowed"),
+        ({"a.jpg": b"x", "a.json": b"[" * 10**5}, "no label .RecursionError"),
+        ({f"{side}/{c}/1.png": b"x" for side in ("train", "val") for c in "ab"},
+         r"folders \['train', 'val'\] are splits, not classes"),
+    ],
+)  # fmt: skip
+def test_samples_are_refused_rather_than_left_out_or_labelled_by_chance(tmp_path, files, message):
+    with pytest.raises(DataError, match=message):
+        index(tmp_path, pack(tmp_path / "a.tar", files))
+
+
+@pytest.mark.parametrize(
+    "files, classes, labels",
+    [
+        ({"A.PNG": b"x", "A.CLS": b"1", "b.Png": b"x", "b.Json": b'{"cls": 0}'},
+         ["0", "1"], [1, 0]),
+        ({"a.png": b"x", "a.json": b'{"label": 1.0}', "a.txt": b"a caption",
+          "b.png": b"x", "b.json": b'{"label": 0}'}, ["0", "1"], [1, 0]),
+        ({"a.png": b"x", "a.cls": b"\xef\xbb\xbf1", "b.png": b"x", "b.txt": b"0"},
+         ["0", "1"], [1, 0]),
+        ({"cat/1.png": b"x", "cat/README.txt": b"!", "ant/1.png": b"x", "meta.json": b"{}"},
+         ["ant", "cat"], [1, 0]),
+    ],
+)  # fmt: skip
+def test_label_files_are_known_by_their_sample_in_any_case_and_with_a_byte_order_mark(
+    tmp_path, files, classes, labels
+):
+    index(tmp_path, pack(tmp_path / "a.tar", files))
+    found = load(tmp_path)
+    assert found.classes == classes and found.train.label.tolist() == labels
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_class_folders_of_an_index_have_the_images_of_those_of_an_archive(tmp_path, png, scheme):
+    files = {"cat/0": png(0), "cat/1.png": png(1), "ant/2.x": png(2), "ant/in/3": png(3),
+             "ant/notes.md": b"no image", "cat/4": b"", "README": png(5)}  # fmt: skip
+    shard = pack(tmp_path / "train.tar", files)
+    index(tmp_path, f"{scheme}{shard}")
+    options = {"train_list": [], "val_list": [], "train_root": "train.tar", "val_root": "train.tar"}
+    wanted, found = load(tmp_path, **options), load(tmp_path)
+    labels = [dict(zip(data.train.file, data.train.label, strict=True)) for data in (wanted, found)]
+    assert labels[0] == labels[1] and len(labels[0]) == 4 and found.classes == ["ant", "cat"]
+
+
+def test_shards_of_class_folders_and_of_label_files_are_not_mixed(tmp_path):
+    pack(tmp_path / "a.tar", {"cat/1.png": b"x", "dog/1.png": b"x"})
+    pack(tmp_path / "b.tar", {"2.png": b"x", "2.txt": b"cat"})
+    with pytest.raises(DataError, match="some shards have class folders, and others label files"):
+        index(tmp_path, tmp_path / "*.tar")
+
+
+def test_a_class_of_validation_with_folders_in_it_is_that_class(tmp_path, png):
+    """As class folders are read from an archive."""
+    train = [f"cat/{name}" for name in ("dog/1", "cat/1")] + ["dog/dog/1"]
+    for side, names in (("train", train), ("val", ["cat/dog/2", "cat/cat/5"])):
+        for around in ("", f"{side}/"):
+            files = {f"{around}{name}.png": png(i) for i, name in enumerate(names)}
+            shard = pack(tmp_path / f"{side}{len(around)}.tar", files)
+            index(tmp_path, shard, name=f"{side}{bool(around):d}")
+    for around in "01":
+        found = load(tmp_path, train_list=f"train{around}.arrow", val_list=f"val{around}.arrow")
+        assert found.classes == ["cat", "dog"] and found.train.label.tolist() == [0, 0, 1]
+        assert found.val.label.tolist() == [0, 0]
+    roots = {"train_root": "train0.tar", "val_root": "val0.tar", "train_list": [], "val_list": []}
+    assert load(tmp_path, **roots).val.label.tolist() == [0, 0]
+    (tmp_path / "names.txt").write_text("dog\ncat")
+    (tmp_path / "train.txt").write_text("x.png 0\ny.png 1\n")
+    (tmp_path / "train").mkdir()
+    named = {"train_list": "train.txt", "class_names": "names.txt", "val_list": "val0.arrow"}
+    assert load(tmp_path, **named).val.label.tolist() == [1, 1]
+
+
+# ---- labels that are numbers, and labels that are names
+
+NUMBERS, NAMES = ("index of numbers", "list"), ("index of names", "index of folders", "folders")
+
+
+def side(folder, png, name: str, kind: str, labels: list[int]) -> dict:
+    """The options for one side of this kind, whose labels are numbers or these of ant, bee, cat."""
+    named, files = [("ant", "bee", "cat")[label] for label in labels], {}
+    for i, label in enumerate(labels):
+        end, text = ("txt", named[i]) if kind == "index of names" else ("cls", str(label))
+        own = {f"{i}.png": png(i), f"{i}.{end}": text.encode()}
+        files |= {f"{named[i]}/{i}.png": png(i)} if "folders" in kind else own
+    if "index" in kind:
+        index(folder, pack(folder / f"{name}.tar", files), name=name)
+        return {f"{name}_list": f"{name}.arrow"}
+    for file, content in files.items():
+        (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name / file).write_bytes(content)
+    rows = [f"{i}.png {label}\n" for i, label in enumerate(labels)]
+    (folder / f"{name}.txt").write_text("".join(rows))
+    return {f"{name}_list": f"{name}.txt" if kind == "list" else []}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("first", ["numbers", "names"])
+def test_numbers_and_names_are_matched_by_a_file_of_class_names_alone(
+    tmp_path, png, numbers, names, first
+):
+    kinds = (numbers, names) if first == "numbers" else (names, numbers)
+    sides = dict(zip(("train", "val"), kinds, strict=True))
+    labels = {"train": [2, 0, 1], "val": [1, 2]}
+    options = {}
+    for name, kind in sides.items():
+        options |= side(tmp_path, png, name, kind, labels[name])
+    both = r"{} has numbers as labels and the other side has names, \['\w+', '\w+'"
+    with pytest.raises(DataError, match=both.format("train" if first == "numbers" else "val")):
+        load(tmp_path, **options)
+    classes = ["cat", "ant", "bee"]
+    (tmp_path / "names.txt").write_text("\n".join(classes))
+    found = load(tmp_path, **options, class_names="names.txt")
+    assert found.classes == classes
+    for name, frame in (("train", found.train), ("val", found.val)):
+        by_name = [classes.index(("ant", "bee", "cat")[label]) for label in labels[name]]
+        ours = [frame.label[frame.file.str.endswith(f"{i}.png")].item() for i in range(len(frame))]
+        assert ours == (labels[name] if sides[name] in NUMBERS else by_name)
+    (tmp_path / "names.txt").write_text("ant\nbee")
+    with pytest.raises(
+        DataError, match="labels outside 0 to 1|class folders differ|not in .*class_names"
+    ):
+        load(tmp_path, **options, class_names="names.txt")
+
+
+@pytest.mark.parametrize(
+    "train, val", [*itertools.product(NUMBERS, NUMBERS), *itertools.product(NAMES, NAMES)]
+)
+def test_sides_of_one_kind_of_labels_need_no_class_names(tmp_path, png, train, val):
+    options = side(tmp_path, png, "train", train, [2, 0, 1])
+    found = load(tmp_path, **options, **side(tmp_path, png, "val", val, [1, 2]))
+    assert sorted(found.val.label) == [1, 2] and sorted(found.train.label) == [0, 1, 2]
+    assert found.classes == (["0", "1", "2"] if val in NUMBERS else ["ant", "bee", "cat"])
+
+
+# ---- shards and their names
 
 
 def test_a_key_in_two_shards_is_refused_with_both_places(tmp_path):
@@ -149,6 +304,78 @@ def test_compressed_truncated_damaged_linked_and_missing_shards_are_refused_by_n
         index(tmp_path, tmp_path / "z*.tar")
     with pytest.raises(DataError, match="name it NAME.arrow"):
         data.write_index([str(tmp_path / "whole.tar")], tmp_path / "train.parquet")
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        (tarfile.FIFOTYPE, "no file"),
+        (tarfile.GNUTYPE_SPARSE, "sparse"),
+        (tarfile.LNKTYPE, "a link"),
+        (tarfile.SYMTYPE, "a link"),
+    ],
+)
+def test_a_member_that_is_no_plain_file_is_refused_as_what_it_is(tmp_path, kind, says):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        (member := tarfile.TarInfo("b.jpg")).type = kind
+        member.linkname = "c.jpg" * (says == "a link")
+        tar.addfile(member)
+    with pytest.raises(StoreError, match=f"'b.jpg' is {says}"):
+        index(tmp_path, tmp_path / "a.tar")
+
+
+def test_a_name_that_is_no_utf8_is_refused_as_such(tmp_path):
+    with tarfile.open(
+        tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+    ) as tar:
+        tar.addfile(tarfile.TarInfo("caf\u00e9/1.jpg"))
+    with pytest.raises(StoreError, match=r"a.tar: b'caf\\xe9/1.jpg' is no UTF-8 name; rename it"):
+        index(tmp_path, tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize(
+    "pattern, names",
+    [
+        ("train/*.tar", ["0", "1", "n1", "n[1]"]),
+        ("train/?.tar", ["0", "1"]),
+        ("train?0.tar", []),
+        ("*/*/?.tar", ["old/2"]),
+        ("train/[01].tar", ["0", "1"]),
+        ("train/n[1].tar", ["n[1]"]),  # as it is written
+        ("train/{0..1}.tar", ["0", "1"]),
+    ],
+)
+def test_wildcards_stay_within_a_folder_on_a_disk_and_in_a_store(tmp_path, scheme, pattern, names):
+    for i, name in enumerate(("0", "1", "n1", "n[1]", "old/2")):
+        pack(tmp_path / "in" / "train" / f"{name}.tar", {f"{i}.png": b"x", f"{i}.cls": b"1"})
+    if not names:
+        with pytest.raises(DataError, match="no shard has the name"):
+            index(tmp_path, f"{scheme}{tmp_path}/in/{pattern}")
+        return
+    index(tmp_path, f"{scheme}{tmp_path}/in/{pattern}")
+    found = [path.partition("::")[0] for path in load(tmp_path, num_classes=2).train.path]
+    assert found == [f"{scheme}{tmp_path}/in/train/{name}.tar" for name in names]
+
+
+def test_the_folder_of_an_index_is_made_before_any_shard_is_read(tmp_path):
+    shard = pack(tmp_path / "a.tar", {"a/1.png": b"x", "b/1.png": b"x"})
+    index(tmp_path / "no" / "dir", shard)
+    assert len(load(tmp_path / "no" / "dir").train) == 2
+    with pytest.raises(OSError, match="a.tar"):
+        index(shard / "below", tmp_path / "gone.tar")
+
+
+def test_a_range_without_numbers_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"\{5..1\} is empty; write the smaller number first"):
+        index(tmp_path, tmp_path / "{5..1}.tar")
+
+
+@pytest.mark.parametrize("name", ["train.idx", "0.tar"])
+def test_an_index_with_another_name_and_a_tar_are_no_lists(indexed, name):
+    os.rename(indexed / "train.arrow", indexed / "train.idx")
+    with pytest.raises(DataError, match="an index is named NAME.arrow, a tar is for train_root"):
+        load(indexed, train_list=name, val_list=name)
 
 
 @pytest.fixture
@@ -291,6 +518,19 @@ def test_an_index_is_refused_beside_other_lists_and_where_it_is_none(indexed):
     for name in ("other", "cut", "gone"):
         with pytest.raises(DataError, match=rf"{name}.arrow' cannot be read .* `workbench index"):
             load(indexed, train_list=f"{name}.arrow")
+
+
+def test_a_tar_behind_the_end_of_another_is_refused_and_zeros_are_not(tmp_path, png):
+    """`cat a.tar b.tar`: a reader that ends at the first end would leave half of the images out."""
+    first, second = (
+        pack(tmp_path / f"{start}.tar", samples(png, [b"0"], start=start)).read_bytes()
+        for start in (0, 1)
+    )
+    (tmp_path / "both.tar").write_bytes(first + second)
+    with pytest.raises(StoreError, match=r"both.tar .*\(there is another tar behind its end\)"):
+        index(tmp_path, tmp_path / "both.tar")
+    (tmp_path / "zeros.tar").write_bytes(first + bytes(3 * 2**20))
+    assert "1 image of 1 class" in index(tmp_path, tmp_path / "zeros.tar")
 
 
 def test_the_command_writes_an_index(indexed, command):

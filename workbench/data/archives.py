@@ -5,6 +5,7 @@ archive.tar::1536+1042:cat/0.png, archive.zip::z812+1042:cat/0.png (see image_fi
 """
 
 import contextlib
+import io
 import json
 import os
 import tarfile
@@ -19,6 +20,7 @@ from workbench import CACHE, image_files
 from workbench.data import images
 from workbench.data.dataset import DataError, text_digest
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 
 
@@ -27,12 +29,12 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _JUNK
 
 
-def is_image(name: str, path: str) -> bool:
+def is_image(name: str, path: str, content: bytes | None = None) -> bool:
     """Whether a file is an image by its suffix, or by its content where Pillow knows it."""
     if os.path.splitext(name)[1].lower() in images.SUFFIXES:
         return True
     try:
-        with image_files.opened(path) as file, Image.open(file):
+        with io.BytesIO(content) if content else image_files.opened(path) as file, Image.open(file):
             return True
     except Exception:  # damaged files make decoders raise nearly anything
         return False

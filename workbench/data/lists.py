@@ -35,7 +35,9 @@ def read_list(path: str | Path, root: str | Path, number: int = 0) -> pd.DataFra
         raw = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
         raw.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"list {str(path)!r} cannot be read: {error}") from None
+        text = "; an index is named NAME.arrow, a tar is for train_root or `workbench index`"
+        text *= isinstance(error, UnicodeDecodeError)
+        raise DataError(f"list {str(path)!r} cannot be read: {error}{text}") from None
     raw = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     is_json = raw.lstrip().startswith(b"{")
     files, labels = _fast_rows(raw, is_json) or _slow_rows(str(path), raw.decode(), is_json)

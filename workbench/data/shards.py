@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 
 from workbench import counted, shard_cache, shard_store
 from workbench.data import images
-from workbench.data.archives import is_hidden
+from workbench.data.archives import SPLITS, is_hidden, is_image
 from workbench.data.dataset import DataError, text_digest
 from workbench.data.verify import counter
 
 _META = b"workbench.index"
+_KEY = re.compile(r"(.*/)?[^./]*", re.DOTALL)  # of a sample, to the first dot of the base name
 _opened: dict[str, dict[str, shard_store.Shard]] = {}  # by the digest of an index, its shards
 
 
@@ -40,6 +41,7 @@ def write_index(sources: Sequence[str], out: str | Path, *, progress: bool = Tru
     """
     if not is_index(out):
         raise DataError(f"--out {str(out)!r}: an index is mapped into memory; name it NAME.arrow")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     urls = [url for source in sources for url in _expand(source)]
     shards, tables = {}, []
     with counter(len(urls), "listing shards", "shard", progress) as count:
@@ -54,8 +56,8 @@ def write_index(sources: Sequence[str], out: str | Path, *, progress: bool = Tru
         name = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
         first, other, *_ = table.filter(pc.equal(table["file"], name))["path"].to_pylist()
         raise DataError(f"{name.as_py()!r} is there twice: {first}, {other}; a key stands for one")
-    labels, classes = _numbered(table["label"].combine_chunks())
-    meta = json.dumps({"classes": classes, "shards": shards})
+    labels, classes, around = _numbered(table["label"].combine_chunks())
+    meta = json.dumps({"classes": classes, "around": around, "shards": shards})
     table = table.set_column(1, "label", labels).replace_schema_metadata({_META: meta})
     with pa.ipc.new_file(temporary := f"{out}.{os.getpid()}", table.schema) as file:
         file.write_table(table)
@@ -66,15 +68,20 @@ def write_index(sources: Sequence[str], out: str | Path, *, progress: bool = Tru
 
 def _expand(source: str) -> list[str]:
     """The shards that a path or URL with a range or wildcards names. Raises DataError."""
+    if os.path.exists(source):
+        return [os.path.abspath(source)]
     if part := re.search(r"\{(\d+)\.\.(\d+)\}", source):
-        numbers = range(int(part[1]), int(part[2]) + 1)
+        if not (numbers := range(int(part[1]), int(part[2]) + 1)):
+            raise DataError(f"{source!r}: {part[0]} is empty; write the smaller number first")
         names = (source.replace(part[0], f"{i:0{len(part[1])}d}", 1) for i in numbers)
         return [url for name in names for url in _expand(name)]
     source = source if "://" in source else os.path.abspath(source)
     if not re.search(r"[*?\[]", source):
         return [source]
-    [below] = shard_store.each("below", [source]) if "://" in source else [[]]
-    found = [url for url in below if fnmatchcase(url, source)] or glob.glob(source)
+    folder = re.split(r"[*?\[]", source)[0].rpartition("/")[0]
+    [below] = shard_store.each("below", [f"{folder}/"]) if "://" in source else [[]]
+    found = [u for u in below if u.count("/") == source.count("/") and fnmatchcase(u, source)]
+    found = [source] if source in below else found or glob.glob(source)
     if not found:
         raise DataError(f"no shard has the name {source!r}")
     return sorted(found)
@@ -82,60 +89,82 @@ def _expand(source: str) -> list[str]:
 
 def _samples(url: str, files: list[tuple[str, int, int, bytes]]) -> pa.Table:
     """file, label and path of the images in a shard; a label that is a folder ends in a slash."""
-    files = [(normalize("NFC", f[0].removeprefix("./")), *f[1:]) for f in files]
-    files = [file for file in files if not any(map(is_hidden, file[0].split("/")))]
-    by_file = any(name.rpartition(".")[2] in shard_store.LABELS for name, *_ in files)
-    found: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, dict[str, bytes]] = {}
+    place = lambda name, start, size: f"{url}::{start}+{size}:{name}"
+    found, others, given = [], [], {}
     for name, start, size, content in files:
-        # A sample's key ends at the first dot; in class folders every image is a sample.
-        folder, _, base = name.rpartition("/")
-        stem, _, end = base.partition(".") if by_file else (base, "", base.rpartition(".")[2])
-        key = f"{folder}/{stem}"
-        if end in shard_store.LABELS:
-            labels.setdefault(key, {})[end] = content
-        elif f".{end.lower()}" in images.SUFFIXES:
-            if key in found:
-                both = f"{found[key][0]!r} and {name!r} have one key"
-                raise DataError(f"shard {url}: {both}; a sample has one image, and its own key")
-            found[key] = name, start, size
-    if not found:
+        name = normalize("NFC", name.removeprefix("./"))
+        if not any(map(is_hidden, name.split("/"))):
+            stem, end = os.path.splitext(name)
+            (found if end.lower() in images.SUFFIXES else others).append((name, start, size))
+            if (end := end[1:].lower()) in shard_store.LABELS:
+                given.setdefault(stem, {})[end] = content
+    stems = {os.path.splitext(name)[0] for name, *_ in found}
+    if any("cls" in ends or stem in stems for stem, ends in given.items()):
+        labels = _labels(url, [name for name, *_ in found], given)
+    else:  # images without a suffix are found by content, as in folders
+        others = [file for file in others if "/" in file[0]]
+        asked = [(url, *file[1:], None) for file in others if "://" in url]
+        read = shard_store.each("read", asked) if asked else [None] * len(others)
+        found += [f for f, c in zip(others, read, strict=True) if is_image(f[0], place(*f), c)]
+        found.sort(key=lambda file: file[1])
+        labels = {n: "".join(n.rpartition("/")[:2]) or _label(url, n, {}) for n, *_ in found}
+    if not labels:
         raise DataError(f"shard {url} has no images; leave it out")
-    rows = []
-    for key, (name, start, size) in found.items():
-        label = _label(labels.pop(key, {})) if by_file else "".join(name.rpartition("/")[:2])
-        if not label:
-            text = f"{name!r} has no label; add .cls, .json or .txt, or use class folders"
-            raise DataError(f"shard {url}: {text}")
-        rows.append((name, label, f"{url}::{start}+{size}:{name}"))
-    if labels:
-        raise DataError(f"shard {url}: {min(labels)!r} has a label and no image; pack it again")
+    rows = [(file[0], labels[file[0]], place(*file)) for file in found if file[0] in labels]
     columns = [pa.array(column, pa.large_string()) for column in zip(*rows, strict=True)]
     return pa.table(columns, ["file", "label", "path"])
 
 
-def _label(given: dict[str, bytes]) -> str:
-    """The label of a sample as text, "" without one: .cls, else cls or label of .json, else .txt"""
+def _labels(url: str, found: list[str], given: dict[str, dict[str, bytes]]) -> dict[str, str]:
+    """The labels of samples by image. A key ends at the first dot, so that KEY.mask.png is none."""
+    keys = {name: _KEY.match(name)[0] for name in found}
+    samples: dict[str, str] = {}
+    for name, key in keys.items():
+        if os.path.splitext(name)[0] == key and (other := samples.setdefault(key, name)) != name:
+            text = f"{other!r} and {name!r} have one key; a sample has one image, and its own key"
+            raise DataError(f"shard {url}: {text}")
+    labels = {name: _label(url, name, given.pop(key, {})) for key, name in samples.items()}
+    for name, key in keys.items():
+        if key not in samples or os.path.splitext(name)[0] in given:
+            raise DataError(f"shard {url}: {name!r} has a key that ends at its first dot; keep one")
+    if lost := [stem for stem in given if _KEY.match(stem)[0] not in samples]:
+        raise DataError(f"shard {url}: {min(lost)!r} has a label and no image; pack it again")
+    return labels
+
+
+def _label(url: str, image: str, given: dict[str, bytes]) -> str:
+    """The label of a sample as text: .cls, else cls or label of .json, else .txt."""
     try:
-        entry = json.loads(given.get("json", b"{}"))
-        found = [entry.get("cls"), entry.get("label")] if isinstance(entry, dict) else []
-        found = [given.get("cls", b"").decode(), *found, given.get("txt", b"").decode()]
-        texts = [normalize("NFC", str(t).strip()) for t in found if isinstance(t, int | str)]
-        return next(filter(None, texts), "")
-    except ValueError:  # no JSON, or no UTF-8
-        return ""
+        texts = {end: given[end].decode("utf-8-sig") for end in given if end != "json"}
+        entry = json.loads(given.get("json", "0"))
+        entry = entry if isinstance(entry, dict) else {}
+        order = (texts, "cls"), (entry, "cls"), (entry, "label"), (texts, "txt")
+        value = next((some[key] for some, key in order if key in some), None)
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        label = normalize("NFC", str(value).strip()) if isinstance(value, int | str) else ""
+        label.encode()  # half of a surrogate pair has no bytes
+    except (ValueError, RecursionError) as error:
+        value, label = error, ""
+    if not label:
+        raise DataError(f"shard {url}: {image!r} has no label ({value!r:.80}); add .cls or .txt")
+    return label
 
 
-def _numbered(labels: pa.Array) -> tuple[pa.Array, list[str] | None]:
-    """Labels as numbers of the smallest type, and the class names, None where they were numbers."""
+def _numbered(labels: pa.Array) -> tuple[pa.Array, list[str] | None, list[str]]:
+    """Labels in the smallest type, class names (None for numbers), and folders around all."""
     coded = labels.dictionary_encode()
-    texts, classes = coded.dictionary.to_pylist(), None
-    are_folders = all(text.endswith("/") for text in texts)
-    if are_folders:  # one around all others is no class
-        while all(t.count("/") > 1 for t in texts) and len({t.split("/")[0] for t in texts}) == 1:
-            texts = [text.partition("/")[2] for text in texts]
-        texts = [text.partition("/")[0] for text in texts]
-    names = [text for text in texts if are_folders or not re.fullmatch(r"\d{1,9}", text)]
+    texts, classes, depth = coded.dictionary.to_pylist(), None, 0
+    parts = [text.split("/") for text in texts]
+    folders = [text for text in texts if text.endswith("/")]
+    if folders and len(folders) < len(texts):
+        raise DataError("some shards have class folders, and others label files; use one of both")
+    if folders:
+        while min(map(len, parts)) > depth + 2 and len({p[depth] for p in parts}) == 1:
+            depth += 1
+        texts = [part[depth] for part in parts]
+        if len(splits := sorted({t for t in texts if t.lower() in SPLITS})) > 1:
+            raise DataError(f"folders {splits} are splits, not classes; pack and index each alone")
+    names = [text for text in texts if folders or not re.fullmatch(r"\d{1,9}", text)]
     if names and len(names) < len(texts):
         raise DataError(f"label {names[0]!r} is no number, and others are; write all as names")
     if names:
@@ -143,13 +172,13 @@ def _numbered(labels: pa.Array) -> tuple[pa.Array, list[str] | None]:
         texts = [*map({name: i for i, name in enumerate(classes)}.get, texts)]
     numbers = np.array(texts).astype(np.int64)
     numbers = numbers.astype(np.min_scalar_type(-numbers.max() - 1))  # signed
-    return pa.array(numbers[coded.indices.to_numpy()]), classes
+    return pa.array(numbers[coded.indices.to_numpy()]), classes, parts[0][:depth]
 
 
 def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, list[str] | None]:
     """The rows of an index, mapped into memory, and the class names, None for numbers.
 
-    With `classes` (those of training) labels follow them. attrs["index"] has a digest and the
+    With `classes` (those of training) names follow them. attrs["index"] has a digest and the
     number of rows. Raises DataError.
     """
     try:
@@ -158,10 +187,12 @@ def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, lis
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         text = f"cannot be read ({error}); `workbench index SHARDS --out FILE` makes it"
         raise DataError(f"index {str(path)!r} {text}") from None
-    frame, (names, shards) = table.to_pandas(split_blocks=True), json.loads(about).values()
-    if classes and names != classes:
-        if extra := sorted({*(names or ["numbers"])} - {*classes}):
-            raise DataError(f"index {str(path)!r} has classes {extra[:8]}, not in training")
+    frame, (names, *around, shards) = table.to_pandas(split_blocks=True), json.loads(about).values()
+    if own := [folder for folder in sum(around, []) if folder in (classes or ())]:
+        names, frame["label"] = own[:1], 0  # one class, and the folders in it are none
+    if classes and names and names != classes:
+        if extra := sorted({*names} - {*classes}):
+            raise DataError(f"index {str(path)!r} has {extra[:8]}, not in training or class_names")
         frame["label"] = np.array([*map(classes.index, names)])[frame.label]
     _opened[digest] = {url: tuple(shard) for url, shard in shards.items()}
     shard_store.known.update(_opened[digest])
@@ -169,7 +200,7 @@ def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, lis
     zeros = {"list": np.zeros(len(frame), np.int64), "outside": np.zeros(len(frame), bool)}
     frame = pd.DataFrame({**frame, **zeros}, copy=False)
     frame.attrs["index"] = digest, len(frame)
-    return frame, classes or names
+    return frame, names and (classes or names)
 
 
 def versions(frame: pd.DataFrame) -> dict[str, shard_store.Shard]:

@@ -60,35 +60,37 @@ def _load(recipe: Recipe, strict: bool, folder: Path) -> Dataset:
 
 
 Sources = dict[str, tuple[list[Path], list[Path]]]  # lists and roots by side
+Folders = dict[str, list[str] | None]  # by side, the class names of its labels; None for numbers
 
 
 def _read(
     recipe: Recipe, sources: Sources
-) -> tuple[dict[str, pd.DataFrame], list[str] | None, list[tuple[str, str, str]]]:
+) -> tuple[dict[str, pd.DataFrame], Folders, list[tuple[str, str, str]]]:
     """The entries by side, class folders if there are some, and what is skipped."""
     frames: dict[str, pd.DataFrame] = {}
-    folders, skipped = None, []
+    folders, skipped = {}, []
     columns = recipe.file_column, recipe.label_column
     for side, (lists, roots) in sources.items():
+        names = folders["train"] or _class_names(recipe, None) if folders else None
         if any(map(shards.is_index, lists)):
             if len(lists) > 1:
                 raise DataError(f"{side}_list: an index stands alone; index all shards in one")
-            frames[side], folders = shards.open_index(lists[0], folders)
+            frames[side], folders[side] = shards.open_index(lists[0], names)
         elif lists:
             pairs = enumerate(zip(lists, roots, strict=True))
             parts = [tables.read(path, root, i, *columns) for i, (path, root) in pairs]
-            frames[side] = tables.joined(parts)
+            frames[side], folders[side] = tables.joined(parts), None
         else:
-            frames[side], folders, left = read_folders(roots, folders)
+            frames[side], folders[side], left = read_folders(roots, names)
             skipped += [(side, *entry) for entry in left]
     return frames, folders, skipped
 
 
 def _label(
-    recipe: Recipe, sources: Sources, frames: dict[str, pd.DataFrame], folders: list[str] | None
+    recipe: Recipe, sources: Sources, frames: dict[str, pd.DataFrame], folders: Folders
 ) -> list[str] | None:
     """The class names, if there are some; changes the labels of `frames` to their order."""
-    names, by_name = _class_names(recipe, folders), None
+    names, by_name = _class_names(recipe, folders["train"]) or folders.get("val"), None
     if any(tables.is_table(path) for lists, _ in sources.values() for path in lists):
         listed = {side: frames[side] for side, (lists, _) in sources.items() if lists}
         if any("index" in frame.attrs for frame in listed.values()):
@@ -97,13 +99,15 @@ def _label(
         names = by_name or names
     elif recipe.file_column or recipe.label_column:
         raise DataError("file_column and label_column are for tables, and there is none")
-    for side, (lists, _) in sources.items():
-        by_folder = not lists or folders is not None and "index" in frames[side].attrs
-        if not by_folder and names and not by_name:
+    for side, classes in folders.items():
+        if classes is None and names and not by_name:
+            if not recipe.class_names:
+                text = f"{side} has numbers as labels and the other side has names, {names[:8]}"
+                raise DataError(f"{text}; set class_names, a file of the names in their order")
             _check_names(side, frames[side], names)
-        elif by_folder and names != folders:  # labels follow the file of class names
+        elif classes and names != classes:  # labels follow the file of class names
             index = {name: i for i, name in enumerate(names)}
-            frames[side]["label"] = np.array([index[f] for f in folders])[frames[side].label]
+            frames[side]["label"] = np.array([index[f] for f in classes])[frames[side].label]
     return names
 
 
@@ -128,7 +132,7 @@ def _sources(recipe: Recipe, folder: Path) -> Sources:
             for kind in ("list", "root")
         )
         lists = roots if not lists and any(map(tables.is_table, roots)) else lists
-        stored = lists and all(path.suffix.lower() in (".parquet", ".arrow") for path in lists)
+        stored = lists and all(re.search("(?i)[.](parquet|arrow|idx|tar)$", str(p)) for p in lists)
         if missing := [str(root) for root in roots if not root.exists() and not stored]:
             have = sorted(path.name for path in base.iterdir() if path.is_dir())[:8]
             raise DataError(
@@ -210,8 +214,6 @@ def _check_entries(side: str, frame: pd.DataFrame, classes: int, allow_outside_r
 
 # ---- class folders
 
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-
 
 def read_folders(
     roots: Sequence[str | Path], classes: list[str] | None = None
@@ -247,7 +249,7 @@ def read_folders(
                 files, left = image_files(str(folder), str(root))
                 skipped += left
                 rows += [(_entry(file, root), name, file, number) for file in files]
-    if len(splits := sorted(name for name in names if name.lower() in _SPLITS)) > 1:
+    if len(splits := sorted(n for n in names if n.lower() in archives.SPLITS)) > 1:
         raise DataError(f"folders {splits} are splits, not classes; name them train_root, val_root")
     if not rows:
         raise DataError(
@@ -255,7 +257,7 @@ def read_folders(
             "<root>/<class name>/<image>, or a list file in train_list and val_list"
         )
     if extra := sorted(names - set(names if classes is None else classes)):
-        raise DataError(f"class folders {extra[:8]} of validation are not in training")
+        raise DataError(f"folders {extra[:8]} of validation are not in training or class_names")
     classes = sorted(names) if classes is None else classes
     skipped = [(name.encode("utf-8", "backslashreplace").decode(), why) for name, why in skipped]
     frame = pd.DataFrame(rows, columns=["file", "label", "path", "list"])
