@@ -11,7 +11,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,14 +38,13 @@ FILTER_SUPPORT = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubi
 Box = tuple[float, float, float, float]
 
 
-def decode(path: str | Path) -> Image.Image:
+def decode(path: str | Path, content: bytes | None = None) -> Image.Image:
     """The image as an upright 8-bit RGB image.
 
     EXIF orientation is applied, transparency becomes white, 16-bit greys are scaled (not clipped),
-    CMYK and palettes are converted, animations give their first frame. Raises ImageError,
-    StoreError.
+    CMYK and palettes are converted, animations give their first frame. Raises ImageError.
     """
-    return Image.fromarray(open(path).pixels())
+    return Image.fromarray(open(path, content).pixels())
 
 
 def open(path: str | Path, content: bytes | None = None) -> "Pixels | Jpeg":
@@ -58,9 +57,8 @@ def open(path: str | Path, content: bytes | None = None) -> "Pixels | Jpeg":
     return image_files.with_reason(path, lambda: _open(path, content))
 
 
-def open_all(paths: Iterable[str]) -> Iterator["Pixels | Jpeg"]:
+def open_all(paths: Sequence[str]) -> Iterator["Pixels | Jpeg"]:
     """`open` of each path, with one request to a store. Raises ImageError, StoreError."""
-    paths = list(paths)
     return map(open, paths, shard_store.read(paths))
 
 

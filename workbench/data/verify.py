@@ -24,8 +24,7 @@ def verify_images(
     """The frame with FACTS about every image, from decoding all of it.
 
     problem is empty or one of image_files.REASONS; digest identifies the file's bytes. Facts of
-    valid images are cached in CACHE/facts until a file's size or time changes. Raises StoreError
-    for a shard of an index.
+    valid images are cached in CACHE/facts until a file's size or time changes. Raises StoreError.
     """
     paths = frame.path.tolist()
     stats = [file_stat(path) for path in paths]
@@ -41,11 +40,9 @@ def verify_images(
             size = 100 if "index" in frame.attrs else 1000  # few in flight, so that Ctrl-C works
             for start in range(0, len(todo), size):
                 chunk = todo[start : start + size]
-                some = [paths[i] for i in chunk]
-                # Stores are asked for many at once; files on disks are read by the threads.
+                some = [paths[i] for i in chunk]  # asked of a store at once; threads read files
                 contents = shard_store.read(path if "://" in path else "" for path in some)
-                found = pool.map(_facts, some, contents)
-                for i, fact in zip(chunk, found, strict=True):
+                for i, fact in zip(chunk, pool.map(_facts, some, contents), strict=True):
                     facts[i] = fact
                     count()
     finally:
@@ -67,10 +64,9 @@ def available_cpus() -> int:
 
 
 def file_digest(path: str, content: bytes | None = None) -> str:
-    """SHA-1 of a file's bytes, the `digest` of a verified frame.
+    """SHA-1 of a file's bytes, the `digest` of a verified frame; `content` has them if known.
 
-    `content` has them if they were read. Raises OSError, and ImageError for a pipe, which would
-    block.
+    Raises OSError, and ImageError for a pipe, which would block.
     """
     with images.opened(path, content) as file:
         return hashlib.file_digest(file, "sha1").hexdigest()

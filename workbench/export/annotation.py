@@ -82,8 +82,7 @@ def annotate_batch(
 
 def _write(entry: Entry, target: Path, row: dict[str, Any], content: bytes | None) -> None:
     try:
-        image = Image.fromarray(images.open(entry.path, content).pixels())
-        sheet = annotate(image, row["class1"], row["p1"])
+        sheet = annotate(images.decode(entry.path, content), row["class1"], row["p1"])
     except images.ImageError:
         return  # removed after its prediction
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[Entry]:
     are named on stderr), an index of shards (.arrow) or a list: .txt with a path on each line, a
     label after the last space is ignored, or .jsonl with {"filename": path}. Relative paths of a
     list start in its folder and may not leave it, absolute paths are allowed. Names are relative to
-    a single input; with several inputs they begin with the folder as given. Raises PredictionError,
-    DataError.
+    one input; of several they begin with the folder as given. Raises PredictionError, DataError.
     """
     entries: list[Entry] = []
     paths = [data.on_disk(os.path.normpath(os.path.expanduser(given))) for given in inputs]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ def load_lists(
         data.check_shards(val)
     elif recipe.verify_data:
         val, _ = data.drop_corrupt(data.verify_images(val), "val")
-    found = data.val_fingerprint(replace(dataset, val=val))
+    found = data.val_fingerprint(val)
     if recorded and found != recorded:
         raise ExportError(f"the validation images have changed since the training of {source}")
     return dataset.train, val, found

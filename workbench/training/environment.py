@@ -52,7 +52,7 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
         "val_images": len(val),
         "classes": dataset.classes,
         "data": data.fingerprint(dataset),
-        "val_data": data.val_fingerprint(dataset),
+        "val_data": data.val_fingerprint(val),
         "recipe": recipe.fingerprint,
         "steps_per_epoch": state.steps_per_epoch,
         "downscaled": downscaled,

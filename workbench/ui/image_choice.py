@@ -82,13 +82,11 @@ class ImageChoice(ipywidgets.HBox):
         name = f"{train.file[row]}, class {self._content.classes[train.label[row]]}"
         self._say("")
         self.upload.value = ()
-        image, other = self._listed(row, row + 1)
-        self.value = Choice(image, row, name, other)
+        self.value = Choice(self._listed(row), row, name, self._listed(row + 1))
 
-    def _listed(self, *rows: int) -> list[images.Pixels]:
+    def _listed(self, row: int) -> images.Pixels:
         paths = self._content.train.path
-        some = images.open_all(paths[row % len(paths)] for row in rows)
-        return [images.Pixels(image.pixels()) for image in some]
+        return images.Pixels(images.open(paths[row % len(paths)]).pixels())
 
     def _from_file(self, _: Any = None) -> None:
         if not self.upload.value:
@@ -101,7 +99,7 @@ class ImageChoice(ipywidgets.HBox):
             self._say(f"{name}: {error}")
             return
         self._say("")
-        self.value = Choice(pixels, 0, name, *self._listed(1))
+        self.value = Choice(pixels, 0, name, self._listed(1))
 
     def _say(self, text: str) -> None:
         self.message.value = html.escape(text)
