@@ -57,9 +57,9 @@ def open(path: str | Path, content: bytes | None = None) -> "Pixels | Jpeg":
     return image_files.with_reason(path, lambda: _open(path, content))
 
 
-def open_all(paths: Sequence[str]) -> Iterator["Pixels | Jpeg"]:
+def open_all(paths: Sequence[str | Path]) -> Iterator["Pixels | Jpeg"]:
     """`open` of each path, with one request to a store. Raises ImageError, StoreError."""
-    return map(open, paths, shard_store.read(paths))
+    return map(open, paths, shard_store.read(map(str, paths)))
 
 
 def image(image: "AnyImage") -> "Pixels | Jpeg":
