@@ -16,21 +16,35 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 LABELS = ("cls", "json", "txt")  # members of a WebDataset sample that may have its label
 REQUESTS = 16  # at once, of every process
-# Of each request, with waits of 0.25, 0.5, ... to 30 seconds: two minutes in all
-ATTEMPTS = int(os.environ.get("WORKBENCH_STORE_ATTEMPTS") or 10)
+SECONDS = float(os.environ.get("WORKBENCH_STORE_SECONDS") or 120)  # for which requests are repeated
 BLOCK = 2**20  # bytes at a time for a listing; of larger members it reads the headers alone
 _PLACE = re.compile(r"(.+?)::(\d+)\+(\d+):.*", re.DOTALL)
 _CHANGED = "has changed since it was indexed; put it back, or index the shards again"
-_MISSING = "is missing; put it back, or index the shards again"
-_FINAL = {"PreconditionError": _CHANGED, "NotFoundError": _MISSING, "FileNotFoundError": _MISSING}
+_MISSING = "is missing"
+_NO_KEYS = "needs credentials, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+# What is not repeated, by the class of an error or by its text
+_FINAL = {
+    "PreconditionError": _CHANGED,
+    "NotFoundError": _MISSING,
+    "FileNotFoundError": _MISSING,
+    "IsADirectoryError": "is a folder; name the tar files in it, as in FOLDER/*.tar",
+    "PermissionError": "may not be read by this user",
+    "PermissionDeniedError": "may not be read with these credentials (403), or is missing",
+    "UnauthenticatedError": _NO_KEYS,
+    "NotSupportedError": "is on a server that gives no parts of a file",
+    "InvalidPathError": "has a name that obstore refuses, such as one with //",
+    "NoSuchBucket": "is in a bucket that does not exist",
+    "PROPFIND": "is on a server that lists no files; name the shards, as in {00000..00009}.tar",
+    "169.254.169.254": _NO_KEYS,  # where a machine of a cloud asks for credentials
+}
 
 
 class StoreError(OSError):
@@ -42,19 +56,23 @@ class StoreUnavailable(StoreError):
 
 
 Shard = tuple[int, str]  # size, and ETag of an object or time of the last change of a file
+_said = [-60.0]  # when this process said that it tries again
 known: dict[str, Shard] = {}  # by path or URL, the shards of every index that was opened
 cache: Any = None  # shard_cache.ShardCache of the training in this process
 
 
-def read(places: Iterable[str]) -> Iterator[bytes | None]:
+def read(
+    places: Iterable[str], shards: Mapping[str, Shard] | None = None
+) -> Iterator[bytes | None]:
     """The bytes at these places (see image_files), read at once; None where no shard is named.
 
-    Raises StoreError where a shard is not the one that was indexed, or does not answer.
+    `shards` are those of the index, by default of the last one that was opened with a URL. Raises
+    StoreError where a shard is not the one that was indexed, or does not answer.
     """
-    found = []
+    found, shards = [], shards or known
     for part in map(_PLACE.fullmatch, places):
-        mine = part and (part[1] in known or "://" in part[1])
-        found.append((part[1], int(part[2]), int(part[3]), known.get(part[1])) if mine else None)
+        mine = part and (part[1] in shards or "://" in part[1])
+        found.append((part[1], int(part[2]), int(part[3]), shards.get(part[1])) if mine else None)
     remote = [one for one in found if one and "://" in one[0]]
     kept = {one: cache.get(*one) for one in remote if cache and one[3]}
     answers = each("read", [one for one in remote if kept.get(one) is None])
@@ -66,7 +84,7 @@ def read(places: Iterable[str]) -> Iterator[bytes | None]:
                 if one in kept:
                     cache.put(*one, content)
         else:
-            content = one and _answer("read", one)
+            content = one and _answer("read", threading.Event(), one)
         if isinstance(content, StoreError):
             raise content
         yield content
@@ -167,7 +185,8 @@ def _below(url: str) -> list[str]:
 
 
 def _store(url: str) -> tuple[Any, str]:
-    scheme, host, path = urlsplit(url)[:3]
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
     return _bucket(f"{scheme}://{host}"), path.lstrip("/")
 
 
@@ -178,27 +197,40 @@ def _bucket(url: str) -> Any:
     except ImportError:
         raise StoreError("object stores need obstore: pip install 'workbench[s3]'") from None
     options = {"timeout": "30s", "connect_timeout": "10s", "allow_http": True}
-    return from_url(url, client_options=options, retry_config={"max_retries": 2})
+    try:
+        return from_url(url, client_options=options, retry_config={"max_retries": 0})
+    except Exception as error:  # an unknown scheme, or an option that is missing
+        text = str(error).partition("\n")[0]
+        raise StoreError(f"{url} cannot be opened ({text}); see obstore's from_url") from None
 
 
-def _answer(name: str, item: Any) -> Any:
+def _answer(name: str, stop: threading.Event, item: Any) -> Any:
     """The result of a request, which is repeated while that may help, or a StoreError."""
     item = (item,) if isinstance(item, str) else item
-    for attempt in range(ATTEMPTS):
+    end, wait = time.monotonic() + SECONDS, 0.25
+    while True:
         try:
             return {"read": _read, "look": _look, "list": _list, "below": _below}[name](*item)
         except StoreError as error:
             return error
         except Exception as error:
-            kind, text = type(error), str(error).partition("\n")[0]
+            kind, text = type(error), str(error)
             if not (isinstance(error, OSError) or kind.__module__ == "obstore.exceptions"):
                 raise
-        if kind.__name__ in _FINAL:
-            return StoreError(f"shard {item[0]} {_FINAL[kind.__name__]}")
-        if attempt + 1 < ATTEMPTS:  # processes that failed together do not come back together
-            time.sleep(min(30.0, 0.25 * 2**attempt) * (1 + os.getpid() % 16 / 16))
-    text = f"cannot be read in {ATTEMPTS} attempts ({text}); the same command resumes"
-    return StoreUnavailable(f"shard {item[0]} {text}")
+        for sign, meaning in _FINAL.items():
+            # In training the address of the credentials may be out of reach for a while.
+            if sign == kind.__name__ or (sign in text and name != "read"):
+                advice = "; put it back, or index the shards again" * (name in ("read", "look"))
+                return StoreError(f"shard {item[0]} {meaning}" + advice * (meaning == _MISSING))
+        if wait == 8.0 and time.monotonic() - _said[0] > 60:
+            _said[0] = time.monotonic()
+            print(f"shard {item[0]}: {text.splitlines()[0]}; trying again", file=sys.stderr)
+        # Processes that failed together do not come back together.
+        pause = wait * (1 + os.getpid() % 16 / 16)
+        if time.monotonic() + pause > end or stop.wait(pause):
+            text = f"does not answer for {SECONDS:g} s ({text.splitlines()[0]})"
+            return StoreUnavailable(f"shard {item[0]} {text}; the same command resumes")
+        wait = min(30.0, 2 * wait)
 
 
 def each(name: str, items: Iterable) -> Iterator[Any]:
@@ -209,7 +241,7 @@ def each(name: str, items: Iterable) -> Iterator[Any]:
     if not (items := list(items)):
         return
     if multiprocessing.current_process().daemon:  # as the loaders' workers, which fork no process
-        results = _pool().map(functools.partial(_answer, name), items)
+        results = _answers(name, items)
     else:
         path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-c", f"from {__name__} import answer_all; answer_all()"]
@@ -224,10 +256,32 @@ def each(name: str, items: Iterable) -> Iterator[Any]:
         yield result
 
 
+def _answers(name: str, items: list) -> Iterator[Any]:
+    """Results up to the first StoreError, with which the other requests end."""
+    stop = threading.Event()
+    results = _pool().map(functools.partial(_answer, name, stop), items)
+    try:
+        for result in results:
+            yield result
+            if isinstance(result, StoreError):
+                return
+    finally:
+        stop.set()
+        results.close()  # those that wait are not made
+
+
 def answer_all() -> None:
-    """Writes the results for the (name, items) on standard input."""
+    """Writes the results for the (name, items) on standard input; ends with its parent."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     name, items = pickle.load(sys.stdin.buffer)
-    pickle.dump([*_pool().map(functools.partial(_answer, name), items)], sys.stdout.buffer)
+    pickle.dump([*_answers(name, items)], sys.stdout.buffer)
 
 
 @functools.cache

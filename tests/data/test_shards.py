@@ -3,7 +3,10 @@
 import json
 import os
 import pickle
+import re
+import socket
 import tarfile
+import time
 
 import numpy as np
 import pandas as pd
@@ -11,14 +14,14 @@ import pytest
 import torch
 from conftest import save_noise
 from helpers import train
-from shard_helpers import pack
+from shard_helpers import Ranges, Whole, pack, served
 
 from workbench import data, shard_store
 from workbench.augmentation import EvalTransform, TrainTransform
 from workbench.data import DataError, images, sampler
 from workbench.recipe import Recipe
 from workbench.shard_cache import ShardCache
-from workbench.shard_store import StoreError
+from workbench.shard_store import StoreError, StoreUnavailable
 from workbench.training import setup
 
 
@@ -193,6 +196,35 @@ def test_a_reader_that_moves_to_another_process_has_its_shards_and_their_cache(
     assert shard_store.cache == cache
 
 
+def test_a_frame_keeps_the_versions_of_its_own_index(tmp_path, png):
+    """A shard is packed again in another order, with the same size, and indexed for validation."""
+    path, files = tmp_path / "a.tar", samples(png, [b"0", b"1", b"2"])
+    index(tmp_path, pack(path, files))
+    index(tmp_path, pack(path, dict(reversed(files.items()))), name="val")
+    content = load(tmp_path, val_list="val.arrow")
+    assert path.stat().st_size and content.val.label.tolist() == [2, 1, 0]
+    assert batches(content.val)
+    with pytest.raises(StoreError, match="a.tar has changed since it was indexed"):
+        batches(content.train)
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_a_training_without_readable_images_ends_by_name(tmp_path, png, side):
+    """Files are decoded before training; of an index only the shards are looked at."""
+    files = samples(png, [b"0", b"1"] * 20)
+    damaged = {name: content[:60] if name > "025.png" else content for name, content in
+               files.items()}  # fmt: skip
+    for name in ("train", "val"):
+        pack(tmp_path / f"{name}.tar", damaged if name == side else files)
+        index(tmp_path, tmp_path / f"{name}.tar", name=name)
+    recipe = Recipe(
+        dataset="files", data_dir=str(tmp_path), train_list="train.arrow", val_list="val.arrow",
+        model="test_resnet", epochs=1, batch_size=8, workers=0, runs_dir=str(tmp_path / "runs"),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=f"{side}: 9 of 40 images cannot be read, last "):
+        train(recipe)
+
+
 def test_a_cache_for_shards_that_are_on_a_disk_is_refused(indexed):
     options = {"train_list": ["train.arrow"], "val_list": ["train.arrow"], "shard_cache_gb": 1.0}
     recipe = Recipe(dataset="files", data_dir=str(indexed), **options)
@@ -271,8 +303,8 @@ def test_the_command_writes_an_index(indexed, command):
 
 def test_a_request_is_repeated_until_it_succeeds_and_then_the_shard_is_named(indexed, monkeypatch):
     place = load(indexed).train.path[0]
-    wanted, pread, waits = next(shard_store.read([place])), os.pread, []
-    monkeypatch.setattr(shard_store.time, "sleep", waits.append)
+    wanted, pread = next(shard_store.read([place])), os.pread
+    monkeypatch.setattr(shard_store, "SECONDS", 2.5)
     answers = [OSError(5, "Input/output error"), b"short"]
 
     def failing(*arguments):
@@ -282,12 +314,78 @@ def test_a_request_is_repeated_until_it_succeeds_and_then_the_shard_is_named(ind
         return answer
 
     monkeypatch.setattr(os, "pread", failing)
-    assert next(shard_store.read([place])) == wanted and len(waits) == 2
-    assert waits[1] == 2 * waits[0]
-    answers += [b"short"] * shard_store.ATTEMPTS
-    with pytest.raises(StoreError, match="0.tar cannot be read in 10 attempts .* same command"):
+    start = time.monotonic()
+    assert next(shard_store.read([place])) == wanted
+    assert 0.75 <= time.monotonic() - start  # twice the first wait the second time
+    answers += [b"short"] * 100
+    with pytest.raises(StoreUnavailable, match="0.tar does not answer for 2.5 s .* same command"):
         next(shard_store.read([place]))
-    assert 90 < sum(waits) < 300  # seconds
+    assert 96 <= len(answers) <= 98  # waits of 0.25, 0.5, 1 s, longer by up to 15/16
+
+
+@pytest.mark.parametrize(
+    "url, says",
+    [
+        ("FOLDER", "is a folder; name the tar files in it"),
+        ("s4://bucket/a.tar", "s4://bucket cannot be opened (.*); see obstore's from_url"),
+        ("s3://bucket/a.tar", "s3://bucket/a.tar needs credentials, such as AWS_ACCESS_KEY_ID"),
+        ("gs://bucket/*.tar", "needs credentials, such as"),
+    ],
+)
+def test_what_cannot_succeed_is_not_repeated(tmp_path, command, monkeypatch, url, says):
+    """Without a metadata server, as machines of a cloud have it."""
+    monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "1000")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    url = str(tmp_path) if url == "FOLDER" else url
+    done = command("index", url, "--out", tmp_path / "x.arrow")
+    assert done.returncode == 1 and re.search(says, done.stderr), done.stderr
+
+
+def test_a_store_that_is_down_takes_one_wait_however_many_shards_there_are(
+    tmp_path, command, monkeypatch
+):
+    with socket.socket() as nobody:  # bound, and nobody listens
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/{{0..299}}.tar"
+        monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "3")  # of the process that reads
+        start = time.monotonic()
+        done = command("index", url, "--out", tmp_path / "x.arrow")
+    assert done.returncode == 3 and "/0.tar does not answer for 3 s" in done.stderr
+    assert time.monotonic() - start < 30  # 300 shards, 16 at a time: 57 s
+
+
+def test_shards_of_a_web_server_are_read_by_name_whatever_is_in_it(tmp_path, png):
+    """A fragment or query is part of a key: without it another shard would be read."""
+    names = ["a.tar", "a#1.tar", "a&b=1.tar", "a b%20.tar"]
+    for n, name in enumerate(names):
+        pack(tmp_path / name, samples(png, [b"0", b"1"], start=2 * n))
+    with served(tmp_path) as url:
+        for n, name in enumerate(names):
+            index(tmp_path, f"{url}/{name}")
+            train = load(tmp_path).train
+            assert train.file.tolist() == [f"{2 * n:03d}.png", f"{2 * n + 1:03d}.png"]
+            assert list(shard_store.read(train.path)) == [png(2 * n), png(2 * n + 1)]
+            data.check_shards(train)
+        os.utime(tmp_path / names[-1], (1, 1))
+        with pytest.raises(StoreError, match="has changed since it was indexed"):
+            list(shard_store.read(train.path))
+    with served(tmp_path, Whole) as url:
+        with pytest.raises(StoreError, match="is on a server that gives no parts of a file"):
+            index(tmp_path, f"{url}/a.tar")
+    with served(tmp_path) as url:
+        with pytest.raises(StoreError, match="a server that lists no files; name the shards"):
+            index(tmp_path, f"{url}/*.tar")
+
+
+def test_an_index_needs_a_few_requests_for_a_shard(tmp_path, png, monkeypatch):
+    pack(tmp_path / "a.tar", samples(png, [b"0"] * 200))
+    asked = []
+    monkeypatch.setattr(Ranges, "log_request", lambda *words: asked.append(words))
+    with served(tmp_path) as url:
+        index(tmp_path, f"{url}/a.tar")
+    size = (tmp_path / "a.tar").stat().st_size
+    assert len(asked) <= 5 + size / 2**20
 
 
 # ---- an order without a permutation

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -232,17 +233,18 @@ def test_a_store_that_stops_answering_ends_the_run_with_a_checkpoint(
     shards, store, tmp_path, monkeypatch
 ):
     upload(store, shards, "silent")
-    monkeypatch.setattr(shard_store, "ATTEMPTS", 2)  # in the workers, which are forked
+    monkeypatch.setattr(shard_store, "SECONDS", 2)  # in the workers, which are forked
     options = recipe(shards, "silent", tmp_path, batch_size=16)  # more steps than are read ahead
     run = runs.Run(options.folder)
     from workbench import training
 
-    with pytest.raises(shard_store.StoreError, match=r"silent/train/\d+.tar cannot be read in 2"):
+    silent = r"silent/train/\d+.tar does not answer for 2 s"
+    with pytest.raises(shard_store.StoreUnavailable, match=silent):
         for row in training.fit(options, run):
             if row["step"] == 4:
                 faults(store, 10**9)
     faults(store, 0)
-    assert run.load_checkpoint()["progress"]["step"] >= 4
+    assert run.load_checkpoint()["progress"]["step"] >= 4 and run.status()["state"] == "stopped"
     resumed, whole = train(options), train(recipe(shards, "local", tmp_path, batch_size=16))
     assert_same_tensors(weights(resumed), weights(whole))
     assert resumed.metrics().equals(whole.metrics())
@@ -269,10 +271,10 @@ def test_a_run_from_s3_is_exported_checked_and_predicts_like_one_of_local_shards
     before = requests(store)
     done = command("check-data", tmp_path / "recipe.yaml")
     assert done.returncode == 0 and requests(store) - before == 324 + 500
-    monkeypatch.setenv("WORKBENCH_STORE_ATTEMPTS", "2")
+    monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "2")
     faults(store, 10**9)
     done = command("check-data", tmp_path / "recipe.yaml")
-    assert done.returncode == 3 and "0.tar cannot be read in 2 attempts" in done.stderr
+    assert done.returncode == 3 and "0.tar does not answer for 2 s" in done.stderr
 
 
 def test_a_missing_shard_is_named_before_the_first_step(shards, store, tmp_path):
@@ -281,3 +283,27 @@ def test_a_missing_shard_is_named_before_the_first_step(shards, store, tmp_path)
     options = recipe(shards, "missing", tmp_path)
     with pytest.raises(shard_store.StoreError, match="s3://missing/val/00001.tar is missing"):
         train(options)
+
+
+def test_what_is_not_in_the_store_or_not_allowed_is_said_at_once(shards, store, tmp_path):
+    upload(store, shards, "there")
+    out = tmp_path / "x.arrow"
+    for url, says in (
+        ("s3://nowhere/*.tar", "is in a bucket that does not exist"),
+        ("s3://there/train/{0..3}.tar", "s3://there/train/0.tar is missing"),
+        ("s3://there/*/none-*.tar", "no shard has the name"),
+    ):
+        with pytest.raises((shard_store.StoreError, data.DataError), match=re.escape(says)):
+            data.write_index([url], out)
+
+
+def test_a_training_that_loses_its_store_ends_with_exit_code_3(shards, store, tmp_path):
+    upload(store, shards, "lost")
+    options = recipe(shards, "lost", tmp_path, batch_size=16, workers=1, epochs=20)
+    with start(options, tmp_path, WORKBENCH_STORE_SECONDS="2") as process:
+        while process.poll() is None and last_step(runs.Run(options.folder)) < 3:
+            time.sleep(0.02)
+        faults(store, 10**9)
+        text = process.communicate(timeout=100)[0]
+    assert process.returncode == 3, text
+    assert "does not answer for 2 s" in text and "Traceback" not in text

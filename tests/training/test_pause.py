@@ -12,6 +12,7 @@ from helpers import assert_same_run, fork_server, last_step, train
 from training_helpers import small
 
 from workbench import runs, training
+from workbench.evaluation import inference
 from workbench.recipe import Recipe
 
 
@@ -121,3 +122,32 @@ def test_all_processes_of_a_training_pause_and_go_on(tmp_path):
     run.file("STOP").touch()
     text, _ = child.communicate(timeout=60)
     assert run.status()["state"] == "stopped", text
+
+
+@pytest.mark.parametrize("at", [3, 10, 38])
+def test_a_stop_in_validation_is_at_its_next_batch_and_validation_is_repeated(
+    tmp_path, monkeypatch, at
+):
+    """Of the raw weights of the first epoch, its EMA weights, and those of the last epoch."""
+    predict, stop, seen = inference.predict, threading.Event(), []
+
+    def stopped(*arguments):
+        *rest, progress = arguments
+
+        def check(images: int) -> None:
+            seen.append(images)
+            if len(seen) == at:
+                stop.set()
+            progress(images)
+
+        return predict(*rest, check)
+
+    monkeypatch.setattr(inference, "predict", stopped)
+    recipe = small(tmp_path / "stopped")
+    run = runs.Run(recipe.folder)
+    assert [row["kind"] for row in training.fit(recipe, run, stop=stop)][-1] == "step"
+    epoch = -(-at // 16)  # of eight batches for each network
+    assert run.status()["state"] == "stopped" and run.status()["step"] == 11 * epoch
+    assert len(run.metrics()) == epoch - 1 and last_step(run) == 11 * epoch
+    monkeypatch.undo()
+    assert_same_run(train(recipe), train(small(tmp_path / "whole")))

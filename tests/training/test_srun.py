@@ -75,9 +75,11 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def started(recipe, rank: int, **variables: str) -> subprocess.Popen:
+def started(recipe, rank: int, code: str = "", **variables: str) -> subprocess.Popen:
+    """`workbench train`, after some code."""
     recipe.to_yaml(path := recipe.folder.parent / f"{recipe.name}.yaml")
-    command = [sys.executable, "-m", "workbench", "train", str(path)]
+    code += "\nfrom workbench.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "train", str(path)]
     return subprocess.Popen(command, env=clean(**variables), stderr=subprocess.PIPE, text=True)
 
 
@@ -89,12 +91,12 @@ def on_two_nodes(recipe) -> list[subprocess.Popen]:
     return [started(recipe, rank, **SRUN | nodes | own(rank)) for rank in range(2)]
 
 
-def on_one_node(recipe) -> list[subprocess.Popen]:
+def on_one_node(recipe, code: str = "") -> list[subprocess.Popen]:
     """Two processes with the variables of torchrun."""
     same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     same["MASTER_PORT"] = free_port()
     own = lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    return [started(recipe, rank, **same, **own(rank)) for rank in range(2)]
+    return [started(recipe, rank, code, **same, **own(rank)) for rank in range(2)]
 
 
 def codes(processes: list[subprocess.Popen]) -> list[int]:
@@ -130,4 +132,33 @@ def test_sigterm_ends_every_process_of_srun_with_3_and_two_nodes_give_what_one_g
     other = small(tmp_path, name="one_node", **options)
     assert codes(on_one_node(other)) == [0, 0]
     assert run.environment()["processes"] == 2
+    assert_same_run(run, runs.Run(other.folder))
+
+
+TERM_IN_VALIDATION = """
+import os, signal
+from workbench.evaluation import inference
+predict, seen = inference.predict, []
+def interrupted(*arguments):
+    *rest, progress = arguments
+    def check(images):
+        seen.append(images)
+        if len(seen) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        progress(images)
+    return predict(*rest, check)
+inference.predict = interrupted
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_of_one_process_in_validation_stops_all_and_validation_is_repeated(tmp_path):
+    options = {**NO_NOISE, "batch_size": 32, "epochs": 2, "ema_decay": 0.9}
+    recipe = small(tmp_path, name="stopped", **options)
+    assert codes(on_one_node(recipe, TERM_IN_VALIDATION)) == [3, 3]
+    run = runs.Run(recipe.folder)
+    assert run.status()["step"] == run.status()["steps"] // 2 and run.metrics().empty
+    assert codes(on_one_node(recipe)) == [0, 0]
+    other = small(tmp_path, name="whole", **options)
+    assert codes(on_one_node(other)) == [0, 0]
     assert_same_run(run, runs.Run(other.folder))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workbench import progress, runs, training
+from workbench import cluster, progress, runs, training
 from workbench.recipe import Recipe
 from workbench.ui import image_grids, widgets
 from workbench.ui.recipe_editor import RecipeEditor
@@ -307,6 +307,17 @@ def test_train_follows_a_run_that_another_process_trains_pauses_and_stops_it(
     thread.join(60)
     assert elsewhere.status()["state"] == "stopped"
     assert "stopped by the STOP file" in view.line.value
+
+
+@pytest.mark.slow
+def test_train_follows_a_run_that_waits_for_its_job(tmp_path, capsys):
+    options = {"train_fraction": 0.1, "epochs": 2, "workers": 0, "runs_dir": str(tmp_path)}
+    recipe = Recipe(name="job", **options)
+    run = runs.Run(recipe.folder)
+    cluster.submit(recipe, local=1)
+    asyncio.run(widgets.train(recipe, run))
+    assert run.status()["state"] == "finished" and "epoch   2" in capsys.readouterr().out
+    until(lambda: "finished: top-1" in (run.path / "job-1.log").read_text())  # it was trained there
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from workbench import shard_store
-from workbench.data import images
+from workbench.data import images, shards
 from workbench.data.dataset import DataError
 from workbench.data.pixel_cache import Cache
 from workbench.data.sampler import DRAW, Sampler, Streams
@@ -149,7 +149,8 @@ class Reader(TorchDataset):
         self.paths = pa.array(frame.path if is_text else [os.fsencode(p) for p in frame.path])
         self.labels = frame.label.to_numpy()
         self.transform, self.cached, self.seed = transform, cached, seed
-        self.store = shard_store.known, shard_store.cache  # go to a process that is not forked
+        # These go to a process that is not forked. The index may have been made again since.
+        self.shards, self.kept = shards.versions(frame), shard_store.cache
 
     def path(self, row: int) -> str:
         return os.fsdecode(self.paths[row].as_py())
@@ -159,9 +160,8 @@ class Reader(TorchDataset):
         start, streams, rng = time.perf_counter(), Streams(self.seed), None
         decoded, params, used, failures, failed = [], [], [], [], None
         paths = [self.path(row) for row in part.rows.tolist()] if self.cached is None else []
-        known, shard_store.cache = self.store
-        shard_store.known.update(known)
-        contents = shard_store.read(paths)
+        shard_store.cache = self.kept
+        contents = shard_store.read(paths, self.shards)
         for i, row in enumerate(part.rows.tolist()):
             if part.copies is not None:
                 rng = streams(DRAW, part.epoch, row, int(part.copies[i]))

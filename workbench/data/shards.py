@@ -172,9 +172,14 @@ def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, lis
     return frame, classes or names
 
 
+def versions(frame: pd.DataFrame) -> dict[str, shard_store.Shard]:
+    """The shards of a frame from an index by path or URL; none of another frame."""
+    return _opened[frame.attrs["index"][0]] if "index" in frame.attrs else {}
+
+
 def check_shards(frame: pd.DataFrame) -> None:
     """Raises StoreError where a shard of an index is missing or has changed since."""
-    shards = _opened[frame.attrs["index"][0]]
+    shards = versions(frame)
     for (url, shard), now in zip(shards.items(), shard_store.each("look", shards), strict=True):
         shard_store.compare(url, shard, now)
 
@@ -184,8 +189,8 @@ def open_cache(frames: Iterable[pd.DataFrame], folder: Path, limit: int) -> str:
 
     limit: bytes. Raises DataError where there are none, and StoreError; see shard_cache.opened.
     """
-    listed = [_opened[frame.attrs["index"][0]] for frame in frames if "index" in frame.attrs]
-    remote = {url: shard for some in listed for url, shard in some.items() if "://" in url}
+    listed = [one for frame in frames for one in versions(frame).items()]
+    remote = {url: shard for url, shard in listed if "://" in url}
     if not remote:
         raise DataError("shard_cache_gb: no shard is in an object store; leave it out")
     shard_store.cache = shard_cache.opened(folder, limit, remote)

@@ -27,7 +27,7 @@ from workbench.training.run_writer import RunWriter
 from workbench.training.setup import is_finished, set_up
 from workbench.training.state import TrainState
 from workbench.training.stop_request import CONTINUE, PAUSE, SAVE, STOP, StopRequest
-from workbench.training.validation import no_validation, validate
+from workbench.training.validation import end_epoch
 
 _live: "weakref.WeakValueDictionary[str, Iterator[Row]]" = weakref.WeakValueDictionary()
 
@@ -131,7 +131,8 @@ def _train(
         _saved_on_leaving(writer),
     ):
         while action < STOP and not state.finished:
-            train_step(state, batches, prepare, writer.quarantine)
+            if is_step := not state.pending:  # else a validation was interrupted
+                train_step(state, batches, prepare, writer.quarantine)
             epoch_ends = state.step % state.steps_per_epoch == 0
             row_due = epoch_ends or state.step % recipe.log_every == 0
             save_due = epoch_ends or writer.checkpoint_due()
@@ -141,13 +142,11 @@ def _train(
 
             writer.settle()  # raises if a loss is not finite
             meter.lap()
-            rows = [writer.step_row()] if row_due else []
+            rows = [writer.step_row()] if row_due and is_step else []
             if epoch_ends:
                 writer.check_finite()
-                evaluate = state.epoch % recipe.eval_every == 0 or state.finished
-                columns = validate(writer, val_cache) if evaluate else no_validation(state)
-                rows.append(writer.epoch_row(columns))
-                meter.lap()
+                rows += end_epoch(writer, val_cache, stopping)
+                action = STOP if state.pending else action
             if action != CONTINUE:
                 writer.save()
             if dist.is_main:  # last, so that nothing is lost when the caller leaves the loop here
@@ -235,8 +234,8 @@ def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
     try:
         yield
     except shard_store.StoreError:
-        whole = not state.recipe.micro_batch_size and state.dist.world == 1
-        if whole and state.step % state.steps_per_epoch:  # 0 in validation, and where one is saved
+        whole = not state.recipe.micro_batch_size or state.pending  # in validation
+        if whole and state.dist.world == 1 and state.step not in (0, writer.saved_step):
             writer.settle()
             state.meter.lap()
             writer.save()

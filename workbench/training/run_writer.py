@@ -41,14 +41,19 @@ class RunWriter:
         return {"kind": kind, "steps": self.state.steps, **row}
 
     def quarantine(self, side: str, failures: list[tuple[int, str, str]]) -> None:
-        """Names images that were readable before training and are not now; they are left out."""
+        """Names images that cannot be read now; they are left out. DataError above one in five."""
+        frame = getattr(self.dataset, side)
         for row, reason, detail in failures:
-            image = getattr(self.dataset, side).iloc[row]
+            image = frame.iloc[row]
             if not self._quarantined & {(side, row), (side, image.file)}:
                 self._quarantined.add((side, row))
                 entry = {"side": side, "file": image.file, "label": int(image.label)}
                 entry |= {"reason": reason, "detail": detail, "step": self.state.step}
                 self.run.append("quarantine.csv", entry)
+                count = sum(known == side for known, _ in self._quarantined)
+                if count * self.state.dist.world > 0.2 * len(frame):  # as verified images
+                    text = f"{side}: {count} of {len(frame)} images cannot be read, last"
+                    raise data.DataError(f"{text} {image.path!r} ({reason}: {detail})")
 
     # ---- losses and weights that are not finite
 

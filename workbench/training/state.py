@@ -64,6 +64,7 @@ class TrainState:
         self.step, self.lr = 0, 0.0
         self.best = -1.0  # top-1 of the best evaluation, percent
         self.worse = 0  # evaluations since then
+        self.pending = False  # whether the epoch of the last step has not been validated yet
         self._forward: nn.Module | None = None  # the student, under DDP and torch.compile
         self._head_only: bool | None = None
         self.lr_at = lr_schedule(recipe, self.steps_per_epoch)
@@ -82,7 +83,7 @@ class TrainState:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.steps or self.stopped_early
+        return (self.step >= self.steps and not self.pending) or self.stopped_early
 
     @property
     def stopped_early(self) -> bool:
@@ -200,7 +201,7 @@ class TrainState:
             "adapters": self.adapters.state_dict() if self.distiller else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "progress": {key: getattr(self, key) for key in ("step", "best", "worse")}
+            "progress": {key: getattr(self, key) for key in ("step", "best", "worse", "pending")}
             | self.meter.state_dict(),
             "steps_per_epoch": self.steps_per_epoch,
         }
@@ -231,6 +232,8 @@ class TrainState:
             progress = checkpoint["progress"]
             self.step, self.best = progress["step"], progress["best"]
             self.worse = progress.get("worse", 0) if same_recipe else 0
+            self.pending = same_recipe and progress.get("pending", False)
+            self.lr = self.lr_at(max(0, self.step - 1))  # for the row of a pending epoch
             self.meter.load_state_dict(progress)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise runs.RunError(

@@ -1,4 +1,4 @@
-"""Requests to stop or pause a training, noticed between two steps."""
+"""Requests to stop or pause a training, noticed between two steps or batches of validation."""
 
 import signal
 import threading
@@ -9,6 +9,10 @@ from typing import Self
 from workbench import runs
 
 CONTINUE, SAVE, PAUSE, STOP = range(4)  # of several processes the largest counts
+
+
+class Stopped(Exception):
+    """A stop was requested during a validation, which is repeated after a resume."""
 
 
 class StopRequest:

@@ -1,6 +1,9 @@
 """Validation at the end of an epoch, and of any model outside of a training."""
 
+import contextlib
 import copy
+import functools
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
@@ -12,32 +15,58 @@ from workbench.data import pixel_cache, tables
 from workbench.evaluation import inference
 from workbench.progress import bar
 from workbench.recipe import Recipe
-from workbench.training.distributed import pick_workers
+from workbench.training.distributed import DistContext, pick_workers
 from workbench.training.inputs import DeviceTransform, Normalize, eval_transform, train_batches
 from workbench.training.meter import Row
 from workbench.training.run_writer import RunWriter
 from workbench.training.state import TrainState
+from workbench.training.stop_request import STOP, Stopped, StopRequest
 
 
-def validate(writer: RunWriter, cache: pixel_cache.Cache | None) -> Row:
+def end_epoch(
+    writer: RunWriter, cache: pixel_cache.Cache | None, stopping: StopRequest
+) -> list[Row]:
+    """The row of an epoch after its last step, validated where that is due.
+
+    Empty if a stop was requested before the end of it: then `state.pending` stays True.
+    """
+    state = writer.state
+    state.pending, columns = True, no_validation(state)
+    if state.epoch % state.recipe.eval_every == 0 or state.step == state.steps:
+        try:
+            columns = validate(writer, cache, stopping)
+        except Stopped:
+            return []
+    state.pending = False
+    row = writer.epoch_row(columns)
+    state.meter.lap()
+    return [row]
+
+
+def validate(writer: RunWriter, cache: pixel_cache.Cache | None, stopping: StopRequest) -> Row:
     """Evaluates raw and EMA weights on the validation list; returns the columns of metrics.csv.
 
-    Writes predictions.parquet, and best.safetensors if the top-1 is the best so far.
+    Writes predictions.parquet, and best.safetensors if the top-1 is the best so far. Raises Stopped
+    in every process at the same batch.
     """
     state, val = writer.state, writer.dataset.val
     recipe, dist = state.recipe, state.dist
     normalize, frames, columns = Normalize(recipe, dist.device), [], no_validation(state)
+    batch_size = max(64, min(256, recipe.micro_batch_size or recipe.batch_size))
     for weights, network in state.networks.items():
         dist.average_buffers(network)
         batches = data.eval_loader(
             val,
             eval_transform(recipe),
-            batch_size=max(64, min(256, recipe.micro_batch_size or recipe.batch_size)),
+            batch_size=batch_size,
             workers=eval_workers(state.meter.workers, val, cached=cache is not None),
             cached=cache,
             **dist.loader_options,
         )
-        frame = inference.predict(network, batches, normalize, dist.device)
+        common = iter(range(len(val) // dist.world // batch_size))  # batches of every process
+        check = functools.partial(_check, dist, stopping, common)
+        with contextlib.closing(batches):
+            frame = inference.predict(network, batches, normalize, dist.device, check)
         writer.quarantine("val", frame.attrs.pop("failures"))
         frame = name_rows(dist.gather(frame), val)
         prefix = "ema_" if weights == "ema" else ""
@@ -58,6 +87,12 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None) -> Row:
             writer.run.save_weights("best.safetensors", tensors, metadata)
     state.worse = dist.max(state.worse if dist.is_main else 0)
     return columns
+
+
+def _check(dist: DistContext, stopping: StopRequest, common: Iterator[int], images: int) -> None:
+    """Raises Stopped, after a batch that all processes have."""
+    if next(common, None) is not None and dist.max(stopping.action()) == STOP:
+        raise Stopped
 
 
 def no_validation(state: TrainState) -> Row:

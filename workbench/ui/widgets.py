@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from workbench import ROOT, jobs, locks
 from workbench.progress import is_voila, watched
 from workbench.recipe import Recipe
-from workbench.runs import Run, RunError, follow
+from workbench.runs import Run, RunError
 from workbench.ui import plots, training_text
 from workbench.ui.figure import Figure, css_width
 from workbench.ui.tables import html_table
@@ -172,21 +172,22 @@ async def train(recipe: Recipe, run: Run, *, dataset: data.Dataset | None = None
     """Trains a recipe in a cell: `await widgets.train(recipe, run)`.
 
     In Jupyter a TrainingView shows the progress; Interrupt does the same as its Stop button.
-    Elsewhere Progress prints it. A run that another process or machine is training is followed as
-    by `watch`; otherwise summary.png is written. Raises what training.fit raises, and RunError if a
-    followed run fails.
+    Elsewhere Progress prints it. A run that another process or machine is training, or that is
+    queued, is followed as by `watch`; otherwise summary.png is written. Raises what training.fit
+    raises, and RunError if a followed run fails.
     """
     from workbench import parts, training
     from workbench.ui import summary
 
-    writer, before = run.writer(), run.status()["state"]
+    job, before = jobs.of_runs([run.path]).get(run.path), run.status()["state"]
+    writer = run.writer() or (job.name if job and job.state in ("queued", "running") else "")
     if writer in ("", locks.this_process()):
         await _show(run, lambda stop: training.fit(recipe, run, dataset=dataset, stop=stop))
         if before != "finished":
             summary.write(run)
         return
     training.check_same_recipe(parts.pin(recipe), run)
-    await _show(run, lambda stop: follow(run, stop=stop), writer)
+    await _show(run, lambda stop: jobs.wait_and_follow(run, stop), writer)
     training.check_same_recipe(parts.pin(recipe), run)  # recipe.yaml was missing or old before
     if run.status()["state"] in ("failed", "interrupted"):
         raise RunError(training_text.end_text(run))
