@@ -348,7 +348,7 @@ def export(
 @app.command()
 def predict(
     source: Annotated[Path, typer.Argument(help="a run folder, or a deployment package (.tar)")],
-    inputs: Annotated[list[Path], typer.Argument(help="images, folders, lists (.txt, .jsonl)")],
+    inputs: Annotated[list[Path], typer.Argument(help="images, folders, .txt, .jsonl, .arrow")],
     out: Annotated[Path, typer.Option(help="the table: .csv, .jsonl or .parquet; a new file")],
     top: Annotated[int, typer.Option(help="classes per image")] = 5,
     batch_size: Annotated[int, typer.Option(help="images at once")] = 64,

@@ -77,7 +77,9 @@ def parts(folder: Path) -> list[Path]:
 def noted(monkeypatch) -> list[str]:
     """The paths that are read from here on."""
     read, look = [], images.open
-    monkeypatch.setattr(images, "open", lambda path: (read.append(path), look(path))[1])
+    monkeypatch.setattr(
+        images, "open", lambda path, *more: (read.append(path), look(path, *more))[1]
+    )
     return read
 
 

@@ -16,8 +16,9 @@ import pytest
 from helpers import assert_same_tensors, last_step, train
 from shard_helpers import pack_list
 
-from workbench import data, runs, shard_store
+from workbench import data, export, runs, shard_store
 from workbench.data import toy
+from workbench.evaluation.comparison import compare
 from workbench.recipe import Recipe
 
 pytestmark = pytest.mark.slow
@@ -247,6 +248,33 @@ def test_a_store_that_stops_answering_ends_the_run_with_a_checkpoint(
     resumed, whole = train(options), train(recipe(shards, "local", tmp_path, batch_size=16))
     assert_same_tensors(weights(resumed), weights(whole))
     assert resumed.metrics().equals(whole.metrics())
+
+
+def test_a_run_from_s3_is_exported_checked_and_predicts_like_one_of_local_shards(
+    shards, store, tmp_path, command, monkeypatch
+):
+    upload(store, shards, "exported")
+    options = {kind: recipe(shards, kind, tmp_path) for kind in ("exported", "local")}
+    found = {kind: train(one) for kind, one in options.items()}
+    assert len(compare([run.path for run in found.values()]).images) == 500
+    reports, tables = {}, {}
+    for kind, run in found.items():
+        package = export.package(run.path, tmp_path, with_preprocessing=True, seconds=0)
+        reports[kind] = export.read_report(package)
+        done = command("predict", package, shards / f"{kind}_val.arrow",
+                       "--out", tmp_path / f"{kind}.csv")  # fmt: skip
+        assert "500 images: 500 predictions" in done.stdout, done.stderr
+        tables[kind] = (tmp_path / f"{kind}.csv").read_bytes()
+    assert reports["exported"] == reports["local"] and tables["exported"] == tables["local"]
+    assert set(reports["local"]["formats"]) == {"torch", "onnx", "with_preprocessing"}
+    options["exported"].to_yaml(tmp_path / "recipe.yaml")
+    before = requests(store)
+    done = command("check-data", tmp_path / "recipe.yaml")
+    assert done.returncode == 0 and requests(store) - before == 324 + 500
+    monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "2")
+    faults(store, 10**9)
+    done = command("check-data", tmp_path / "recipe.yaml")
+    assert done.returncode == 3 and "0.tar does not answer for 2 s" in done.stderr
 
 
 def test_a_missing_shard_is_named_before_the_first_step(shards, store, tmp_path):

@@ -92,7 +92,7 @@ def test_facts_are_those_of_the_files_and_verified_images_are_not_read_again(fra
     assert set(zip(facts.width, facts.height, strict=True)) == {(40, 32)}
     assert facts.digest.nunique() == 18 and (facts.problem == "").all()
     pd.testing.assert_frame_equal(facts[frame.columns], frame)
-    monkeypatch.setattr(images, "open", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(images, "open", lambda path, *_: pytest.fail(f"{path} was read again"))
     pd.testing.assert_frame_equal(verified(frame), facts)
 
 
@@ -100,7 +100,9 @@ def test_only_a_changed_file_is_read_again(frame, monkeypatch):
     verified(frame)
     save_noise(Path(frame.path[4]), seed=99, size=(50, 60))
     read, look = [], images.open
-    monkeypatch.setattr(images, "open", lambda path: (read.append(path), look(path))[1])
+    monkeypatch.setattr(
+        images, "open", lambda path, *more: (read.append(path), look(path, *more))[1]
+    )
     facts = verified(frame)
     assert read == [frame.path[4]] and (facts.width[4], facts.height[4]) == (50, 60)
     Path(frame.path[5]).unlink()

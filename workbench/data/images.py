@@ -11,6 +11,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,22 +38,28 @@ FILTER_SUPPORT = {"nearest": 0, "box": 0.5, "bilinear": 1, "hamming": 1, "bicubi
 Box = tuple[float, float, float, float]
 
 
-def decode(path: str | Path) -> Image.Image:
+def decode(path: str | Path, content: bytes | None = None) -> Image.Image:
     """The image as an upright 8-bit RGB image.
 
     EXIF orientation is applied, transparency becomes white, 16-bit greys are scaled (not clipped),
     CMYK and palettes are converted, animations give their first frame. Raises ImageError.
     """
-    return Image.fromarray(open(path).pixels())
+    return Image.fromarray(open(path, content).pixels())
 
 
 def open(path: str | Path, content: bytes | None = None) -> "Pixels | Jpeg":
     """The image of `decode`; a JPEG is decoded at the first use of its pixels.
 
     `content` has the bytes at the path, if they were read. Raises ImageError, as do the methods
-    that decode.
+    that decode, and StoreError for a shard, which says nothing about the image.
     """
+    content = next(shard_store.read([str(path)])) if content is None else content
     return image_files.with_reason(path, lambda: _open(path, content))
+
+
+def open_all(paths: Sequence[str | Path]) -> Iterator["Pixels | Jpeg"]:
+    """`open` of each path, with one request to a store. Raises ImageError, StoreError."""
+    return map(open, paths, shard_store.read(map(str, paths)))
 
 
 def image(image: "AnyImage") -> "Pixels | Jpeg":
@@ -188,8 +195,7 @@ def resize(
 
 
 def opened(path: str | Path, content: bytes | None = None) -> BinaryIO:
-    """The bytes of an image, which may be in a shard. Raises ImageError, OSError."""
-    content = next(shard_store.read([str(path)])) if content is None else content
+    """`content`, the bytes of an image, else those at its path. Raises ImageError, OSError."""
     return image_files.opened(path) if content is None else io.BufferedReader(io.BytesIO(content))
 
 

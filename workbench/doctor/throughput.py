@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pandas as pd
 import torch
 
-from workbench import data, models, training
+from workbench import data, models, shard_store, training
 from workbench.data import images
 from workbench.recipe import Recipe
 
@@ -130,9 +130,10 @@ def _loader_speed(recipe: Recipe, train: pd.DataFrame, seconds: float) -> tuple[
         return count / spent if count else float("nan")
 
     files, pixels = speed(frame), []
-    for path in frame.path.head(16):
+    paths = frame.path.head(16).tolist()
+    for path, content in zip(paths, shard_store.read(paths), strict=True):
         with contextlib.suppress(images.ImageError):  # training quarantines it
-            pixels.append(images.Pixels(transform.resize(images.open(path))))
+            pixels.append(images.Pixels(transform.resize(images.open(path, content))))
     in_memory = SimpleNamespace(image=pixels.__getitem__)  # a pixel cache without a disk
     cached = speed(frame.head(len(pixels)), in_memory) if pixels else float("nan")
     return files, cached

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from workbench import data
+from workbench import data, shard_store
 from workbench.data import images
 from workbench.export.inputs import Entry, PredictionError
 
@@ -75,13 +75,14 @@ def annotate_batch(
 ) -> None:
     """Writes the annotated images of a batch. Existing files are replaced. Raises OSError."""
     todo = [t for t in zip(entries, targets, rows, strict=True) if t[1] and not t[2]["error"]]
+    contents = shard_store.read([entry.path for entry, *_ in todo])
     with ThreadPoolExecutor(data.available_cpus()) as pool:
-        list(pool.map(lambda arguments: _write(*arguments), todo))
+        list(pool.map(lambda pair: _write(*pair[0], pair[1]), zip(todo, contents, strict=True)))
 
 
-def _write(entry: Entry, target: Path, row: dict[str, Any]) -> None:
+def _write(entry: Entry, target: Path, row: dict[str, Any], content: bytes | None) -> None:
     try:
-        sheet = annotate(images.decode(entry.path), row["class1"], row["p1"])
+        sheet = annotate(images.decode(entry.path, content), row["class1"], row["p1"])
     except images.ImageError:
         return  # removed after its prediction
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -29,10 +29,10 @@ def find_images(inputs: Sequence[str | Path]) -> list[Entry]:
     """The images of the inputs in their order; none is opened.
 
     An input is an image file, a folder (images as data.image_files finds them, sorted; other files
-    are named on stderr) or a list: .txt with a path on each line, a label after the last space is
-    ignored, or .jsonl with {"filename": path}. Relative paths of a list start in its folder and
-    may not leave it, absolute paths are allowed. Names are relative to a single input; with several
-    inputs they begin with the folder as given. Raises PredictionError.
+    are named on stderr), an index of shards (.arrow) or a list: .txt with a path on each line, a
+    label after the last space is ignored, or .jsonl with {"filename": path}. Relative paths of a
+    list start in its folder and may not leave it, absolute paths are allowed. Names are relative to
+    one input; of several they begin with the folder as given. Raises PredictionError, DataError.
     """
     entries: list[Entry] = []
     paths = [data.on_disk(os.path.normpath(os.path.expanduser(given))) for given in inputs]
@@ -44,6 +44,9 @@ def find_images(inputs: Sequence[str | Path]) -> list[Entry]:
             found = _read_folder(path)
         elif not os.path.exists(path):
             raise PredictionError(f"input {path!r} does not exist; give images, folders or lists")
+        elif data.is_index(path):
+            frame, _ = data.open_index(Path(path), None)
+            found = [*map(Entry, frame.file, frame.path)]
         elif path.lower().endswith(LISTS):
             found = _read_list(path)
         else:

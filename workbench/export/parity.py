@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench import counted, data
+from workbench import counted, data, shard_store
 from workbench.augmentation import EvalTransform
 from workbench.evaluation import statistics
 from workbench.export.archive import FORMATS, ExportError
@@ -30,7 +30,7 @@ def compare_formats(
     batches: Iterable[data.Batch],
     total: int,
     seconds: float = 1.0,
-    with_preprocessing: Callable[[int], np.ndarray] | None = None,
+    with_preprocessing: Callable[[list[int]], list[np.ndarray]] | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """The parity report and the flips of all formats over a validation set of `total` images.
 
@@ -38,7 +38,7 @@ def compare_formats(
     predictions), ties (flips with a margin below TIE), max_abs_diff and mean difference of the
     logits, the paired difference of top-1 in points with its 95 % interval, McNemar's p, and the
     latency. Columns of the flips: row, label, format, before, after, margin (logits of the
-    reference). `with_preprocessing` returns the logits of a row's decoded image.
+    reference). `with_preprocessing` returns the logits of the decoded image of each of some rows.
     """
     parts = []
     with bar(total, "parity", "img") as progress:
@@ -49,7 +49,7 @@ def compare_formats(
             inputs = network.to_input(batch.images)
             logits = {name: run(inputs) for name, run in runners.items()}
             if with_preprocessing:
-                each = [with_preprocessing(row) for row in batch.indices.tolist()]
+                each = with_preprocessing(batch.indices.tolist())
                 logits["with_preprocessing"] = np.concatenate(each)
             reference = next(iter(logits.values()))
             parts += [_differences(name, logits[name], reference, batch) for name in logits]
@@ -121,11 +121,15 @@ def compare_script(
     there. Raises ExportError if the script crashes.
     """
     [batch] = data.eval_loader(sample, transform, batch_size=len(sample))
-    paths, inputs = sample.path.iloc[batch.indices.numpy()], network.to_input(batch.images)
+    paths, inputs = sample.path.iloc[batch.indices.numpy()].tolist(), network.to_input(batch.images)
     classes, report = json.loads(files["meta.json"])["classes"], {}
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
+        for i, content in enumerate(shard_store.read(paths)):
+            if content is not None:  # in a shard, which the script may not reach
+                paths[i] = f"{folder}/{i}.image"
+                Path(paths[i]).write_bytes(content)
         for name in (name for name in ("onnx", "int8") if FORMATS[name] in files):
             command = [sys.executable, f"{folder}/predict.py", FORMATS[name], *paths]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")

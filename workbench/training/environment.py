@@ -4,7 +4,6 @@ import hashlib
 import platform
 import resource
 import subprocess
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
         "val_images": len(val),
         "classes": dataset.classes,
         "data": data.fingerprint(dataset),
-        "val_data": data.fingerprint(replace(dataset, train=train.iloc[:0])),
+        "val_data": data.val_fingerprint(val),
         "recipe": recipe.fingerprint,
         "steps_per_epoch": state.steps_per_epoch,
         "downscaled": downscaled,

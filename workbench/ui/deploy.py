@@ -69,7 +69,7 @@ def run_facts(run: str) -> list[str]:
 
 
 def predictions(
-    source: export.prediction.Source, files: Mapping[str, bytes | Path]
+    source: export.prediction.Source, files: Mapping[str, bytes | str | Path]
 ) -> tuple[list[str], Figure | None]:
     """Sentences on the files that are no images, and a figure of the others with predictions."""
     shown, problems = {}, []
@@ -84,8 +84,8 @@ def predictions(
     return problems, plots.probabilities(shown) if shown else None
 
 
-def _decoded(content: bytes | Path) -> Image.Image:
-    if isinstance(content, Path):
+def _decoded(content: bytes | str | Path) -> Image.Image:
+    if not isinstance(content, bytes):
         return images.decode(content)
     read = lambda: image_files.decode(io.BytesIO(content))
     return Image.fromarray(image_files.with_reason("", read))

@@ -231,7 +231,7 @@ def distances(
     """
     transform = training.train_transform(recipe)
     table = content.train.head(count)
-    opened = [transform.resize.image(images.open(path)) for path in table.path]
+    opened = [transform.resize.image(image) for image in images.open_all(table.path)]
     whole = [transform.at(image, {}) for image in opened]
     rows = []
     for row, (file, image) in enumerate(zip(table.file, opened, strict=True)):
@@ -287,7 +287,7 @@ def mistakes(
     transform = training.eval_transform(recipe)
     titles = [f"{classes[r.class1]} {r.p1:.0%}\nis {classes[r.label]}" for r in table.itertuples()]
     heading = heading or "the most confident mistakes: prediction, probability, below it the label"
-    shown = [transform(images.decode(path)) for path in table.path]
+    shown = [transform(image) for image in images.open_all(table.path)]
     return image_grids.grid(shown, titles, columns=columns, heading=heading)
 
 
@@ -301,7 +301,7 @@ def _changed_images(
         val = data.load_dataset(recipe).val[["list", "file", "path"]]
         found = rows.merge(val, on=["list", "file"])
         transform = training.eval_transform(recipe)
-        views = [transform(images.decode(path)) for path in found.path]
+        views = [transform(image) for image in images.open_all(found.path)]
     except (ValueError, OSError, RuntimeError):  # moved, or a recipe of an older version
         return rows
     titles = []
@@ -329,7 +329,7 @@ def grad_cam_grid(
     heading instead.
     """
     transform = training.eval_transform(recipe)
-    views = [transform(images.decode(path)) for path in paths]
+    views = [transform(image) for image in images.open_all(paths)]
     rows = [([view], [""]) for view in views]
     notes = [heading] if heading else []
     for name, (model, numbers) in targets.items() if rows else ():
