@@ -93,7 +93,7 @@ def notes(recipe: Recipe, time: str) -> list[str]:
     """What looks wrong on this machine, and may be right on a node."""
     found = []
     if re.fullmatch(r"(0+:)?0*[12](:\d+)?", time):
-        text = f"--time {time} leaves no time: the training is stopped 120 s before the limit"
+        text = f"--time {time} leaves few steps: the training is stopped 120 s before the limit"
         found.append(f"{text}, or as --signal in --sbatch says")
     folder = ROOT / Path(recipe.data_dir).expanduser()
     if recipe.dataset == "files" and not folder.exists():

@@ -76,5 +76,8 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     lines = [columns, *([text(row[c]) for c in columns] for row in found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [" ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    failed = [row for row in found if row["state"] in ("failed", "unreadable")]
+    failed = [
+        row for row in found
+        if row["state"] in ("failed", "unreadable") or "Unavailable" in (row["message"] or "")
+    ]  # fmt: skip
     return lines + [f"{row['run']}: {row['message']}" for row in failed[:5]]

@@ -56,6 +56,7 @@ class StoreUnavailable(StoreError):
 
 
 Shard = tuple[int, str]  # size, and ETag of an object or time of the last change of a file
+_answered: set[bool] = set()  # not empty once a request of this process succeeded
 _said = [-60.0]  # when this process said that it tries again
 known: dict[str, Shard] = {}  # by path or URL, the shards of every index that was opened
 cache: Any = None  # shard_cache.ShardCache of the training in this process
@@ -206,7 +207,8 @@ def _bucket(url: str) -> Any:
         return from_url(url, client_options=options, retry_config={"max_retries": 0})
     except Exception as error:  # an unknown scheme, or an option that is missing
         text = str(error).partition("\n")[0]
-        raise StoreError(f"{url} cannot be opened ({text}); see obstore's from_url") from None
+        wrong = f"cannot be opened ({text}); see obstore's from_url"
+        raise StoreError(f"{url} {_NO_KEYS if 'AccessKey' in text else wrong}") from None
 
 
 def _answer(name: str, stop: threading.Event, item: Any) -> Any:
@@ -215,7 +217,9 @@ def _answer(name: str, stop: threading.Event, item: Any) -> Any:
     end, wait = time.monotonic() + SECONDS, 0.25
     while True:
         try:
-            return {"read": _read, "look": _look, "list": _list, "below": _below}[name](*item)
+            found = {"read": _read, "look": _look, "list": _list, "below": _below}[name](*item)
+            _answered.add(True)
+            return found
         except StoreError as error:
             return error
         except Exception as error:
@@ -223,8 +227,9 @@ def _answer(name: str, stop: threading.Event, item: Any) -> Any:
             if not (isinstance(error, OSError) or kind.__module__ == "obstore.exceptions"):
                 raise
         for sign, meaning in _FINAL.items():
-            # In training the address of the credentials may be out of reach for a while.
-            if sign == kind.__name__ or (sign in text and name != "read"):
+            # Where they were found before, credentials may be out of reach for a while.
+            early = name == "read" and (_answered or time.monotonic() < end - SECONDS + 10)
+            if sign == kind.__name__ or (sign in text and not early):
                 advice = "; put it back, or index the shards again" * (name in ("read", "look"))
                 return StoreError(f"shard {item[0]} {meaning}" + advice * (meaning == _MISSING))
         if wait == 8.0 and time.monotonic() - _said[0] > 60:

@@ -582,6 +582,19 @@ def test_what_cannot_succeed_is_not_repeated(tmp_path, command, monkeypatch, url
     assert done.returncode == 1 and re.search(says, done.stderr), done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{}, {"AWS_SECRET_ACCESS_KEY": "s"}])
+def test_an_image_cannot_be_read_without_credentials_which_is_said_soon(monkeypatch, given):
+    """After a few seconds, in which a machine of a cloud may get them."""
+    monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "1000")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoreError, match="needs credentials, such as AWS_ACCESS_KEY_ID"):
+        next(shard_store.read(["s3://bucket/a.tar::512+10:a.png"]))
+
+
 def test_a_store_that_is_down_takes_one_wait_however_many_shards_there_are(
     tmp_path, command, monkeypatch
 ):

@@ -226,4 +226,4 @@ def open_cache(frames: Iterable[pd.DataFrame], folder: Path, limit: int) -> str:
         raise DataError("shard_cache_gb: no shard is in an object store; leave it out")
     shard_store.cache = shard_cache.opened(folder, limit, remote)
     size = sum(size for size, _ in remote.values())
-    return f"shard cache: at most {limit / 1e9:g} of {size / 1e9:.3g} GB in {folder}"
+    return f"shard cache: {size / 1e9:.3g} GB of shards, at most {limit / 1e9:g} kept in {folder}"

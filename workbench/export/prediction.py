@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from workbench import data, image_files, locks, runs, training
+from workbench import data, image_files, locks, runs, shard_store, training
 from workbench.data import images
 from workbench.data.verify import file_stat
 from workbench.evaluation import inference
@@ -246,6 +246,8 @@ def predict_to_file(
             _finish(out, partial, columns(source, top))
             counts = Counter(row["error"].partition(":")[0] for row in _read_rows(partial))
             partial.unlink()
+    except shard_store.StoreError:
+        raise
     except OSError as error:
         raise PredictionError(
             f"{out} was not written ({error}); the same command resumes from {partial.name}"
