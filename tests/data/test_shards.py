@@ -77,6 +77,15 @@ def test_every_entry_of_an_index_has_the_bytes_and_the_label_of_its_sample(tmp_p
          ["ant", "cat"], [1, 1, 0]),
         ({"train/7/a.jpg": b"x", "train/7/in/b.jpg": b"x", "train/11/a.jpg": b"x"},
          ["11", "7"], [1, 1, 0]),
+        # in any case, with a byte order mark, and no label file without an image of its name
+        ({"A.PNG": b"x", "A.CLS": b"1", "b.Png": b"x", "b.Json": b'{"cls": 0}'},
+         ["0", "1"], [1, 0]),
+        ({"a.png": b"x", "a.json": b'{"label": 1.0}', "a.txt": b"a caption",
+          "b.png": b"x", "b.json": b'{"label": 0}'}, ["0", "1"], [1, 0]),
+        ({"a.png": b"x", "a.cls": b"\xef\xbb\xbf1", "b.png": b"x", "b.txt": b"0"},
+         ["0", "1"], [1, 0]),
+        ({"cat/1.png": b"x", "cat/README.txt": b"!", "ant/1.png": b"x", "meta.json": b"{}"},
+         ["ant", "cat"], [1, 0]),
     ],
 )  # fmt: skip
 def test_labels_are_from_members_of_the_sample_or_from_class_folders(
@@ -142,27 +151,6 @@ def dotted(name: str, end: str = "cls") -> dict[str, bytes]:
 def test_samples_are_refused_rather_than_left_out_or_labelled_by_chance(tmp_path, files, message):
     with pytest.raises(DataError, match=message):
         index(tmp_path, pack(tmp_path / "a.tar", files))
-
-
-@pytest.mark.parametrize(
-    "files, classes, labels",
-    [
-        ({"A.PNG": b"x", "A.CLS": b"1", "b.Png": b"x", "b.Json": b'{"cls": 0}'},
-         ["0", "1"], [1, 0]),
-        ({"a.png": b"x", "a.json": b'{"label": 1.0}', "a.txt": b"a caption",
-          "b.png": b"x", "b.json": b'{"label": 0}'}, ["0", "1"], [1, 0]),
-        ({"a.png": b"x", "a.cls": b"\xef\xbb\xbf1", "b.png": b"x", "b.txt": b"0"},
-         ["0", "1"], [1, 0]),
-        ({"cat/1.png": b"x", "cat/README.txt": b"!", "ant/1.png": b"x", "meta.json": b"{}"},
-         ["ant", "cat"], [1, 0]),
-    ],
-)  # fmt: skip
-def test_label_files_are_known_by_their_sample_in_any_case_and_with_a_byte_order_mark(
-    tmp_path, files, classes, labels
-):
-    index(tmp_path, pack(tmp_path / "a.tar", files))
-    found = load(tmp_path)
-    assert found.classes == classes and found.train.label.tolist() == labels
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])

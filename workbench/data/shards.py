@@ -178,8 +178,8 @@ def _numbered(labels: pa.Array) -> tuple[pa.Array, list[str] | None, list[str]]:
 def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, list[str] | None]:
     """The rows of an index, mapped into memory, and the class names, None for numbers.
 
-    With `classes` (those of training) names follow them. attrs["index"] has a digest and the
-    number of rows. Raises DataError.
+    With `classes` (those of training) names follow them. attrs["index"] has a digest. Raises
+    DataError.
     """
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -199,13 +199,13 @@ def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, lis
     # Zeros that nobody writes, and that pandas does not copy, take no memory.
     zeros = {"list": np.zeros(len(frame), np.int64), "outside": np.zeros(len(frame), bool)}
     frame = pd.DataFrame({**frame, **zeros}, copy=False)
-    frame.attrs["index"] = digest, len(frame)
+    frame.attrs["index"] = digest
     return frame, names and (classes or names)
 
 
 def versions(frame: pd.DataFrame) -> dict[str, shard_store.Shard]:
     """The shards of a frame from an index by path or URL; none of another frame."""
-    return _opened[frame.attrs["index"][0]] if "index" in frame.attrs else {}
+    return _opened[frame.attrs["index"]] if "index" in frame.attrs else {}
 
 
 def check_shards(frame: pd.DataFrame) -> None:
