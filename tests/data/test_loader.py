@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,26 @@ def test_too_many_open_files_are_a_clear_error():
     printed = read(8, 2, 20, 1)
     [line] = [line for line in printed if line.startswith("too many open files: ")]
     assert "ulimit -n" in line
+
+
+class EndsLate(EvalTransform):
+    """A transform whose worker ends without a free file descriptor, after half a second."""
+
+    def __call__(self, image, rng=None):
+        time.sleep(0.5)
+        os._exit(errno.EMFILE)
+
+
+def test_a_worker_that_ends_after_its_connection_is_a_clear_error(frame, monkeypatch):
+    """The handler of SIGCHLD raises while the main process waits for the worker's exit code."""
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+
+    def reset(self, timeout=0):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(iterator, "_try_get_data", reset)
+    with pytest.raises(data.DataError, match="too many open files"):
+        list(data.eval_loader(frame, EndsLate(8, 8), batch_size=2, workers=1))
 
 
 def test_too_little_shared_memory_is_a_clear_error():

@@ -242,15 +242,22 @@ def _load(reader: Reader, parts: Iterator[Part], workers: int, pin_memory: bool)
         explained = explain_worker_crash(error)
         if isinstance(error, ConnectionError):  # a worker ended while it handed over a batch
             for worker in getattr(loader, "_workers", []):
-                worker.join(5)  # seconds
-                ended = RuntimeError(f"exit code {worker.exitcode}.")
-                explained = explained or explain_worker_crash(ended)
+                explained = explained or explain_worker_crash(_end_of(worker))
         if explained is None:
             raise
     finally:
         loader = None  # ends its processes, also while a traceback refers to this frame
     if explained:
         raise explained
+
+
+def _end_of(worker: multiprocessing.Process) -> RuntimeError:
+    """An error with the exit code of a worker that is about to end."""
+    try:
+        worker.join(5)  # seconds
+    except RuntimeError as error:  # torch's handler of SIGCHLD raises it, within join as well
+        return error
+    return RuntimeError(f"exit code {worker.exitcode}.")
 
 
 def explain_worker_crash(error: BaseException) -> DataError | None:
