@@ -227,6 +227,14 @@ def test_a_shard_that_is_replaced_by_one_of_its_size_stops_training_and_a_resume
     whole = train(recipe(shards, "local", tmp_path, epochs=3))
     assert_same_tensors(weights(resumed), weights(whole))
     assert resumed.metrics().equals(whole.metrics())
+    # Indexed again, it has the names, labels and sizes of before: its ETag tells.
+    put(store, "replaced/train/00003.tar", other)
+    data.write_index(["s3://replaced/train/*.tar"], shards / "replaced_train.arrow", progress=False)
+    with pytest.raises(runs.RunError, match="a shard in the object store changed since"):
+        train(options)
+    new = train(options.replace(name="new"))
+    assert new.environment()["data"] == run.environment()["data"]
+    assert any("a shard was replaced" in text for text in compare([run.path, new.path]).cautions)
 
 
 def test_a_store_that_stops_answering_ends_the_run_with_a_checkpoint(

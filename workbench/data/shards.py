@@ -208,6 +208,17 @@ def versions(frame: pd.DataFrame) -> dict[str, shard_store.Shard]:
     return _opened[frame.attrs["index"]] if "index" in frame.attrs else {}
 
 
+def version_digests(frames: Iterable[pd.DataFrame]) -> dict[str, str]:
+    """For frames of an index in an object store a digest of its ETags, by one of its URLs."""
+    found = {}
+    for frame in frames:
+        remote = sorted((u, version) for u, (_, version) in versions(frame).items() if "://" in u)
+        if remote:
+            urls, tags = (text_digest("\n".join(part))[:12] for part in zip(*remote, strict=True))
+            found[urls] = tags
+    return found
+
+
 def check_shards(frame: pd.DataFrame) -> None:
     """Raises StoreError where a shard of an index is missing or has changed since."""
     shards = versions(frame)

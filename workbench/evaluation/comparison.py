@@ -347,6 +347,9 @@ def _inequalities(runs: list[EvaluatedRun], groups: list[SeedGroup], weights: st
             yield f"{group.name} and {first.name} {text}"
     if len({run.environment.get("data") for run in runs} - {None}) > 1:
         yield "the training images differ between runs"
+    shards = [item for run in runs for item in run.environment.get("shards", {}).items()]
+    if len({*shards}) > len({urls for urls, _ in shards}):
+        yield "a shard was replaced between the runs, whose images may differ"
 
 
 def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
