@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import CLASSES, save_noise
-from helpers import train
+from helpers import assert_same_run, codes, on_one_node, train
 from shard_helpers import pack
 
 from workbench import data, export, shard_store
@@ -105,6 +105,39 @@ def test_a_resume_still_refuses_a_shard_that_was_replaced(shards):
     longer = again.replace(name="longer", resume_from=str(again.folder), epochs=2)
     with pytest.raises(StoreError, match="1.tar has changed since it was indexed"):
         train(longer)
+
+
+LOST = """
+import os
+from workbench import shard_store
+read, seen = shard_store.read, []
+def lost(places, *rest):
+    places = [*places]
+    seen.extend(places[:1] if "/{}/" in places[0] else [])
+    if os.environ["RANK"] == "1" and len(seen) == {}:
+        raise shard_store.StoreUnavailable("shard 0.tar does not answer")
+    return read(places, *rest)
+shard_store.read = lost
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "at", "step"), [("train", 5, 4), ("val", 2, 6)])
+def test_a_store_that_one_process_loses_ends_all_of_them_with_a_checkpoint(
+    tmp_path, side, at, step
+):
+    folder = pack_sides(tmp_path)
+    there = {"runs_dir": str(tmp_path), "epochs": 3}
+    runs = {name: recipe(folder, name=name, **there) for name in ("lost", "whole")}
+    assert codes(on_one_node(runs["lost"], LOST.format(side, at))) == [3, 3]
+    run = Run(runs["lost"].folder)
+    status = run.status()
+    assert (status["state"], status["step"], status["steps"]) == ("stopped", step, 9)
+    assert status["message"] == "StoreUnavailable: shard 0.tar does not answer"
+    assert run.load_checkpoint()["progress"]["step"] == step
+    for one in runs.values():
+        assert codes(on_one_node(one)) == [0, 0]
+    assert_same_run(run, Run(runs["whole"].folder))
 
 
 # ---- export

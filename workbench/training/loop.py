@@ -21,7 +21,12 @@ from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model
 from workbench.training.distributed import DistContext
 from workbench.training.dry_run import check_bf16
-from workbench.training.inputs import DeviceTransform, build_pixel_caches, train_batches
+from workbench.training.inputs import (
+    DeviceTransform,
+    agreed,
+    build_pixel_caches,
+    train_batches,
+)
 from workbench.training.meter import Row
 from workbench.training.run_writer import RunWriter
 from workbench.training.setup import is_finished, set_up
@@ -125,6 +130,7 @@ def _train(
     )
     meter.start_clock()
     writer.saved_at = time.monotonic()
+    taken = agreed(batches, dist) if "index" in dataset.train.attrs else batches
     with (
         contextlib.closing(batches),  # ends the loader's processes
         StopRequest(run if dist.is_main else None, stop) as stopping,
@@ -132,7 +138,7 @@ def _train(
     ):
         while action < STOP and not state.finished:
             if is_step := not state.pending:  # else a validation was interrupted
-                train_step(state, batches, prepare, writer.quarantine)
+                train_step(state, taken, prepare, writer.quarantine)
             epoch_ends = state.step % state.steps_per_epoch == 0
             row_due = epoch_ends or state.step % recipe.log_every == 0
             save_due = epoch_ends or writer.checkpoint_due()
@@ -226,16 +232,16 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
-    """Writes a checkpoint when the caller leaves the loop, or a step gets no images from a store.
+    """Writes a checkpoint when the caller leaves the loop, or a step gets no images from a shard.
 
-    Where the step has several parts or processes it may have begun: the last checkpoint remains.
+    Where the step has several parts it may have begun: the last checkpoint remains.
     """
     state = writer.state
     try:
         yield
     except shard_store.StoreError:
         whole = not state.recipe.micro_batch_size or state.pending  # in validation
-        if whole and state.dist.world == 1 and state.step not in (0, writer.saved_step):
+        if whole and state.step not in (0, writer.saved_step):
             writer.settle()
             state.meter.lap()
             writer.save()

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import functools
+import itertools
 from collections.abc import Iterator
 
 import pandas as pd
@@ -16,7 +16,13 @@ from workbench.evaluation import inference
 from workbench.progress import bar
 from workbench.recipe import Recipe
 from workbench.training.distributed import DistContext, pick_workers
-from workbench.training.inputs import DeviceTransform, Normalize, eval_transform, train_batches
+from workbench.training.inputs import (
+    DeviceTransform,
+    Normalize,
+    agreed,
+    eval_transform,
+    train_batches,
+)
 from workbench.training.meter import Row
 from workbench.training.run_writer import RunWriter
 from workbench.training.state import TrainState
@@ -63,10 +69,10 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None, stopping: StopR
             cached=cache,
             **dist.loader_options,
         )
-        common = iter(range(len(val) // dist.world // batch_size))  # batches of every process
-        check = functools.partial(_check, dist, stopping, common)
+        most = -(-len(val) // (dist.world * batch_size))  # batches of rank 0, which has the most
         with contextlib.closing(batches):
-            frame = inference.predict(network, batches, normalize, dist.device, check)
+            taken = _taken(batches, most, dist, stopping)
+            frame = inference.predict(network, taken, normalize, dist.device)
         writer.quarantine("val", frame.attrs.pop("failures"))
         frame = name_rows(dist.gather(frame), val)
         prefix = "ema_" if weights == "ema" else ""
@@ -89,10 +95,15 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None, stopping: StopR
     return columns
 
 
-def _check(dist: DistContext, stopping: StopRequest, common: Iterator[int], images: int) -> None:
-    """Raises Stopped, after a batch that all processes have."""
-    if next(common, None) is not None and dist.max(stopping.action()) == STOP:
-        raise Stopped
+def _taken(
+    batches: Iterator[data.Batch], most: int, dist: DistContext, stopping: StopRequest
+) -> Iterator[data.Batch]:
+    """The batches of this process; a stop and a lost store end all processes at the same one."""
+    for batch in itertools.islice(agreed(batches, dist), most):
+        if dist.max(stopping.action()) == STOP:
+            raise Stopped
+        if batch is not None:
+            yield batch
 
 
 def no_validation(state: TrainState) -> Row:
