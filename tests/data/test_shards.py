@@ -354,6 +354,15 @@ def test_the_folder_of_an_index_is_made_before_any_shard_is_read(tmp_path):
         index(shard / "below", tmp_path / "gone.tar")
 
 
+def test_a_pattern_for_folders_at_any_depth_is_refused_and_takes_no_part_of_them(tmp_path):
+    pack(tmp_path / "in" / "0.tar", {"a/1.png": b"x"})
+    for start in (f"{tmp_path}/", "s3://bucket/"):
+        with pytest.raises(
+            DataError, match=r"\*\* is not supported; write one \* for every folder"
+        ):
+            index(tmp_path, f"{start}**/*.tar")
+
+
 def test_a_range_without_numbers_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"\{5..1\} is empty; write the smaller number first"):
         index(tmp_path, tmp_path / "{5..1}.tar")

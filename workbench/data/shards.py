@@ -75,6 +75,8 @@ def _expand(source: str) -> list[str]:
             raise DataError(f"{source!r}: {part[0]} is empty; write the smaller number first")
         names = (source.replace(part[0], f"{i:0{len(part[1])}d}", 1) for i in numbers)
         return [url for name in names for url in _expand(name)]
+    if "**" in source:
+        raise DataError(f"{source!r}: ** is not supported; write one * for every folder")
     source = source if "://" in source else os.path.abspath(source)
     if not re.search(r"[*?\[]", source):
         return [source]
