@@ -13,7 +13,7 @@ from workbench.augmentation import device_ops
 from workbench.data import pixel_cache
 from workbench.recipe import Recipe
 from workbench.training import losses
-from workbench.training.distributed import DistContext, is_main
+from workbench.training.distributed import is_main
 
 Random = augmentation.RandomErasing | augmentation.MixupCutmix
 
@@ -155,18 +155,6 @@ def train_batches(
     """The recipe's training batches; `loading` is passed on to data.train_loader."""
     transform, options = train_transform(recipe), sampler_options(recipe)
     return data.train_loader(dataset.train, transform, steps=steps, **options, **loading)
-
-
-def agreed(batches: Iterator[data.Batch], dist: DistContext) -> Iterator[data.Batch | None]:
-    """Batches, and None after the last; a shard that one process cannot read ends all of them."""
-    while True:
-        batch = lost = None
-        try:
-            batch = next(batches, None)
-        except shard_store.StoreError as error:
-            lost = error
-        dist.agree(lost)
-        yield batch
 
 
 def preview_batch(

@@ -23,7 +23,6 @@ from workbench.training.distributed import DistContext
 from workbench.training.dry_run import check_bf16
 from workbench.training.inputs import (
     DeviceTransform,
-    agreed,
     build_pixel_caches,
     train_batches,
 )
@@ -130,7 +129,7 @@ def _train(
     )
     meter.start_clock()
     writer.saved_at = time.monotonic()
-    taken = agreed(batches, dist) if "index" in dataset.train.attrs else batches
+    taken = writer.read("train", batches)
     with (
         contextlib.closing(batches),  # ends the loader's processes
         StopRequest(run if dist.is_main else None, stop) as stopping,
@@ -138,7 +137,7 @@ def _train(
     ):
         while action < STOP and not state.finished:
             if is_step := not state.pending:  # else a validation was interrupted
-                train_step(state, taken, prepare, writer.quarantine)
+                train_step(state, taken, prepare)
             epoch_ends = state.step % state.steps_per_epoch == 0
             row_due = epoch_ends or state.step % recipe.log_every == 0
             save_due = epoch_ends or writer.checkpoint_due()
@@ -175,13 +174,10 @@ def wait_while_paused(writer: RunWriter, stopping: StopRequest) -> int:
     return action
 
 
-def train_step(
-    state: TrainState, batches: Iterator[data.Batch], prepare: DeviceTransform, quarantine: Callable
-) -> None:
+def train_step(state: TrainState, batches: Iterator[data.Batch], prepare: DeviceTransform) -> None:
     """One optimizer step: read, forward, backward, clip, update, average."""
     state.begin_step()
     for batch in state.meter.timed(batches):
-        quarantine("train", batch.failures)
         with state.sync_if(batch.is_last):
             if len(batch.labels):
                 images, targets = prepare(batch)
@@ -221,7 +217,7 @@ def lr_range_test(
         with contextlib.closing(batches), contextlib.suppress(TrainingError):
             while len(losses) < steps and not (smoothed > 4 * smoothed.min()).tail(1).any():
                 state.meter.start_clock()
-                train_step(state, batches, prepare, lambda side, failures: None)
+                train_step(state, batches, prepare)
                 if state.meter.settle(state.step):
                     break
                 losses.append(state.meter.step_row()["loss"])

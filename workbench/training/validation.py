@@ -19,7 +19,6 @@ from workbench.training.distributed import DistContext, pick_workers
 from workbench.training.inputs import (
     DeviceTransform,
     Normalize,
-    agreed,
     eval_transform,
     train_batches,
 )
@@ -71,9 +70,9 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None, stopping: StopR
         )
         most = -(-len(val) // (dist.world * batch_size))  # batches of rank 0, which has the most
         with contextlib.closing(batches):
-            taken = _taken(batches, most, dist, stopping)
+            taken = _taken(itertools.islice(writer.read("val", batches), most), dist, stopping)
             frame = inference.predict(network, taken, normalize, dist.device)
-        writer.quarantine("val", frame.attrs.pop("failures"))
+        del frame.attrs["failures"]
         frame = name_rows(dist.gather(frame), val)
         prefix = "ema_" if weights == "ema" else ""
         found = {prefix + key: value for key, value in evaluation.summary(frame).items()}
@@ -96,10 +95,10 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None, stopping: StopR
 
 
 def _taken(
-    batches: Iterator[data.Batch], most: int, dist: DistContext, stopping: StopRequest
+    batches: Iterator[data.Batch | None], dist: DistContext, stopping: StopRequest
 ) -> Iterator[data.Batch]:
-    """The batches of this process; a stop and a lost store end all processes at the same one."""
-    for batch in itertools.islice(agreed(batches, dist), most):
+    """The batches of this process; raises Stopped in all of them at the same one."""
+    for batch in batches:
         if dist.max(stopping.action()) == STOP:
             raise Stopped
         if batch is not None:
