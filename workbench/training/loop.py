@@ -21,11 +21,7 @@ from workbench.schedule import TrainingError
 from workbench.training.build import build_initial_model
 from workbench.training.distributed import DistContext
 from workbench.training.dry_run import check_bf16
-from workbench.training.inputs import (
-    DeviceTransform,
-    build_pixel_caches,
-    train_batches,
-)
+from workbench.training.inputs import DeviceTransform, build_pixel_caches, train_batches
 from workbench.training.meter import Row
 from workbench.training.run_writer import RunWriter
 from workbench.training.setup import is_finished, set_up

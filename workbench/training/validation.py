@@ -16,12 +16,7 @@ from workbench.evaluation import inference
 from workbench.progress import bar
 from workbench.recipe import Recipe
 from workbench.training.distributed import DistContext, pick_workers
-from workbench.training.inputs import (
-    DeviceTransform,
-    Normalize,
-    eval_transform,
-    train_batches,
-)
+from workbench.training.inputs import DeviceTransform, Normalize, eval_transform, train_batches
 from workbench.training.meter import Row
 from workbench.training.run_writer import RunWriter
 from workbench.training.state import TrainState
