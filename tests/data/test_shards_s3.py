@@ -1,44 +1,38 @@
 """Training from shards in an object store gives what files give, whatever the store does."""
 
 import functools
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import boto3
 import pytest
 from helpers import assert_same_tensors, last_step, train
-from shard_helpers import pack_list
+from shard_runs import (
+    SIDES,
+    batches,
+    faults,
+    pack_sides,
+    recipe,
+    requests,
+    start,
+    started,
+    weights,
+)
 
 from workbench import data, export, runs, shard_store
-from workbench.data import toy
 from workbench.evaluation.comparison import compare
-from workbench.recipe import Recipe
 
 pytestmark = pytest.mark.slow
-SIDES = {"train": 6, "val": 3}  # shards
-TRAINING = {
-    "train_fraction": 0.25, "epochs": 2, "image_size": 16, "val_resize": 16,
-    "crop_scale": [0.5, 1.0], "hflip": 0.5, "brightness": 0.4, "ema_decay": 0.9,
-    "lr": 0.05, "log_every": 1, "workers": 2,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def server():
     """The URL of an S3 server with a bucket, of this module alone."""
-    command = [sys.executable, str(Path(__file__).with_name("shard_server.py"))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.kill()
+    with started() as url:
+        yield url
 
 
 @pytest.fixture
@@ -62,27 +56,9 @@ def put(server: str, path: str, content: bytes) -> None:
     client(server).put_object(Bucket=bucket, Key=key, Body=content)
 
 
-def requests(server: str) -> int:
-    """How many ranges the server has been asked for."""
-    with urllib.request.urlopen(f"{server}/ranges") as answer:
-        return json.load(answer)
-
-
-def faults(server: str, count: int | str = "") -> dict:
-    """Lets the server damage this many requests; returns how many it has damaged."""
-    with urllib.request.urlopen(f"{server}/faults{f'?{count}' if count != '' else ''}") as answer:
-        return json.load(answer)
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """A folder with the digits as shards, in the order of their lists, and indexes of them."""
-    folder, files = tmp_path_factory.mktemp("shards"), toy.embedded("digits")
-    for side, count in SIDES.items():
-        listed = files / "meta" / f"{side}.txt"
-        made = pack_list(listed, files / side, folder / side, count)
-        data.write_index(made and [str(path) for path in made], folder / f"local_{side}.arrow")
-    return folder
+    return pack_sides(tmp_path_factory.mktemp("shards"))
 
 
 def upload(server: str, folder: Path, bucket: str) -> None:
@@ -95,29 +71,9 @@ def upload(server: str, folder: Path, bucket: str) -> None:
         data.write_index([source], folder / f"{bucket}_{side}.arrow", progress=False)
 
 
-def recipe(folder: Path, kind: str, runs_dir: Path, **options) -> Recipe:
-    """A short training from files (kind "files"), or of the indexes of this name."""
-    lists = {f"{side}_list": [str(folder / f"{kind}_{side}.arrow")] for side in SIDES}
-    where = toy.as_files("digits") if kind == "files" else lists
-    options = {**TRAINING, "name": kind, "runs_dir": str(runs_dir), **where, **options}
-    return Recipe(dataset="files", **options)
-
-
-def weights(run: runs.Run) -> dict:
-    return run.load_checkpoint()["model"]
-
-
 @pytest.fixture(scope="module")
 def from_files(shards, tmp_path_factory) -> runs.Run:
     return train(recipe(shards, "files", tmp_path_factory.mktemp("files")))
-
-
-def batches(options: Recipe) -> list:
-    from workbench import training
-
-    content = data.load_dataset(options)
-    found = training.inputs.train_batches(options, content, range(12), workers=2)
-    return [(batch.images, batch.labels, batch.indices) for batch in found]
 
 
 def test_batches_and_weights_from_local_shards_and_from_s3_are_those_of_files(
@@ -170,15 +126,6 @@ def test_a_cache_gives_the_same_weights_and_asks_the_store_for_no_image_twice(
     os.sync()
     space = sum(path.stat().st_blocks * 512 for path in (tmp_path / "cache").glob("*.shard"))
     assert 0.5 * min(gigabytes, 0.001) * 1e9 < space <= gigabytes * 1e9
-
-
-def start(options: Recipe, folder: Path, **env) -> subprocess.Popen:
-    options.to_yaml(folder / "recipe.yaml")
-    command = [sys.executable, "-m", "workbench", "train", str(folder / "recipe.yaml")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 def test_a_run_from_s3_that_is_killed_resumes_to_the_same_weights(shards, store, tmp_path):
