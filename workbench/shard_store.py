@@ -31,13 +31,15 @@ _CHANGED = "has changed since it was indexed; put it back, or index the shards a
 _MISSING = "is missing"
 _NO_KEYS = (
     "needs credentials, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-    "GOOGLE_APPLICATION_CREDENTIALS, or for a public bucket AWS_ or GOOGLE_SKIP_SIGNATURE=true"
+    "or GOOGLE_APPLICATION_CREDENTIALS for gs://; AWS_SKIP_SIGNATURE=true and "
+    "GOOGLE_SKIP_SIGNATURE=true are for public buckets"
 )
 _NO_PARTS = "is on a server that gives no parts of a file"
 _NO_CERTIFICATE = "set SSL_CERT_FILE to a file with the certificates of authorities to trust"
 # What is not repeated, by the class of an error or a pattern in its text
 _FINAL = {
     "PreconditionError": _CHANGED,
+    "HEAD .* code: 405": "is on a server that does not answer HEAD requests",  # a NotFoundError too
     "NotFoundError": _MISSING,
     "FileNotFoundError": _MISSING,
     "IsADirectoryError": "is a folder; name the tar files in it, as in FOLDER/*.tar",
@@ -248,6 +250,7 @@ def _answer(name: str, stop: threading.Event, item: Any) -> Any:
             early = name == "read" and (_answered or time.monotonic() < end - SECONDS + 10)
             if sign == kind.__name__ or (re.search(sign, text) and not early):
                 advice = "; put it back, or index the shards again" * (name in ("read", "look"))
+                advice += "; names stand here as they are, a space not as %20" * ("%" in item[0])
                 return StoreError(f"shard {item[0]} {meaning}" + advice * (meaning == _MISSING))
         text = ": ".join(text.splitlines()[:1] + re.findall('(?:error|message): "(.+)"', text)[-1:])
         if wait == 8.0 and time.monotonic() - _said[0] > 60:

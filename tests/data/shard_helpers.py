@@ -15,6 +15,10 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
 
 def pack(path: Path, files: dict[str, bytes]) -> Path:
     """An uncompressed tar with these files."""
@@ -109,28 +113,23 @@ class Ranges(Objects):
 
 def certificate(folder: Path) -> Path:
     """A file with a new key, and a certificate for 127.0.0.1 that nobody else signed."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     days = [now - datetime.timedelta(1), now + datetime.timedelta(1)]
-    made = x509.CertificateBuilder(name, name, key.public_key(), 1, *days).add_extension(
-        host, False
-    )
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, *days)
+    made = made.add_extension(host, critical=False).sign(key, hashes.SHA256())
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
     content = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
-    (folder / "server.pem").write_bytes(content + made.sign(key, hashes.SHA256()).public_bytes(pem))
+    (folder / "server.pem").write_bytes(content + made.public_bytes(pem))
     return folder / "server.pem"
 
 
-def encrypted(server: ThreadingHTTPServer, certificate: Path | str) -> ThreadingHTTPServer:
+def encrypt(server: ThreadingHTTPServer, pem: Path | str) -> None:
+    """Makes a server that was not started one of https."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
+    context.load_cert_chain(pem)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    return server
 
 
 @contextlib.contextmanager
@@ -139,7 +138,7 @@ def served(folder: Path, handler: type = Ranges, pem: Path | None = None) -> Ite
     handler = functools.partial(handler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         if pem:
-            encrypted(server, pem)
+            encrypt(server, pem)
         threading.Thread(target=server.serve_forever).start()
         try:
             yield f"http{'s' * bool(pem)}://127.0.0.1:{server.server_port}"

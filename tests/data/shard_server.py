@@ -20,7 +20,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from shard_helpers import Objects, encrypted
+from shard_helpers import Objects, encrypt
 
 KINDS = ("503", "reset", "short", "delay")
 left, seen, rng, lock = [0], collections.Counter(), random.Random(0), threading.Lock()
@@ -110,6 +110,6 @@ if __name__ == "__main__":
         Proxy.behind = moto.get_host_and_port()
     proxy = Server(("127.0.0.1", 0), Proxy)
     if pem := sys.argv[2:3]:
-        encrypted(proxy, pem[0])
+        encrypt(proxy, pem[0])
     print(f"http{'s' * len(pem)}://127.0.0.1:{proxy.server_port}", flush=True)
     proxy.serve_forever()

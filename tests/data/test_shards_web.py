@@ -113,6 +113,8 @@ def test_a_replaced_and_a_missing_object_are_refused_by_name(
             data.check_shards(found)
         with pytest.raises(StoreError, match=f"{url}/a.tar is missing"):
             index(tmp_path, f"{url}/a.tar")
+        with pytest.raises(StoreError, match="is missing; names stand here as they are"):
+            index(tmp_path, f"{url}/a%20.tar")
         if scheme == "gs":
             with pytest.raises(StoreError, match="is in a bucket that does not exist|is missing"):
                 index(tmp_path, "gs://nowhere/*.tar")
@@ -134,6 +136,10 @@ class Undated(Objects):
     about = lambda self, path, content: {}
 
 
+class NoHead(Objects):
+    do_HEAD = lambda self: self.answer(405, {}, b"")
+
+
 class Longer(Objects):
     """As a proxy that encodes parts."""
 
@@ -149,6 +155,7 @@ class Longer(Objects):
         (Transcoded, "gs", "comes without size or ETag, as one stored with Content-Encoding: gzip"),
         (Transcoded, "https", "comes without size or ETag"),
         (Undated, "https", "is on a server that does not say when or whether a file changed"),
+        (NoHead, "https", "is on a server that does not answer HEAD requests"),
         (Longer, "gs", "does not answer for 1 s (10244 bytes came"),
         (Longer, "https", "does not answer for 1 s (10244 bytes came"),
     ],
