@@ -163,7 +163,7 @@ class Longer(Objects):
 def test_a_server_that_gives_other_bytes_than_asked_for_is_refused(
     tmp_path, monkeypatch, handler, scheme, says
 ):
-    monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "1" if handler is Longer else "1000")
+    monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "1" if handler is Longer else "20")
     shard(tmp_path, "a.tar", 0)
     with bucket(monkeypatch, tmp_path, scheme, handler) as url:
         with pytest.raises(StoreError, match=re.escape(f"{url}/a.tar {says}")):
@@ -192,7 +192,7 @@ def test_a_redirect_is_followed_to_another_https_server_and_not_to_http(tmp_path
 
 
 def test_a_server_that_is_not_trusted_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "1000")
+    monkeypatch.setenv("WORKBENCH_STORE_SECONDS", "20")
     shard(tmp_path, "a.tar", 0)
     (tmp_path / "other").mkdir()
     with bucket(monkeypatch, tmp_path, "https") as url:
