@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import ipaddress
+import json
 import ssl
 import tarfile
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -45,20 +47,16 @@ def pack_list(listed: Path, root: Path, out: Path, shards: int) -> list[Path]:
 
 
 class Objects(SimpleHTTPRequestHandler):
-    """A folder of buckets as the XML API of Google Cloud Storage gives it.
+    """A folder of buckets as the XML API of Google Cloud Storage gives it, or a web server.
 
-    cloud.google.com/storage/docs/xml-api: get-object-download, head-object, get-bucket-list,
-    reference-headers. The ETag of an object is the MD5 of its content. Lists have pages of two.
+    cloud.google.com/storage/docs: xml-api/get-object-download, head-object, get-bucket-list (two
+    a page), reference-headers; transcoding, as that of an object with Content-Encoding: gzip.
     """
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, kind = "HTTP/1.1", ""
 
     def log_message(self, *_):
         pass
-
-    def about(self, path: Path, content: bytes) -> dict:
-        modified = self.date_time_string(path.stat().st_mtime)
-        return {"ETag": f'"{hashlib.md5(content).hexdigest()}"', "Last-Modified": modified}
 
     def do_GET(self):
         path = Path(self.translate_path(self.path))
@@ -66,49 +64,64 @@ class Objects(SimpleHTTPRequestHandler):
             return self.list(path, dict(parse_qsl(self.path.partition("?")[2])))
         if not path.is_file():
             return self.answer(404, {}, b"<Error><Code>NoSuchKey</Code></Error>")
-        content, status = path.read_bytes(), 200
-        headers = self.about(path, content)
-        if self.headers["If-Match"] not in (None, headers.get("ETag")):
+        content, modified = path.read_bytes(), self.date_time_string(path.stat().st_mtime)
+        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"', "Last-Modified": modified}
+        if self.headers["If-Match"] not in (None, headers["ETag"]):
             return self.answer(412, {}, b"<Error><Code>PreconditionFailed</Code></Error>")
-        if self.headers["Range"]:
-            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            part, status = content[first : last + 1], 206
-            headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
-            content = part
-        self.answer(status, headers, content)
+        if not self.headers["Range"] or self.kind in ("whole", "transcoded"):
+            return self.answer(200, headers, content)
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part, size = content[first : last + 1], len(content)
+        headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{size}"
+        self.answer(206, headers, part + b"more" * (self.kind == "longer"))
 
-    do_HEAD = do_GET
+    def do_HEAD(self):
+        return self.answer(405, {}, b"") if self.kind == "headless" else self.do_GET()
 
     def list(self, bucket: Path, query: dict):
         if not bucket.is_dir():
             return self.answer(404, {}, b"<Error><Code>NoSuchBucket</Code></Error>")
-        files = {path.relative_to(bucket).as_posix(): path for path in bucket.rglob("*.*")}
-        first = query.get("continuation-token", "")
-        names = sorted(n for n in files if n > first and n.startswith(query.get("prefix", "")))
-        text = ""
+        first, prefix = (query.get(key, "") for key in ("continuation-token", "prefix"))
+        names = sorted(path.relative_to(bucket).as_posix() for path in bucket.rglob("*.*"))
+        names, text = [n for n in names if n > first and n.startswith(prefix)], ""
         for name in names[:2]:
-            size, modified = files[name].stat().st_size, "2026-01-01T00:00:00.000Z"
-            text += f'<Contents><Key>{escape(name)}</Key><Size>{size}</Size><ETag>"1"</ETag>'
-            text += f"<LastModified>{modified}</LastModified></Contents>"
+            text += f"<Contents><Key>{escape(name)}</Key><Size>1</Size><ETag>1</ETag>"
+            text += "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
         if names[2:]:
             text += f"<NextContinuationToken>{escape(name)}</NextContinuationToken>"
         self.answer(200, {}, f"<ListBucketResult>{text}</ListBucketResult>".encode())
 
     def answer(self, status: int, headers: dict, content: bytes):
+        headers = {"Content-Length": str(len(content)), **headers}
+        if self.kind == "weak" and "ETag" in headers:
+            headers["ETag"] = f"W/{headers['ETag']}"
+        if self.kind == "transcoded":
+            headers["Connection"] = "close"
+        missing = {"transcoded": "ETag Content-Length", "untagged": "ETag"}
+        missing["undated"] = "ETag Last-Modified"
         self.send_response(status)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            if value is not None:
-                self.send_header(name, str(value))
+        for name in headers.keys() - missing.get(self.kind, "").split():
+            self.send_header(name, headers[name])
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
 
 class Ranges(Objects):
-    """As a web server without ETags."""
+    kind = "untagged"
 
-    def about(self, path: Path, content: bytes) -> dict:
-        return {**super().about(path, content), "ETag": None}
+
+class Whole(Objects):
+    kind = "whole"
+
+
+def google(monkeypatch: pytest.MonkeyPatch, server: str) -> str:
+    """Makes a server the one of Google Cloud; returns the URL of a bucket."""
+    monkeypatch.delenv("GOOGLE_SERVICE_ACCOUNT", raising=False)
+    key = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
+    key |= {"gcs_base_url": server, "disable_oauth": True}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(key))
+    return "gs://b"
 
 
 def certificate(folder: Path) -> Path:
@@ -144,11 +157,3 @@ def served(folder: Path, handler: type = Ranges, pem: Path | None = None) -> Ite
             yield f"http{'s' * bool(pem)}://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
-
-
-class Whole(Objects):
-    """As a server without ranges: all of a file."""
-
-    def do_GET(self):
-        del self.headers["Range"]
-        super().do_GET()

@@ -99,7 +99,7 @@ class Server(ThreadingHTTPServer):
 if __name__ == "__main__":
     if folder := sys.argv[1:2]:
         behind = Server(("127.0.0.1", 0), functools.partial(Objects, directory=folder[0]))
-        threading.Thread(target=behind.serve_forever, daemon=True).start()
+        threading.Thread(target=behind.serve_forever).start()
         Proxy.behind = behind.server_address
     else:
         from moto.server import ThreadedMotoServer

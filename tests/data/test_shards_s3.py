@@ -1,31 +1,46 @@
 """Training from shards in an object store gives what files give, whatever the store does."""
 
+import contextlib
 import functools
+import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import boto3
 import pytest
 from helpers import assert_same_tensors, last_step, train
-from shard_runs import (
-    SIDES,
-    batches,
-    faults,
-    pack_sides,
-    recipe,
-    requests,
-    start,
-    started,
-    weights,
-)
+from shard_helpers import certificate, google, pack_list
 
 from workbench import data, export, runs, shard_store
+from workbench.data import toy
 from workbench.evaluation.comparison import compare
+from workbench.recipe import Recipe
 
 pytestmark = pytest.mark.slow
+SIDES = {"train": 6, "val": 3}  # shards
+TRAINING = {
+    "train_fraction": 0.25, "epochs": 2, "image_size": 16, "val_resize": 16,
+    "crop_scale": [0.5, 1.0], "hflip": 0.5, "brightness": 0.4, "ema_decay": 0.9,
+    "lr": 0.05, "log_every": 1, "workers": 2,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(*words):
+    """The URL of shard_server.py with these words."""
+    command = [sys.executable, str(Path(__file__).with_name("shard_server.py")), *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +71,27 @@ def put(server: str, path: str, content: bytes) -> None:
     client(server).put_object(Bucket=bucket, Key=key, Body=content)
 
 
+def requests(server: str) -> int:
+    """How many ranges the server has been asked for."""
+    with urllib.request.urlopen(f"{server}/ranges") as answer:
+        return json.load(answer)
+
+
+def faults(server: str, count: int | str = "") -> dict:
+    """Lets the server damage this many requests; returns how many it has damaged."""
+    with urllib.request.urlopen(f"{server}/faults{f'?{count}' if count != '' else ''}") as answer:
+        return json.load(answer)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    return pack_sides(tmp_path_factory.mktemp("shards"))
+    """A folder with the digits as shards, in the order of their lists, and indexes of them."""
+    folder, files = tmp_path_factory.mktemp("shards"), toy.embedded("digits")
+    for side, count in SIDES.items():
+        listed = files / "meta" / f"{side}.txt"
+        made = pack_list(listed, files / side, folder / side, count)
+        data.write_index(made and [str(path) for path in made], folder / f"local_{side}.arrow")
+    return folder
 
 
 def upload(server: str, folder: Path, bucket: str) -> None:
@@ -71,9 +104,29 @@ def upload(server: str, folder: Path, bucket: str) -> None:
         data.write_index([source], folder / f"{bucket}_{side}.arrow", progress=False)
 
 
+def recipe(folder: Path, kind: str, runs_dir: Path, **options) -> Recipe:
+    """A short training from files (kind "files"), or of the indexes of this name."""
+    lists = {f"{side}_list": [str(folder / f"{kind}_{side}.arrow")] for side in SIDES}
+    where = toy.as_files("digits") if kind == "files" else lists
+    options = {**TRAINING, "name": kind, "runs_dir": str(runs_dir), **where, **options}
+    return Recipe(dataset="files", **options)
+
+
+def weights(run: runs.Run) -> dict:
+    return run.load_checkpoint()["model"]
+
+
 @pytest.fixture(scope="module")
 def from_files(shards, tmp_path_factory) -> runs.Run:
     return train(recipe(shards, "files", tmp_path_factory.mktemp("files")))
+
+
+def batches(options: Recipe) -> list:
+    from workbench import training
+
+    content = data.load_dataset(options)
+    found = training.inputs.train_batches(options, content, range(12), workers=2)
+    return [(batch.images, batch.labels, batch.indices) for batch in found]
 
 
 def test_batches_and_weights_from_local_shards_and_from_s3_are_those_of_files(
@@ -105,6 +158,33 @@ def test_two_hundred_faults_of_the_store_lose_and_swap_nothing(shards, store, fr
     assert run.metrics().equals(from_files.metrics()) and run.quarantine().empty
 
 
+@pytest.mark.parametrize("scheme", ["gs", "https"])
+def test_google_cloud_and_https_give_what_files_give_whatever_the_server_damages(
+    shards, from_files, tmp_path, monkeypatch, scheme
+):
+    for side in SIDES:
+        shutil.copytree(shards / side, tmp_path / "b" / side)
+    pem = [str(certificate(tmp_path))] if scheme == "https" else []
+    if pem:
+        monkeypatch.setenv("SSL_CERT_FILE", *pem)
+    with started(str(tmp_path), *pem) as server:
+        url = f"{server}/b" if pem else google(monkeypatch, server)
+        for side, count in SIDES.items():
+            names = f"{{00000..{count - 1:05d}}}" if pem else "*"
+            source = f"{url}/{side}/{names}.tar"
+            data.write_index([source], tmp_path / f"{scheme}_{side}.arrow", progress=False)
+        options = recipe(tmp_path, scheme, tmp_path)
+        wanted = batches(recipe(shards, "files", tmp_path))
+        for ours, theirs in zip(batches(options), wanted, strict=True):
+            assert all(map(lambda a, b: a.equal(b), ours, theirs))
+        faults(server, 40)
+        run = train(options)
+        damaged = faults(server, 0)
+    assert sum(damaged.values()) == 40 and min(damaged.values()) == 10
+    assert_same_tensors(weights(run), weights(from_files))
+    assert run.metrics().equals(from_files.metrics()) and run.quarantine().empty
+
+
 @pytest.mark.parametrize("gigabytes", [1.0, 0.0004])
 def test_a_cache_gives_the_same_weights_and_asks_the_store_for_no_image_twice(
     shards, store, from_files, tmp_path, gigabytes
@@ -126,6 +206,15 @@ def test_a_cache_gives_the_same_weights_and_asks_the_store_for_no_image_twice(
     os.sync()
     space = sum(path.stat().st_blocks * 512 for path in (tmp_path / "cache").glob("*.shard"))
     assert 0.5 * min(gigabytes, 0.001) * 1e9 < space <= gigabytes * 1e9
+
+
+def start(options: Recipe, folder: Path, **env) -> subprocess.Popen:
+    options.to_yaml(folder / "recipe.yaml")
+    command = [sys.executable, "-m", "workbench", "train", str(folder / "recipe.yaml")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_a_run_from_s3_that_is_killed_resumes_to_the_same_weights(shards, store, tmp_path):
