@@ -111,10 +111,6 @@ class Ranges(Objects):
     kind = "untagged"
 
 
-class Whole(Objects):
-    kind = "whole"
-
-
 def google(monkeypatch: pytest.MonkeyPatch, server: str) -> str:
     """Makes a server the one of Google Cloud; returns the URL of a bucket."""
     monkeypatch.delenv("GOOGLE_SERVICE_ACCOUNT", raising=False)

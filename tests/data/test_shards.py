@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import save_noise
 from helpers import train
-from shard_helpers import Ranges, Whole, pack, served
+from shard_helpers import Ranges, pack, served
 
 from workbench import data, shard_store
 from workbench.augmentation import EvalTransform, TrainTransform
@@ -620,9 +620,6 @@ def test_shards_of_a_web_server_are_read_by_name_whatever_is_in_it(tmp_path, png
         os.utime(tmp_path / names[-1], (1, 1))
         with pytest.raises(StoreError, match="has changed since it was indexed"):
             list(shard_store.read(train.path))
-    with served(tmp_path, Whole) as url:
-        with pytest.raises(StoreError, match="is on a server that gives no parts of a file"):
-            index(tmp_path, f"{url}/a.tar")
     with served(tmp_path) as url:
         with pytest.raises(StoreError, match="a server that lists no files; name the shards"):
             index(tmp_path, f"{url}/*.tar")
