@@ -115,7 +115,7 @@ def test_a_job_of_ray_is_stopped_with_a_checkpoint_and_resumed(tmp_path):
     if not shutil.which("unshare") or subprocess.run([*program, "true"]).returncode:
         pytest.skip("needs unshare, and the right to use it")
     environment = environment_with_python(tmp_path) | {"OMP_NUM_THREADS": "1"}
-    del environment["CUDA_VISIBLE_DEVICES"]  # "", which Ray compares with its number of GPUs
+    environment.pop("CUDA_VISIBLE_DEVICES", None)  # "", which Ray compares with its number of GPUs
     short = f"{SHORT.format(tmp_path)} -p epochs=10"
     program += [sys.executable, "-c", textwrap.dedent(DRIVER)]
     with tempfile.TemporaryDirectory(prefix="ray") as ray:  # short, for the names of its sockets
