@@ -565,6 +565,9 @@ def test_the_example_for_kubernetes_retries_what_was_stopped_and_not_what_failed
     codes = {rule["action"]: rule["onExitCodes"] for rule in rules if "onExitCodes" in rule}
     assert codes["Ignore"] == {"operator": "In", "values": [3, 143]}
     assert codes["FailIndex"]["values"] == [1] and "backoffLimitPerIndex" in spec  # it needs that
+    [disrupted] = [rule["onPodConditions"] for rule in rules if "onPodConditions" in rule]
+    assert disrupted == [{"type": "DisruptionTarget", "status": "True"}]
+    assert pod["shareProcessNamespace"]  # a process 1 without a handler ignores SIGTERM
     [container] = pod["containers"]
     assert_trains(container["command"][-1], "$JOB_COMPLETION_INDEX")
     mounts = {mount["name"] for mount in container["volumeMounts"]}
@@ -581,6 +584,18 @@ def test_the_example_for_skypilot_recovers_what_was_stopped():
     assert_trains(task["run"], "$SEED")
 
 
+def test_what_skypilot_appends_to_the_command_runs_after_the_training(tmp_path):
+    """SkyPilot 0.14 appends commands that wait for the upload of a MOUNT_CACHED bucket."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nexit 3\n")
+    python.chmod(0o755)
+    run = yaml.safe_load((EXAMPLES / "skypilot.yaml").read_text(encoding="utf-8"))["run"]
+    script = f"{run}\ncode=$?; echo uploaded; exit $code"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "uploaded\n")
+
+
 def test_the_example_for_ray_trains_again_after_exit_code_3_and_not_after_1(tmp_path, monkeypatch):
     jobs_of_ray: list[dict] = []
     client = types.SimpleNamespace(submit_job=lambda **job: jobs_of_ray.append(job))
@@ -589,7 +604,9 @@ def test_the_example_for_ray_trains_again_after_exit_code_3_and_not_after_1(tmp_
     monkeypatch.setitem(sys.modules, "ray.job_submission", module)
     exec(compile((EXAMPLES / "ray_jobs.py").read_text(encoding="utf-8"), "ray_jobs", "exec"), {})
     assert len({job["entrypoint"] for job in jobs_of_ray}) == 5
-    assert all(job["runtime_env"] == {"working_dir": "."} for job in jobs_of_ray)
+    environment = {"working_dir": ".", "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}
+    assert all(job["runtime_env"] == environment for job in jobs_of_ray)
+    assert all(job["entrypoint_num_cpus"] > 1 for job in jobs_of_ray)  # else OMP_NUM_THREADS=1
     assert not any("submission_id" in job for job in jobs_of_ray)  # so that it can run again
     assert_trains(jobs_of_ray[4]["entrypoint"], "4")
     python = tmp_path / "python"
