@@ -206,6 +206,8 @@ def main(arguments: list[str]) -> int:
         try:
             data = prepare(read(path), meta["preprocess"])
             [score] = session.run(["score"], {"data": data})[0]
+            if not np.isfinite(score).all():
+                raise ImageError("not finite", "the logits have NaN or infinity")
             name, value = meta["classes"][score.argmax()], f"{score.max():.6f}"
         except (ImageError, OSError) as error:
             name, value, exit_code = "", "error: " + " ".join(str(error).split()), 1

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -161,6 +162,17 @@ def test_the_script_and_workbench_predict_agree_for_files_of_every_kind(built, s
     failed = {Path(row[0]).name for row in rows if row[2].startswith("error: ")}
     failed -= {"YCbCr.tif"}  # read by Pillow 13 and later
     assert failed == {*UNREADABLE, "missing.png", tmp_path.name}
+
+
+def test_the_script_names_no_class_where_the_logits_are_nan(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "meta.json").write_bytes(files["meta.json"])
+    monkeypatch.setattr(image_files, "HERE", tmp_path)
+    network = SimpleNamespace(run=lambda names, inputs: [np.full((1, 10), np.nan, np.float32)])
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *args, **how: network)
+    path = save_noise(tmp_path / "a.png", seed=0, size=(32, 32))
+    assert image_files.main([str(path)]) == 1
+    text = f"{path}\t\terror: not finite: the logits have NaN or infinity\n"
+    assert capsys.readouterr().out == text
 
 
 def test_the_script_runs_int8_and_prints_its_usage(script, tmp_path):
