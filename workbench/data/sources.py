@@ -9,6 +9,7 @@ import os
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,6 +100,9 @@ def _label(
         names = by_name or names
     elif recipe.file_column or recipe.label_column:
         raise DataError("file_column and label_column are for tables, and there is none")
+    twice = [name for name, n in Counter(names or ()).items() if n > 1]
+    if twice and (by_name or any(folders.values())):
+        raise DataError(f"class_names has {twice[0]!r} twice, and the labels are names; change one")
     for side, classes in folders.items():
         if classes is None and names and not by_name:
             if not recipe.class_names:
