@@ -56,6 +56,7 @@ _FINAL = {
     "non-partial response": f"{_NO_PARTS}, or is stored with Content-Encoding: gzip",
     "Header missing": "comes without size or ETag, as one stored with Content-Encoding: gzip does",
     "neither ETag": "is on a server that does not say when or whether a file changed",
+    r"InvalidCertificate\(\s*(Not|Exp)": "is on a server with a certificate for other names or days",
     r"InvalidCertificate\(": f"is on a server with a certificate not trusted; {_NO_CERTIFICATE}",
     "InvalidContentType": "is on a server that answers without TLS; write http://",
     "following redirect": "is redirected from https:// to http://, or without end",

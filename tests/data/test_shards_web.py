@@ -132,6 +132,8 @@ def test_a_server_that_is_not_trusted_is_refused_at_once(tmp_path, monkeypatch):
     shard(tmp_path, "a.tar", 0)
     (tmp_path / "other").mkdir()
     with bucket(monkeypatch, tmp_path, "https") as url:
+        with pytest.raises(StoreError, match="certificate for other names or days"):
+            index(tmp_path, f"{url}/a.tar".replace("127.0.0.1", "localhost"))
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate(tmp_path / "other")))
         with pytest.raises(StoreError, match="certificate not trusted; set SSL_CERT_FILE to a"):
             index(tmp_path, f"{url}/a.tar")
