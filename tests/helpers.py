@@ -1,6 +1,10 @@
 """Functions of several tests: trainings, comparisons of runs, images."""
 
 import multiprocessing
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -8,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from workbench import runs, training
+from workbench import ROOT, runs, training
 
 # Children are forked in milliseconds from a process that has imported everything.
 fork_server = multiprocessing.get_context("forkserver")
@@ -114,3 +118,47 @@ def pillow_operation(image, name: str, value, interpolation: str = "", fill=(0, 
         "sharpness": lambda: ImageEnhance.Sharpness(image).enhance(value),
         "hue": lambda: F.adjust_hue(image, value),
     }[name]()
+
+
+# ---- processes of a training
+
+KEYS = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+
+
+def clean(**variables: str) -> dict[str, str]:
+    """This environment without launchers, with these variables."""
+    rest = {k: v for k, v in os.environ.items() if k not in KEYS and not k.startswith("SLURM_")}
+    return {**rest, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def started(recipe, rank: int, code: str = "", **variables: str) -> subprocess.Popen:
+    """`workbench train`, after some code."""
+    recipe.to_yaml(path := recipe.folder.parent / f"{recipe.name}.yaml")
+    code += "\nfrom workbench.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "train", str(path)]
+    return subprocess.Popen(command, env=clean(**variables), stderr=subprocess.PIPE, text=True)
+
+
+def on_one_node(recipe, code: str = "") -> list[subprocess.Popen]:
+    """Two processes with the variables of torchrun."""
+    same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    same["MASTER_PORT"] = free_port()
+    own = lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return [started(recipe, rank, code, **same, **own(rank)) for rank in range(2)]
+
+
+def codes(processes: list[subprocess.Popen]) -> list[int]:
+    """Exit codes; whatever is left after two minutes is killed."""
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any("Traceback" in text for text in said), said
+    return [process.returncode for process in processes]

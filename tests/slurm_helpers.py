@@ -51,8 +51,9 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=60
 """
 
@@ -71,6 +72,11 @@ class Cluster:
             one.close()
         values = {"folder": folder, "host": socket.gethostname(), "ports": ports}
         (folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
+        # GPUs for Slurm alone: it wants files, and looks no further.
+        gpus = "".join(f"NodeName=n[1-2] Name=gpu File={folder}/gpu{i}\n" for i in range(2))
+        (folder / "gres.conf").write_text(gpus)
+        for i in range(2):
+            (folder / f"gpu{i}").touch()
         (folder / "state").mkdir()
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)

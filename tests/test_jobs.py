@@ -94,6 +94,8 @@ def test_a_dry_run_writes_list_and_script_to_edit_and_starts_nothing(params, com
     subprocess.run(["bash", "-n"], input=done.stdout.rpartition("6 runs")[0], text=True, check=True)
     local = command("submit", params, "seed=0,1", "--local", 2, "--dry-run").stdout
     assert "2 runs" in local and "workbench.cluster" in local
+    refused = command("submit", params, "--local", 1, "--nodes", 2, "--gpus", 0).stderr
+    assert refused.endswith("--nodes --gpus of Slurm and --local exclude each other; keep one")
     assert not list(params.parent.rglob("job.json"))
 
 

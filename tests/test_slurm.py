@@ -187,7 +187,8 @@ def test_without_squeue_job_json_and_the_lock_say_what_is_known(nodes, tmp_path,
     monkeypatch.undo()
 
 
-def test_two_nodes_give_what_two_processes_of_one_node_give(nodes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_two_nodes_give_what_the_processes_of_one_node_give(nodes, tmp_path, monkeypatch, gpus):
     """Bit for bit, with the batch-norm statistics that each process has of its own images."""
     with socket.socket() as free:  # node names resolve on a real cluster
         free.bind(("127.0.0.1", 0))
@@ -196,13 +197,22 @@ def test_two_nodes_give_what_two_processes_of_one_node_give(nodes, tmp_path, mon
     monkeypatch.setenv("MASTER_PORT", str(port))
     options = {"epochs": 3, "batch_size": 32, "log_every": 1, "ema_decay": 0.9}
     pair, alone = (small(tmp_path / name, "ddp", **options) for name in ("pair", "alone"))
-    submit(pair, nodes=2)
+    submit(pair, nodes=2, gpus=gpus)  # Slurm counts GPUs, and the processes train on the CPU
     nodes.wait_for(lambda: shown(tmp_path / "pair")["ddp-seed0"].startswith("running"), 60)
     [told] = queue(nodes).values()
     assert told == ("RUNNING", "n[1-2]")
+    granted = "gres:gpu:2" in nodes.call("scontrol", "show", "job", jobs.read(pair.folder)["job"])
+    assert granted == bool(gpus)
     nodes.wait_for(lambda: shown(tmp_path / "pair")["ddp-seed0"] == "finished", 120)
     alone.to_yaml(tmp_path / "alone.yaml")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(2 * max(1, gpus)),
+    ]
     words += ["-m", "workbench", "train", str(tmp_path / "alone.yaml")]
     subprocess.run([*words], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert runs.Run(pair.folder).environment()["processes"] == 2 * max(1, gpus)
     assert_same_run(*(runs.Run(one.folder) for one in (pair, alone)))

@@ -57,8 +57,12 @@ def submit(
     """Train in a job of Slurm, or detached from this terminal, a recipe or each run of a sweep."""
     recipe = read_recipe(params, p)
     from workbench import cluster, sweep
+    from workbench.runs import RunError
 
     slurm = {"nodes": nodes, "gpus": gpus, "time": time, "partition": partition, "sbatch": sbatch}
+    given = {k: v for k, v in slurm.items() if v != {"nodes": 1, "gpus": 1}.get(k, "")}
+    if local and given:
+        raise RunError(f"--{' --'.join(given)} of Slurm and --local exclude each other; keep one")
     options = sweep.parse_axes(axes or [])
     print(*(f"note: {text}\n" for text in cluster.notes(recipe, time)), sep="", end="")
     print(cluster.submit(recipe, options, local=local, dry_run=dry_run, **slurm))

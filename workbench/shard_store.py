@@ -29,21 +29,37 @@ BLOCK = 2**20  # bytes at a time for a listing; of larger members it reads the h
 _PLACE = re.compile(r"(.+?)::(\d+)\+(\d+):.*", re.DOTALL)
 _CHANGED = "has changed since it was indexed; put it back, or index the shards again"
 _MISSING = "is missing"
-_NO_KEYS = "needs credentials, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-# What is not repeated, by the class of an error or by its text
+_NO_KEYS = (
+    "needs credentials, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "or GOOGLE_APPLICATION_CREDENTIALS for gs://; AWS_SKIP_SIGNATURE=true and "
+    "GOOGLE_SKIP_SIGNATURE=true are for public buckets"
+)
+_NO_PARTS = "is on a server that gives no parts of a file"
+_NO_CERTIFICATE = "set SSL_CERT_FILE to a file with the certificates of authorities to trust"
+# What is not repeated, by the class of an error or a pattern in its text
 _FINAL = {
     "PreconditionError": _CHANGED,
+    "HEAD .* code: 405": "is on a server that does not answer HEAD requests",  # a NotFoundError too
     "NotFoundError": _MISSING,
     "FileNotFoundError": _MISSING,
     "IsADirectoryError": "is a folder; name the tar files in it, as in FOLDER/*.tar",
     "PermissionError": "may not be read by this user",
     "PermissionDeniedError": "may not be read with these credentials (403), or is missing",
     "UnauthenticatedError": _NO_KEYS,
-    "NotSupportedError": "is on a server that gives no parts of a file",
+    "NotSupportedError": _NO_PARTS,
     "InvalidPathError": "has a name that obstore refuses, such as one with //",
     "NoSuchBucket": "is in a bucket that does not exist",
-    "PROPFIND": "is on a server that lists no files; name the shards, as in {00000..00009}.tar",
+    "PROPFIND (response|.* code: (4|501))": (
+        "is on a server that lists no files; name the shards, as in {00000..00009}.tar"
+    ),
     "169.254.169.254": _NO_KEYS,  # where a machine of a cloud asks for credentials
+    "non-partial response": f"{_NO_PARTS}, or is stored with Content-Encoding: gzip",
+    "Header missing": "comes without size or ETag, as one stored with Content-Encoding: gzip does",
+    "neither ETag": "is on a server that does not say when or whether a file changed",
+    r"InvalidCertificate\(\s*(Not|Exp)": "is on a server with a certificate for other names or days",
+    r"InvalidCertificate\(": f"is on a server with a certificate not trusted; {_NO_CERTIFICATE}",
+    "InvalidContentType": "is on a server that answers without TLS; write http://",
+    "following redirect": "is redirected from https:// to http://, or without end",
 }
 
 
@@ -101,7 +117,7 @@ def _read(url: str, start: int, size: int, shard: Shard | None) -> bytes:
             options["if_match"] = shard[1]
         store, path = _store(url)
         found = store.get(path, options=options)
-        now, content = _shard(found.meta), bytes(found.bytes())[:size]
+        now, content = _shard(found.meta), bytes(found.bytes()) if size else b""
     else:
         with open(url, "rb", buffering=0) as file:
             now = _shard(os.fstat(file.fileno()))
@@ -120,6 +136,8 @@ def compare(url: str, before: Shard | None, now: Shard) -> None:
 def _shard(found: Any) -> Shard:
     if isinstance(found, os.stat_result):
         return found.st_size, str(found.st_mtime_ns)
+    if not (found["e_tag"] or found["last_modified"].timestamp()):  # obstore puts in 1970
+        raise OSError("neither ETag nor Last-Modified")
     return found["size"], found["e_tag"] or found["last_modified"].isoformat()
 
 
@@ -202,12 +220,14 @@ def _bucket(url: str) -> Any:
         from obstore.store import from_url
     except ImportError:
         raise StoreError("object stores need obstore: pip install 'workbench[s3]'") from None
-    options = {"timeout": "30s", "connect_timeout": "10s", "allow_http": True}
+    options = {"timeout": "30s", "connect_timeout": "10s"}
+    options["allow_http"] = not url.startswith("https:")  # nor after a redirect
     try:
         return from_url(url, client_options=options, retry_config={"max_retries": 0})
     except Exception as error:  # an unknown scheme, or an option that is missing
         text = str(error).partition("\n")[0]
         wrong = f"cannot be opened ({text}); see obstore's from_url"
+        wrong = f"cannot be opened: {_NO_CERTIFICATE}" if "No CA cert" in str(error) else wrong
         raise StoreError(f"{url} {_NO_KEYS if 'AccessKey' in text else wrong}") from None
 
 
@@ -229,16 +249,18 @@ def _answer(name: str, stop: threading.Event, item: Any) -> Any:
         for sign, meaning in _FINAL.items():
             # Where they were found before, credentials may be out of reach for a while.
             early = name == "read" and (_answered or time.monotonic() < end - SECONDS + 10)
-            if sign == kind.__name__ or (sign in text and not early):
+            if sign == kind.__name__ or (re.search(sign, text) and not early):
                 advice = "; put it back, or index the shards again" * (name in ("read", "look"))
+                advice += "; names stand here as they are, a space not as %20" * ("%" in item[0])
                 return StoreError(f"shard {item[0]} {meaning}" + advice * (meaning == _MISSING))
+        text = ": ".join(text.splitlines()[:1] + re.findall('(?:error|message): "(.+)"', text)[-1:])
         if wait == 8.0 and time.monotonic() - _said[0] > 60:
             _said[0] = time.monotonic()
-            print(f"shard {item[0]}: {text.splitlines()[0]}; trying again", file=sys.stderr)
+            print(f"shard {item[0]}: {text}; trying again", file=sys.stderr)
         # Processes that failed together do not come back together.
         pause = wait * (1 + os.getpid() % 16 / 16)
         if time.monotonic() + pause > end or stop.wait(pause):
-            text = f"does not answer for {SECONDS:g} s ({text.splitlines()[0]})"
+            text = f"does not answer for {SECONDS:g} s ({text})"
             return StoreUnavailable(f"shard {item[0]} {text}; the same command resumes")
         wait = min(30.0, 2 * wait)
 

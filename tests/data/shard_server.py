@@ -1,22 +1,26 @@
 """moto's S3 server behind a proxy that injects faults; `python shard_server.py` prints its URL.
 
+`python shard_server.py FOLDER [PEM]` gives the objects of a folder, with a certificate as https.
+
 GET /faults?200 lets it damage this many of the next range requests; GET /faults says how many of
 each kind there were, GET /ranges how many range requests. Kinds: status 503, a reset connection,
 half of the bytes, a delay. With a count over 10^8 every range gets status 503.
 """
 
 import collections
+import functools
 import http.client
 import json
 import logging
 import random
 import socket
 import struct
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from moto.server import ThreadedMotoServer
+from shard_helpers import Objects, encrypt
 
 KINDS = ("503", "reset", "short", "delay")
 left, seen, rng, lock = [0], collections.Counter(), random.Random(0), threading.Lock()
@@ -93,10 +97,19 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    Proxy.behind = moto.get_host_and_port()
+    if folder := sys.argv[1:2]:
+        behind = Server(("127.0.0.1", 0), functools.partial(Objects, directory=folder[0]))
+        threading.Thread(target=behind.serve_forever).start()
+        Proxy.behind = behind.server_address
+    else:
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        moto.start()
+        Proxy.behind = moto.get_host_and_port()
     proxy = Server(("127.0.0.1", 0), Proxy)
-    print(f"http://127.0.0.1:{proxy.server_port}", flush=True)
+    if pem := sys.argv[2:3]:
+        encrypt(proxy, pem[0])
+    print(f"http{'s' * len(pem)}://127.0.0.1:{proxy.server_port}", flush=True)
     proxy.serve_forever()

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import CLASSES, save_noise
-from helpers import train
+from helpers import assert_same_run, codes, on_one_node, train
 from shard_helpers import pack
 
 from workbench import data, export, shard_store
@@ -105,6 +105,52 @@ def test_a_resume_still_refuses_a_shard_that_was_replaced(shards):
     longer = again.replace(name="longer", resume_from=str(again.folder), epochs=2)
     with pytest.raises(StoreError, match="1.tar has changed since it was indexed"):
         train(longer)
+
+
+# Of two processes the second meets this when it reads a side of the data for the nth time.
+MEETS = """
+import os
+from workbench import shard_store
+read, seen = shard_store.read, []
+def lost(places):
+    raise shard_store.StoreUnavailable("shard 0.tar does not answer")
+def broken(places):
+    return iter([b"x"] * len(places))
+def meets(places, *rest):
+    places = [*places]
+    seen.extend(places[:1] if "/{side}/" in places[0] else [])
+    is_due = os.environ["RANK"] == "1" and len(seen) == {n}
+    return {what}(places) if is_due else read(places, *rest)
+shard_store.read = meets
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "n", "step"), [("train", 5, 4), ("val", 2, 6)])
+def test_a_store_that_one_process_loses_ends_all_of_them_with_a_checkpoint(tmp_path, side, n, step):
+    there = {"runs_dir": str(tmp_path), "epochs": 3}
+    folder = pack_sides(tmp_path)
+    runs = {name: recipe(folder, name=name, **there) for name in ("lost", "whole")}
+    assert codes(on_one_node(runs["lost"], MEETS.format(side=side, n=n, what="lost"))) == [3, 3]
+    run = Run(runs["lost"].folder)
+    status = run.status()
+    assert (status["state"], status["step"], status["steps"]) == ("stopped", step, 9)
+    assert status["message"] == "StoreUnavailable: shard 0.tar does not answer"
+    assert run.load_checkpoint()["progress"]["step"] == step
+    for one in runs.values():
+        assert codes(on_one_node(one)) == [0, 0]
+    assert_same_run(run, Run(runs["whole"].folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_images_that_one_process_cannot_read_end_all_of_them_with_the_reason(tmp_path, side):
+    one = recipe(pack_sides(tmp_path), runs_dir=str(tmp_path))
+    assert codes(on_one_node(one, MEETS.format(side=side, n=1, what="broken"))) == [1, 1]
+    status, broken = Run(one.folder).status(), Run(one.folder).quarantine()
+    assert status["state"] == "failed" and "images cannot be read" in status["message"]
+    assert status["message"].startswith(f"DataError: {side}: ")
+    assert set(broken.side) == {side} and set(broken.reason) == {"undecodable"}
 
 
 # ---- export

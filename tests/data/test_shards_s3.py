@@ -1,9 +1,11 @@
 """Training from shards in an object store gives what files give, whatever the store does."""
 
+import contextlib
 import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import boto3
 import pytest
 from helpers import assert_same_tensors, last_step, train
-from shard_helpers import pack_list
+from shard_helpers import certificate, google, pack_list
 
 from workbench import data, export, runs, shard_store
 from workbench.data import toy
@@ -30,15 +32,22 @@ TRAINING = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server():
-    """The URL of an S3 server with a bucket, of this module alone."""
-    command = [sys.executable, str(Path(__file__).with_name("shard_server.py"))]
+@contextlib.contextmanager
+def started(*words):
+    """The URL of shard_server.py with these words."""
+    command = [sys.executable, str(Path(__file__).with_name("shard_server.py")), *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process.stdout.readline().strip()
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The URL of an S3 server with a bucket, of this module alone."""
+    with started() as url:
+        yield url
 
 
 @pytest.fixture
@@ -149,6 +158,33 @@ def test_two_hundred_faults_of_the_store_lose_and_swap_nothing(shards, store, fr
     assert run.metrics().equals(from_files.metrics()) and run.quarantine().empty
 
 
+@pytest.mark.parametrize("scheme", ["gs", "https"])
+def test_google_cloud_and_https_give_what_files_give_whatever_the_server_damages(
+    shards, from_files, tmp_path, monkeypatch, scheme
+):
+    for side in SIDES:
+        shutil.copytree(shards / side, tmp_path / "b" / side)
+    pem = [str(certificate(tmp_path))] if scheme == "https" else []
+    if pem:
+        monkeypatch.setenv("SSL_CERT_FILE", *pem)
+    with started(str(tmp_path), *pem) as server:
+        url = f"{server}/b" if pem else google(monkeypatch, server)
+        for side, count in SIDES.items():
+            names = f"{{00000..{count - 1:05d}}}" if pem else "*"
+            source = f"{url}/{side}/{names}.tar"
+            data.write_index([source], tmp_path / f"{scheme}_{side}.arrow", progress=False)
+        options = recipe(tmp_path, scheme, tmp_path)
+        wanted = batches(recipe(shards, "files", tmp_path))
+        for ours, theirs in zip(batches(options), wanted, strict=True):
+            assert all(map(lambda a, b: a.equal(b), ours, theirs))
+        faults(server, 40)
+        run = train(options)
+        damaged = faults(server, 0)
+    assert sum(damaged.values()) == 40 and min(damaged.values()) == 10
+    assert_same_tensors(weights(run), weights(from_files))
+    assert run.metrics().equals(from_files.metrics()) and run.quarantine().empty
+
+
 @pytest.mark.parametrize("gigabytes", [1.0, 0.0004])
 def test_a_cache_gives_the_same_weights_and_asks_the_store_for_no_image_twice(
     shards, store, from_files, tmp_path, gigabytes
@@ -227,6 +263,14 @@ def test_a_shard_that_is_replaced_by_one_of_its_size_stops_training_and_a_resume
     whole = train(recipe(shards, "local", tmp_path, epochs=3))
     assert_same_tensors(weights(resumed), weights(whole))
     assert resumed.metrics().equals(whole.metrics())
+    # Indexed again, it has the names, labels and sizes of before: its ETag tells.
+    put(store, "replaced/train/00003.tar", other)
+    data.write_index(["s3://replaced/train/*.tar"], shards / "replaced_train.arrow", progress=False)
+    with pytest.raises(runs.RunError, match="a shard in the object store changed since"):
+        train(options)
+    new = train(options.replace(name="new"))
+    assert new.environment()["data"] == run.environment()["data"]
+    assert any("a shard was replaced" in text for text in compare([run.path, new.path]).cautions)
 
 
 def test_a_store_that_stops_answering_ends_the_run_with_a_checkpoint(

@@ -131,16 +131,15 @@ def test_a_stop_in_validation_is_at_its_next_batch_and_validation_is_repeated(
     """Of the raw weights of the first epoch, its EMA weights, and those of the last epoch."""
     predict, stop, seen = inference.predict, threading.Event(), []
 
-    def stopped(*arguments):
-        *rest, progress = arguments
+    def stopped(network, batches, *rest):
+        def counted():
+            for batch in batches:
+                seen.append(batch)
+                if len(seen) == at:
+                    stop.set()
+                yield batch
 
-        def check(images: int) -> None:
-            seen.append(images)
-            if len(seen) == at:
-                stop.set()
-            progress(images)
-
-        return predict(*rest, check)
+        return predict(network, counted(), *rest)
 
     monkeypatch.setattr(inference, "predict", stopped)
     recipe = small(tmp_path / "stopped")

@@ -1,30 +1,21 @@
 """Processes that srun starts: what they read of its variables, and how they stop."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers import assert_same_run
+from helpers import KEYS, assert_same_run, clean, codes, free_port, on_one_node, started
 from training_helpers import NO_NOISE, small
 
-from workbench import ROOT, runs
+from workbench import runs
 
 SBATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 SBATCH |= {"SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_JOB_NODELIST": "n[1-2]"}
 SRUN = SBATCH | {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
 SRUN |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "n[1-2]"}
 SRUN |= {"SLURM_NODEID": "1"}
-KEYS = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
-
-
-def clean(**variables: str) -> dict[str, str]:
-    """This environment without launchers, with these variables."""
-    rest = {k: v for k, v in os.environ.items() if k not in KEYS and not k.startswith("SLURM_")}
-    return {**rest, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
 
 
 def read(**variables: str) -> list[str]:
@@ -69,45 +60,12 @@ def test_the_first_host_and_the_processes_of_a_node_are_read_from_lists(
     assert (found[4], found[3]) == (first, local_world)
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def started(recipe, rank: int, code: str = "", **variables: str) -> subprocess.Popen:
-    """`workbench train`, after some code."""
-    recipe.to_yaml(path := recipe.folder.parent / f"{recipe.name}.yaml")
-    code += "\nfrom workbench.__main__ import main; main()"
-    command = [sys.executable, "-c", code, "train", str(path)]
-    return subprocess.Popen(command, env=clean(**variables), stderr=subprocess.PIPE, text=True)
-
-
 def on_two_nodes(recipe) -> list[subprocess.Popen]:
     """A process on each of two nodes, started by srun; both are this machine."""
     port = free_port()
     own = lambda rank: {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "MASTER_PORT": port}
     nodes = {"SLURM_STEP_NODELIST": "localhost,other"}
     return [started(recipe, rank, **SRUN | nodes | own(rank)) for rank in range(2)]
-
-
-def on_one_node(recipe, code: str = "") -> list[subprocess.Popen]:
-    """Two processes with the variables of torchrun."""
-    same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    same["MASTER_PORT"] = free_port()
-    own = lambda rank: {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    return [started(recipe, rank, code, **same, **own(rank)) for rank in range(2)]
-
-
-def codes(processes: list[subprocess.Popen]) -> list[int]:
-    """Exit codes; whatever is left after two minutes is killed."""
-    try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any("Traceback" in text for text in said), said
-    return [process.returncode for process in processes]
 
 
 @pytest.mark.slow
@@ -139,14 +97,14 @@ TERM_IN_VALIDATION = """
 import os, signal
 from workbench.evaluation import inference
 predict, seen = inference.predict, []
-def interrupted(*arguments):
-    *rest, progress = arguments
-    def check(images):
-        seen.append(images)
-        if len(seen) == 2 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        progress(images)
-    return predict(*rest, check)
+def interrupted(network, batches, *rest):
+    def counted():
+        for batch in batches:
+            seen.append(batch)
+            if len(seen) == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+    return predict(network, counted(), *rest)
 inference.predict = interrupted
 """
 

@@ -75,6 +75,8 @@ def _expand(source: str) -> list[str]:
             raise DataError(f"{source!r}: {part[0]} is empty; write the smaller number first")
         names = (source.replace(part[0], f"{i:0{len(part[1])}d}", 1) for i in numbers)
         return [url for name in names for url in _expand(name)]
+    if "**" in source:
+        raise DataError(f"{source!r}: ** is not supported; write one * for every folder")
     source = source if "://" in source else os.path.abspath(source)
     if not re.search(r"[*?\[]", source):
         return [source]
@@ -206,6 +208,17 @@ def open_index(path: Path, classes: list[str] | None) -> tuple[pd.DataFrame, lis
 def versions(frame: pd.DataFrame) -> dict[str, shard_store.Shard]:
     """The shards of a frame from an index by path or URL; none of another frame."""
     return _opened[frame.attrs["index"]] if "index" in frame.attrs else {}
+
+
+def version_digests(frames: Iterable[pd.DataFrame]) -> dict[str, str]:
+    """For frames of an index in an object store a digest of its ETags, by one of its URLs."""
+    found = {}
+    for frame in frames:
+        remote = sorted((u, version) for u, (_, version) in versions(frame).items() if "://" in u)
+        if remote:
+            urls, tags = (text_digest("\n".join(part))[:12] for part in zip(*remote, strict=True))
+            found[urls] = tags
+    return found
 
 
 def check_shards(frame: pd.DataFrame) -> None:

@@ -351,6 +351,9 @@ def _inequalities(runs: list[EvaluatedRun], groups: list[SeedGroup], weights: st
         elif not recipe_difference(first.recipe, group.recipe):
             text = "had, or may have had, other weights of a teacher or to start from"
             yield f"{group.name} and {first.name} {text}"
+    shards = [item for run in runs for item in run.environment.get("shards", {}).items()]
+    if len({*shards}) > len({urls for urls, _ in shards}):
+        yield "a shard was replaced between the runs, whose images may differ"
 
 
 def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:

@@ -119,6 +119,11 @@ class DistContext:
     def any(self, flag: bool) -> bool:
         return bool(self.max(int(flag)))
 
+    def agree(self, error: Exception | None) -> None:
+        """Raises the error that a process has in all of them."""
+        if self.any(error is not None):
+            raise next(found for found in self.gather_objects(error) if found)
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 does what is inside first; the others find what it cached."""

@@ -53,6 +53,7 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
         "classes": dataset.classes,
         "data": data.fingerprint(dataset),
         "val_data": data.val_fingerprint(val),
+        "shards": data.version_digests((train, val)),
         "recipe": recipe.fingerprint,
         "steps_per_epoch": state.steps_per_epoch,
         "downscaled": downscaled,

@@ -125,6 +125,7 @@ def _train(
     )
     meter.start_clock()
     writer.saved_at = time.monotonic()
+    taken = writer.read("train", batches)
     with (
         contextlib.closing(batches),  # ends the loader's processes
         StopRequest(run if dist.is_main else None, stop) as stopping,
@@ -132,7 +133,7 @@ def _train(
     ):
         while action < STOP and not state.finished:
             if is_step := not state.pending:  # else a validation was interrupted
-                train_step(state, batches, prepare, writer.quarantine)
+                train_step(state, taken, prepare)
             epoch_ends = state.step % state.steps_per_epoch == 0
             row_due = epoch_ends or state.step % recipe.log_every == 0
             save_due = epoch_ends or writer.checkpoint_due()
@@ -169,13 +170,10 @@ def wait_while_paused(writer: RunWriter, stopping: StopRequest) -> int:
     return action
 
 
-def train_step(
-    state: TrainState, batches: Iterator[data.Batch], prepare: DeviceTransform, quarantine: Callable
-) -> None:
+def train_step(state: TrainState, batches: Iterator[data.Batch], prepare: DeviceTransform) -> None:
     """One optimizer step: read, forward, backward, clip, update, average."""
     state.begin_step()
     for batch in state.meter.timed(batches):
-        quarantine("train", batch.failures)
         with state.sync_if(batch.is_last):
             if len(batch.labels):
                 images, targets = prepare(batch)
@@ -215,7 +213,7 @@ def lr_range_test(
         with contextlib.closing(batches), contextlib.suppress(TrainingError):
             while len(losses) < steps and not (smoothed > 4 * smoothed.min()).tail(1).any():
                 state.meter.start_clock()
-                train_step(state, batches, prepare, lambda side, failures: None)
+                train_step(state, batches, prepare)
                 if state.meter.settle(state.step):
                     break
                 losses.append(state.meter.step_row()["loss"])
@@ -226,16 +224,16 @@ def lr_range_test(
 
 @contextlib.contextmanager
 def _saved_on_leaving(writer: RunWriter) -> Iterator[None]:
-    """Writes a checkpoint when the caller leaves the loop, or a step gets no images from a store.
+    """Writes a checkpoint when the caller leaves the loop, or a step gets no images from a shard.
 
-    Where the step has several parts or processes it may have begun: the last checkpoint remains.
+    Where the step has several parts it may have begun: the last checkpoint remains.
     """
     state = writer.state
     try:
         yield
     except shard_store.StoreError:
         whole = not state.recipe.micro_batch_size or state.pending  # in validation
-        if whole and state.dist.world == 1 and state.step not in (0, writer.saved_step):
+        if whole and state.step not in (0, writer.saved_step):
             writer.settle()
             state.meter.lap()
             writer.save()

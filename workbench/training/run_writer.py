@@ -1,9 +1,10 @@
 """What a training writes into its run folder; rank 0 alone writes."""
 
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from workbench import counted, data, runs
+from workbench import counted, data, runs, shard_store
 from workbench.schedule import TrainingError
 from workbench.training.environment import peak_memory
 from workbench.training.inputs import sampler_options
@@ -39,6 +40,18 @@ class RunWriter:
         if self.is_main:
             self.run.append(file, row)
         return {"kind": kind, "steps": self.state.steps, **row}
+
+    def read(self, side: str, batches: Iterator[data.Batch]) -> Iterator[data.Batch | None]:
+        """Batches, and None after the last; what one process cannot read ends all of them."""
+        while True:
+            batch = error = None
+            try:
+                if (batch := next(batches, None)) is not None:
+                    self.quarantine(side, batch.failures)
+            except (data.DataError, shard_store.StoreError) as found:
+                error = found
+            self.state.dist.agree(error)
+            yield batch
 
     def quarantine(self, side: str, failures: list[tuple[int, str, str]]) -> None:
         """Names images that cannot be read now; they are left out. DataError above one in five."""

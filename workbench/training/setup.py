@@ -196,7 +196,8 @@ def is_finished(recipe: Recipe, run: runs.Run, dataset: data.Dataset | None) -> 
     except (data.DataError, OSError):
         return True  # the images are gone; the run is finished all the same
     _check_classes(run, dataset)
-    _check_unchanged(run, {"data": data.fingerprint(dataset)})
+    shards = data.version_digests((dataset.train, dataset.val))
+    _check_unchanged(run, {"data": data.fingerprint(dataset), "shards": shards})
     return True
 
 
@@ -248,6 +249,8 @@ def _check_unchanged(run: runs.Run, now: dict[str, Any]) -> None:
     """Raises RunError if the data or the weights of a teacher changed since the run was started."""
     before = run.environment()
     digests = [("the data", before.get("data", now["data"]), now["data"])]
+    for urls, tags in before.get("shards", {}).items():
+        digests.append(("a shard in the object store", tags, now["shards"].get(urls, tags)))
     for old, teacher in zip(before.get("teachers", []), now.get("teachers", []), strict=False):
         digests.append((f"the teacher {teacher['source']}", old["digest"], teacher["digest"]))
     for what, old, new in digests:

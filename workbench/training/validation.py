@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import functools
+import itertools
 from collections.abc import Iterator
 
 import pandas as pd
@@ -63,11 +63,11 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None, stopping: StopR
             cached=cache,
             **dist.loader_options,
         )
-        common = iter(range(len(val) // dist.world // batch_size))  # batches of every process
-        check = functools.partial(_check, dist, stopping, common)
+        most = -(-len(val) // (dist.world * batch_size))  # batches of rank 0, which has the most
         with contextlib.closing(batches):
-            frame = inference.predict(network, batches, normalize, dist.device, check)
-        writer.quarantine("val", frame.attrs.pop("failures"))
+            taken = _taken(itertools.islice(writer.read("val", batches), most), dist, stopping)
+            frame = inference.predict(network, taken, normalize, dist.device)
+        del frame.attrs["failures"]
         frame = name_rows(dist.gather(frame), val)
         prefix = "ema_" if weights == "ema" else ""
         found = {prefix + key: value for key, value in evaluation.summary(frame).items()}
@@ -89,10 +89,15 @@ def validate(writer: RunWriter, cache: pixel_cache.Cache | None, stopping: StopR
     return columns
 
 
-def _check(dist: DistContext, stopping: StopRequest, common: Iterator[int], images: int) -> None:
-    """Raises Stopped, after a batch that all processes have."""
-    if next(common, None) is not None and dist.max(stopping.action()) == STOP:
-        raise Stopped
+def _taken(
+    batches: Iterator[data.Batch | None], dist: DistContext, stopping: StopRequest
+) -> Iterator[data.Batch]:
+    """The batches of this process; raises Stopped in all of them at the same one."""
+    for batch in batches:
+        if dist.max(stopping.action()) == STOP:
+            raise Stopped
+        if batch is not None:
+            yield batch
 
 
 def no_validation(state: TrainState) -> Row:
