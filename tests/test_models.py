@@ -128,6 +128,13 @@ def test_one_flag_changes_only_its_part(name, flag):
     assert all(re.match(part, k) for k in ours.keys() & theirs.keys() if ours[k] != theirs[k])
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "test_resnet"])
+def test_without_drop_path_no_block_is_skipped_whatever_the_model_has_by_default(name):
+    rates = lambda model: [getattr(part, "drop_prob", None) or 0.0 for part in model.modules()]
+    assert max(rates(create(name, 10))) == 0
+    assert max(rates(create(name, 10, drop_path=0.3))) == pytest.approx(0.3, abs=0.16)
+
+
 def test_drop_path_grows_along_the_blocks_and_dropout_is_active_in_training():
     with torch.device("meta"):
         model = create("resnet50", 10, drop_path=0.05)

@@ -259,6 +259,17 @@ def test_refused_ranges(recipe, tmp_path, axes, says):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_of_ema_decay_compares_ema_weights_and_has_no_trials(recipe, tmp_path):
+    axes = {"ema_decay": [0.5, 0.98]}
+    assert {row["state"] for row in sweep(recipe, axes)} == {"finished"}
+    folder = folder_of(recipe, axes)
+    ema = [runs.Run(path).metrics().ema_top1.iloc[-1] for path in finished(folder)]
+    assert pd.read_csv(folder / "table.csv").top1.tolist() == pytest.approx(ema)
+    assert len({*ema}) == 2
+    with pytest.raises(RecipeError, match="ema_decay: Optuna maximises top-1 of raw weights"):
+        next(sweep(recipe, axes, trials=2))
+
+
 def test_trials_without_optuna_say_what_to_install(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(RecipeError, match="pip install optuna"):

@@ -121,7 +121,7 @@ def sweep(
     elif "fold" in options and states == {"finished"}:
         print(sweeping.fold_report(folder, options))
     elif "finished" in states:
-        compare(sweeping.finished(folder), "raw")
+        compare(sweeping.finished(folder), sweeping.compared_weights(options))
     raise typer.Exit(STOPPED if "stopped" in states else int("failed" in states))
 
 

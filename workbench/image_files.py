@@ -156,8 +156,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB on a white background. Raises ImageError for modes without a defined white."""
     is_pgm = image.mode == "I" and image.format == "PPM"  # which Pillow scales to 16 bits
     if is_pgm or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        tags = getattr(image, "tag_v2", {})  # TIFF 6.0: BitsPerSample, PhotometricInterpretation
+        white = 2 ** tags.get(258, (16,))[0] - 1
+        grey = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white
+        grey = 255 - grey if tags.get(262) == 0 else grey  # WhiteIsZero, which Pillow leaves
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError("undecodable", f"mode {image.mode} pixels have no defined white")
     # A PNG may have one transparent colour.
@@ -203,6 +206,8 @@ def main(arguments: list[str]) -> int:
         try:
             data = prepare(read(path), meta["preprocess"])
             [score] = session.run(["score"], {"data": data})[0]
+            if not np.isfinite(score).all():
+                raise ImageError("not finite", "the logits have NaN or infinity")
             name, value = meta["classes"][score.argmax()], f"{score.max():.6f}"
         except (ImageError, OSError) as error:
             name, value, exit_code = "", "error: " + " ".join(str(error).split()), 1

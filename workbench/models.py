@@ -80,7 +80,7 @@ def create(
     with torch.random.fork_rng(devices=[]), mock.patch.object(hub, "HF_HUB_OFFLINE", offline):
         torch.default_generator.manual_seed(seed)  # timm initialises on the CPU
         try:
-            return timm.create_model(name, pretrained=pretrained, **options)
+            model = timm.create_model(name, pretrained=pretrained, **options)
         except Exception as error:
             given = {key: value for key, value in options.items() if value}
             text = f"{name} cannot be created with image_size {image_size} and {given}"
@@ -88,6 +88,10 @@ def create(
                 text = f"the weights {published and published.hf_hub_id} of {name} are neither in "
                 text += f"{hub.HF_HUB_CACHE} nor online; download them and name the file in weights"
             raise ModelError(f"{text} ({_first_sentence(error)})") from None
+    for part in model.modules() if not drop_path else ():
+        if isinstance(part, timm.layers.DropPath):
+            part.drop_prob = 0.0  # Swin's own default is 0.1, NesT's 0.5
+    return model
 
 
 def _custom(

@@ -43,6 +43,9 @@ def sweep(
     if jobs > 1:
         recipe = recipe.replace(workers=training.pick_workers(recipe.workers, jobs))
     axes = {key: [*values] for key, values in axes.items()}
+    if trials and "ema_decay" in axes:
+        text = "Optuna maximises top-1 of raw weights, which it leaves equal; sweep without trials"
+        raise RecipeError([f"ema_decay: {text}"], "sweep")
     kinds = {key: _distribution(key, axes[key]) for key in axes if trials}
     ends = {key: getattr(k, "choices", None) or (k.low, k.high) for key, k in kinds.items()}
     recipes, folder = combinations(recipe, ends or axes), folder_of(recipe, axes)
@@ -216,13 +219,18 @@ def finished(folder: str | Path) -> list[Path]:
     return sorted(place, key=place.get)
 
 
+def compared_weights(axes: Iterable[str]) -> str:
+    """What a sweep compares: ema where it varies ema_decay, which leaves raw weights equal."""
+    return "ema" if "ema_decay" in axes else "raw"
+
+
 def _write_report(folder: Path) -> None:
     from workbench.ui import plots
 
     keys, paths = [k for k in read_sweep_file(folder)[0] if k != "seed"], finished(folder)
     if not paths:
         return
-    found = comparison.compare(paths)
+    found = comparison.compare(paths, weights=compared_weights(keys))
     values = {key: [group.recipe[key] for group in found.groups] for key in keys}
     found.table.assign(**values).to_csv(folder / "table.csv", index=False)
     if 1 <= len(keys) <= 2 - (folder / "study.log").exists():

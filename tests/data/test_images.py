@@ -79,6 +79,25 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
     np.testing.assert_array_equal(pixels(path), np.stack([np.round(grey / 257)] * 3, 2))
 
 
+@pytest.mark.parametrize("bits, white_is_zero", [(12, False), (16, False), (16, True)])
+def test_a_tiff_has_the_white_that_its_tags_name(tmp_path, bits, white_is_zero):
+    white = 2**bits - 1
+    grey = np.linspace(0, white, 48).round().astype(np.uint16).reshape(6, 8)
+    packed = "".join(f"{level:0{bits}b}" for level in grey.ravel())
+    content = int(packed, 2).to_bytes(len(packed) // 8)
+    if bits == 16:
+        content = grey.astype("<u2").tobytes()
+    # TIFF 6.0, section 2: width, height, bits, compression, photometric interpretation, and strips
+    tags = {256: 8, 257: 6, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 122}
+    tags |= {277: 1, 278: 6, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "x.tif").write_bytes(head + content)
+    wanted = np.round(grey / white * 255)
+    wanted = 255 - wanted if white_is_zero else wanted
+    np.testing.assert_array_equal(pixels(tmp_path / "x.tif"), np.stack([wanted] * 3, 2))
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
 def test_cmyk_becomes_the_colours_it_prints(tmp_path, suffix):
     ink = np.zeros((64, 64, 4), np.uint8)

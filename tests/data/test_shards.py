@@ -239,6 +239,9 @@ def test_numbers_and_names_are_matched_by_a_file_of_class_names_alone(
         by_name = [classes.index(("ant", "bee", "cat")[label]) for label in labels[name]]
         ours = [frame.label[frame.file.str.endswith(f"{i}.png")].item() for i in range(len(frame))]
         assert ours == (labels[name] if sides[name] in NUMBERS else by_name)
+    (tmp_path / "names.txt").write_text("cat\nant\nbee\nant")
+    with pytest.raises(DataError, match="class_names has 'ant' twice|class folders differ"):
+        load(tmp_path, **options, class_names="names.txt")
     (tmp_path / "names.txt").write_text("ant\nbee")
     with pytest.raises(
         DataError, match="labels outside 0 to 1|class folders differ|not in .*class_names"

@@ -297,7 +297,7 @@ def names(frame: pd.DataFrame) -> set[str]:
 
 def many(per_class: int, classes: int = 4) -> pd.DataFrame:
     rows = [(f"{c}/{i:05d}.png", c) for c in range(classes) for i in range(per_class)]
-    return pd.DataFrame(rows, columns=["file", "label"])
+    return pd.DataFrame(rows, columns=["file", "label"]).assign(path=lambda f: f.file)
 
 
 def test_a_smaller_fraction_is_a_random_subset_of_a_larger_one(image_folder):
@@ -331,8 +331,19 @@ def test_val_fraction_is_the_same_in_any_order_and_stable_when_images_are_added(
     assert len(names(val) & names(grown)) >= 0.85 * len(val)
 
 
+def test_val_fraction_has_all_lines_of_a_file_on_one_side_and_splits_files():
+    """A list may repeat the images of rare classes."""
+    once, frame = many(10), pd.concat([many(10)] * 3, ignore_index=True)
+    train, val = sources.stratified_split(frame, 0.25)
+    assert not names(train) & names(val) and len(train) + len(val) == len(frame)
+    assert names(val) == names(sources.stratified_split(once, 0.25)[1])
+    twice = pd.concat([once, pd.DataFrame({"file": "x", "label": 9, "path": "x"}, index=[0, 1])])
+    with pytest.raises(DataError, match=r"\[9\] have one image"):
+        sources.stratified_split(twice, 0.25)
+
+
 def test_val_fraction_needs_two_images_of_a_class(image_folder):
-    frame = pd.concat([many(5), pd.DataFrame({"file": ["x"], "label": [9]})])
+    frame = pd.concat([many(5), pd.DataFrame({"file": ["x"], "label": [9], "path": ["x"]})])
     with pytest.raises(DataError, match=r"\[9\] have one image"):
         sources.stratified_split(frame, 0.2)
     found = opened(image_folder, val_fraction=0.34)

@@ -241,6 +241,7 @@ TWO = "a/0.png,x\na/1.png,x\nb/0.png,y\nb/1.png,y\n"
         ("file,label\n" + TWO + "c/0.png,3\n", {}, "labels are numbers \\('3'\\) and texts \\('x'"),
         ("file,label\n" + TWO + "b/1.png,x\n", {}, "b/1.png' has the labels \\['y', 'x'\\]"),
         ("file,label\n" + TWO, {"class_names": "names.txt"}, "\\['y'\\] are not in class_names"),
+        ("file,label\n" + TWO, {"class_names": "twice.txt"}, "class_names has 'x' twice, and the"),
         ("file,label\na/0.png,0\nb/0.png,1.5\n", {}, "numbers \\('0'\\) and texts \\('1.5'\\)"),
         ("file,label\na/0.png,0\nb/0.png,-1\nc/0.png,1\n",
          {"val_fraction": 0.0, "val_list": "v.csv"}, "labels outside 0 to 1"),
@@ -266,6 +267,7 @@ TWO = "a/0.png,x\na/1.png,x\nb/0.png,y\nb/1.png,y\n"
 )  # fmt: skip
 def test_what_is_wrong_with_a_table_is_one_sentence(image_folder, text, options, says):
     write_list(image_folder / "names.txt", "x", "z")
+    write_list(image_folder / "twice.txt", "x", "y", "x")
     write_list(image_folder / "v.csv", "file,label", "a/0.png," + ("z" if "x" in text else "0"))
     write_list(image_folder / "w.csv", "file,label", "a/1.png,x")
     with pytest.raises(DataError, match=says) as error:
@@ -386,6 +388,17 @@ def test_a_run_on_a_saved_data_set_resumes_and_is_cached_exactly(image_folder, t
             runs.Run(stopped.folder).file("STOP").touch()
     assert runs.Run(stopped.folder).status()["state"] == "stopped"
     assert_same_run(plain, train(stopped))
+
+
+def test_two_classes_of_a_saved_data_set_with_one_name_stay_two(image_folder):
+    """As "crane" of ImageNet-1k: labels are numbers there."""
+    for side in ROWS:
+        rows = [{"image": {"bytes": b"x", "path": None}, "label": i % 4} for i in range(12)]
+        shutil.rmtree(image_folder / side)
+        imitated(image_folder / side, rows, ("a", "crane", "b", "crane"))
+    found = opened(image_folder)
+    assert found.classes == ["a", "crane (1)", "b", "crane (3)"]
+    assert found.counts == [3, 3, 3, 3] and found.val.label.tolist() == [0, 1, 2, 3] * 3
 
 
 def test_classes_of_a_validation_split_in_another_order_are_matched_by_name(image_folder):

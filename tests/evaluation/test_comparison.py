@@ -263,8 +263,60 @@ def test_unequal_conditions_are_cautions(tmp_path):
         "caution: other has image_size 64, plain 32",
         "caution: other has val_resize 72, plain 32",
         "caution: other has epochs 20, plain 8",
-        "caution: the training images differ between runs",
+        "caution: other and plain have different training images",
     ]
+
+
+def test_runs_with_other_training_images_are_no_seeds_of_one_recipe(tmp_path):
+    """As with data_dir, in which an option may stay the same and the images differ."""
+    clean = [run_folder(tmp_path, "clean", seed, top1=0.9) for seed in (0, 1)]
+    noisy = [run_folder(tmp_path, "noisy", seed, top1=0.5) for seed in (0, 1, 2)]
+    for folder in noisy:
+        edit_json(folder, "environment.json", data="e")
+    result = compare([*clean, *noisy])
+    assert {g.name: len(g.runs) for g in result.groups} == {"clean": 2, "noisy": 3}
+    assert str(result.verdicts[0]).startswith("noisy is worse than clean by 37.96 points")
+    assert result.cautions == ["noisy and clean have different training images"]
+
+
+def test_a_comparison_of_raw_weights_says_that_ema_decay_does_not_change_them(tmp_path):
+    folders = [
+        run_folder(tmp_path, name, ema_decay=decay) for name, decay in (("a", 0.9), ("b", None))
+    ]
+    [caution] = compare(folders).cautions
+    assert caution.startswith("b and a differ in ema_decay, which does not change the raw weights")
+    with_ema = lambda f: pd.concat([f, f.assign(weights="ema")])
+    edit_predictions(folders[0], with_ema)
+    assert not any("ema_decay" in text for text in compare(folders, weights="ema").cautions)
+
+
+def test_an_unfinished_run_is_named_with_the_epoch_of_its_predictions(tmp_path):
+    path = run_folder(tmp_path, "sparse", eval_every=2)
+    edit_json(path, "status.json", state="stopped")
+    with (path / "metrics.csv").open("a") as file:
+        file.write("3,6,\n")  # epoch, step, and no validation
+    result = compare([path])
+    assert result.cautions == ["sparse-seed0 is stopped, evaluated at epoch 2 of 8"]
+    assert result.table.epochs.tolist() == ["2 of 8"]
+
+
+def test_of_equal_trials_of_optuna_the_best_is_seldom_significantly_better(tmp_path):
+    """The first of them was chosen for its top-1, so that every pair was compared."""
+    rng, significant = np.random.default_rng(0), 0
+    folders = [run_folder(tmp_path, f"trial{i:02d}", lr=0.01 * (i + 1)) for i in range(20)]
+    (tmp_path / "study.log").touch()
+    frame = pd.read_parquet(folders[0] / "predictions.parquet")
+    for _ in range(40):
+        easy, sides = rng.random(IMAGES) < 0.9, []
+        for folder in folders:
+            right = np.where(rng.random(IMAGES) < 0.85, easy, rng.random(IMAGES) < 0.9)
+            wrong_class = frame.label.where(right, (frame.label + 1) % 4)
+            frame.assign(class1=wrong_class).to_parquet(folder / "predictions.parquet", index=False)
+            sides.append((-right.mean(), folder))
+        verdicts = compare([folder for _, folder in sorted(sides)]).verdicts
+        assert verdicts[0].difference.comparisons == 190
+        significant += any(verdict.significant for verdict in verdicts)
+    assert significant <= 4
 
 
 def test_ema_weights_are_taken_where_a_run_has_them(six):

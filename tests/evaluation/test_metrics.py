@@ -82,6 +82,22 @@ def test_equal_logits_are_ranked_by_class_number_and_extreme_ones_have_a_finite_
     assert frame.loss.tolist() == [0.0, 20_000.0] and frame.p1.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("classes", [2, 7])
+def test_an_image_with_logits_of_nan_counts_as_wrong_whatever_its_label(classes):
+    labels = torch.arange(2 * classes) % classes
+    logits = 9.0 * nn.functional.one_hot(labels, classes)
+    logits[:classes, -1] = torch.nan  # one image of every class
+    frame = predictions(logits, labels)
+    assert (frame.class1 == frame.label).tolist() == [False] * classes + [True] * classes
+    found = evaluation.summary(frame)
+    assert found["top1"] == 50 and found["top5"] == (50 if classes > 5 else 100)
+    assert np.isnan(found["val_loss"]) and frame.p1.isna().sum() == classes
+    right = frame[classes:]
+    assert evaluation.calibration_error(frame) == pytest.approx(
+        evaluation.calibration_error(right) / 2
+    )
+
+
 def test_images_that_failed_have_no_row_and_are_listed():
     labels = torch.tensor([0, 1, 0, 1])
     first, second = batches(labels, size=2)

@@ -217,6 +217,23 @@ def test_the_interval_of_one_run_is_wilsons_and_two_equal_seeds_have_one():
     assert low < high == 100
 
 
+@pytest.mark.parametrize("images, p", [(10, 0.85), (20, 0.95), (40, 0.9)])
+def test_the_interval_of_a_recipe_covers_with_few_images_too(images, p):
+    rng, covered = np.random.default_rng(4), 0
+    for _ in range(400):
+        easy, own = rng.random(images) < p, rng.random((3, images)) < p
+        low, high = top1_interval(np.where(rng.random(images) < 0.9, easy, own))
+        covered += low <= 100 * p <= high
+    assert covered / 400 >= 0.93
+
+
+def test_seeds_that_agree_on_every_image_have_no_narrower_interval_than_one_of_them():
+    for right in (0, 7, 10):
+        correct = np.tile(np.arange(10) < right, (3, 1))
+        (low, high), (one_low, one_high) = top1_interval(correct), top1_interval(correct[:1])
+        assert low <= one_low and high >= one_high
+
+
 def test_holm_is_that_of_statsmodels():
     p = np.random.default_rng(0).random(9) / 10
     assert holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))

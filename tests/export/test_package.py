@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ from workbench import data, export, image_files, runs, training
 from workbench.__main__ import app
 from workbench.augmentation import EvalTransform
 from workbench.data import images
-from workbench.export import ExportError, PackageError, archive, metadata, packaging
+from workbench.export import ExportError, PackageError, archive, metadata, packaging, parity
 from workbench.export import onnx as networks
 from workbench.recipe import Recipe
 
@@ -161,6 +162,32 @@ def test_the_script_and_workbench_predict_agree_for_files_of_every_kind(built, s
     failed = {Path(row[0]).name for row in rows if row[2].startswith("error: ")}
     failed -= {"YCbCr.tif"}  # read by Pillow 13 and later
     assert failed == {*UNREADABLE, "missing.png", tmp_path.name}
+
+
+def test_classes_of_one_name_do_not_keep_the_script_from_agreeing(files, trained):
+    recipe, classes, model, *_ = packaging.trained_model(trained, "ema")
+    meta = json.loads(files["meta.json"]) | {"classes": 2 * classes[:5]}
+    network = networks.Network(model, export.preprocess(recipe)).eval()
+    report = parity.compare_script(
+        {key: files[key] for key in ("predict.py", "model.onnx")}
+        | {"meta.json": json.dumps(meta).encode()},
+        data.load_dataset(recipe).val.iloc[::25],
+        training.eval_transform(recipe),
+        network,
+        networks.runners({"model.onnx": files["model.onnx"]}),
+    )
+    assert report["onnx"]["images"] == 20 and report["onnx"]["max_abs_diff"] < 1e-4
+
+
+def test_the_script_names_no_class_where_the_logits_are_nan(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "meta.json").write_bytes(files["meta.json"])
+    monkeypatch.setattr(image_files, "HERE", tmp_path)
+    network = SimpleNamespace(run=lambda names, inputs: [np.full((1, 10), np.nan, np.float32)])
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *args, **how: network)
+    path = save_noise(tmp_path / "a.png", seed=0, size=(32, 32))
+    assert image_files.main([str(path)]) == 1
+    text = f"{path}\t\terror: not finite: the logits have NaN or infinity\n"
+    assert capsys.readouterr().out == text
 
 
 def test_the_script_runs_int8_and_prints_its_usage(script, tmp_path):

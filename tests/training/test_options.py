@@ -341,6 +341,22 @@ def test_a_run_that_stopped_early_continues_under_another_name(tmp_path):
     assert runs.Run(more.folder).metrics().epoch.iloc[-1] == 12
 
 
+def test_a_resume_from_counts_evaluations_against_its_own_best(tmp_path):
+    """The images of validation may be others, and best.safetensors is in the other folder."""
+    first = train(small(tmp_path / "first"))
+    checkpoint = first.load_checkpoint()
+    checkpoint["progress"]["best"] = 100.0
+    with first.writing():
+        first.save_checkpoint(checkpoint)
+    more = small(tmp_path, epochs=5, resume_from=str(first.path), early_stopping=1)
+    run = train(more)
+    epochs = run.metrics().epoch.tolist()
+    assert len(epochs) == 2 and run.file("best.safetensors").exists()
+    top1 = run.metrics()[["top1", "ema_top1"]].to_numpy().max()
+    with safe_open(run.file("best.safetensors"), "pt") as file:
+        assert float(file.metadata()["top1"]) == top1
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, "two", True])
 def test_a_wrong_patience_is_refused(value):
     with pytest.raises(RecipeError, match="early_stopping"):

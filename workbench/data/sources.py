@@ -9,6 +9,7 @@ import os
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,6 +100,9 @@ def _label(
         names = by_name or names
     elif recipe.file_column or recipe.label_column:
         raise DataError("file_column and label_column are for tables, and there is none")
+    twice = [name for name, n in Counter(names or ()).items() if n > 1]
+    if twice and (by_name or any(folders.values())):
+        raise DataError(f"class_names has {twice[0]!r} twice, and the labels are names; change one")
     for side, classes in folders.items():
         if classes is None and names and not by_name:
             if not recipe.class_names:
@@ -320,11 +324,13 @@ def stratified_split(frame: pd.DataFrame, share: float) -> tuple[pd.DataFrame, p
 
     The images are chosen by hashes of their names, so a folder that grows keeps most of its split.
     """
-    position = _hashes(frame.file).groupby(frame.label).rank(method="first")
-    size = frame.groupby("label").label.transform("size")
-    if single := sorted(set(frame.label[size < 2])):
+    rows = frame.drop_duplicates(["label", "path"])  # all entries of a file are on one side
+    position = _hashes(rows.file).groupby(rows.label).rank(method="first")
+    size = rows.groupby("label").label.transform("size")
+    if single := sorted(set(rows.label[size < 2])):
         raise DataError(f"classes {single[:8]} have one image; val_fraction cannot split them")
-    held_out = position <= np.clip((size * share).round(), 1, size - 1)
+    chosen = position <= np.clip((size * share).round(), 1, size - 1)
+    held_out = frame.path.isin(rows.path[chosen])
     return frame[~held_out].reset_index(drop=True), frame[held_out].reset_index(drop=True)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unicodedata import normalize
@@ -154,10 +155,12 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _class_names(schema: pa.Schema, column: str) -> dict[str, str]:
-    """The names of a ClassLabel by their numbers."""
+    """The names of a ClassLabel by their numbers; one of several classes is followed by those."""
     about = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
     names = about.get("info", {}).get("features", {}).get(column, {}).get("names") or []
-    return {str(i): normalize("NFC", name) for i, name in enumerate(names)}
+    names = [normalize("NFC", name) for name in names]
+    counts = Counter(names)  # ImageNet-1k has "crane" twice, a bird and a machine
+    return {str(i): f"{n} ({i})" if counts[n] > 1 else n for i, n in enumerate(names)}
 
 
 # ---- images stored in a table

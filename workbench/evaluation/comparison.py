@@ -72,10 +72,7 @@ class EvaluatedRun:
         last = self.metrics.dropna(subset=["top1"] if len(self.metrics) else []).tail(1)
         p = "ema_" if self.weights == "ema" else ""
         self.custom = {k: last[p + k].mean() for k in metrics.custom_metrics(last) if p + k in last}
-
-    @property
-    def epoch(self) -> int:
-        return int(self.metrics.epoch.iloc[-1]) if len(self.metrics) else 0
+        self.epoch = int(last.epoch.iloc[0]) if len(last) else 0  # of the predictions
 
 
 @dataclass(eq=False)
@@ -217,8 +214,12 @@ def compare(
         groups.insert(0, groups.pop(groups.index(result.group(baseline))))
     result.cautions.extend(_inequalities(runs, groups, weights))
     first, *others = groups
-    differences = [difference(first.correct, group.correct, len(others)) for group in others]
-    for group, d, p in zip(others, differences, holm([d.p for d in differences]), strict=True):
+    # Optuna's trials are in the order of their top-1: the first was chosen after comparing all.
+    is_study = any((run.path.parent / "study.log").exists() for run in runs)
+    count = len(others) * len(groups) // 2 if is_study else len(others)
+    differences = [difference(first.correct, group.correct, count) for group in others]
+    adjusted = holm([d.p for d in differences] + [1.0] * (count - len(others)))
+    for group, d, p in zip(others, differences, adjusted, strict=False):
         unfinished = first.unfinished or group.unfinished
         result.verdicts.append(Verdict(group.name, first.name, d.with_adjusted(p), unfinished))
     return result
@@ -342,11 +343,14 @@ def _inequalities(runs: list[EvaluatedRun], groups: list[SeedGroup], weights: st
             ours, theirs = group.recipe[option], first.recipe[option]
             if ours != theirs:
                 yield f"{group.name} has {option} {ours}, {first.name} {theirs}"
-        if not recipe_difference(first.recipe, group.recipe):
+        if weights == "raw" and group.recipe["ema_decay"] != first.recipe["ema_decay"]:
+            text = "differ in ema_decay, which does not change the raw weights that are compared"
+            yield f"{group.name} and {first.name} {text}; set weights to ema"
+        if len({one.runs[0].environment.get("data") for one in (first, group)} - {None}) > 1:
+            yield f"{group.name} and {first.name} have different training images"
+        elif not recipe_difference(first.recipe, group.recipe):
             text = "had, or may have had, other weights of a teacher or to start from"
             yield f"{group.name} and {first.name} {text}"
-    if len({run.environment.get("data") for run in runs} - {None}) > 1:
-        yield "the training images differ between runs"
     shards = [item for run in runs for item in run.environment.get("shards", {}).items()]
     if len({*shards}) > len({urls for urls, _ in shards}):
         yield "a shard was replaced between the runs, whose images may differ"

@@ -27,7 +27,8 @@ def predict(
 
     Columns: row (of the list), label, class1 to class`top` (class numbers, best first; fewer when
     there are fewer classes), p1 to p`top` (softmax), p_label, loss (cross-entropy in nats, without
-    smoothing). Images that could not be read have no row; attrs["failures"] lists their (row,
+    smoothing). Where a logit is nan, p and loss are, and the label is ranked last: it counts as
+    wrong. Images that could not be read have no row; attrs["failures"] lists their (row,
     reason, detail). `progress` receives the number of images of each batch. Raises
     DataError without any image.
     """
@@ -49,14 +50,16 @@ def predict(
 
 
 def _columns(batch: Batch, logits: Tensor, top: int) -> dict[str, np.ndarray]:
-    log_p = F.log_softmax(logits, dim=1)
+    log_p, labels = F.log_softmax(logits, dim=1), batch.labels.to(logits.device)[:, None]
     # A stable sort ranks equal logits by class number; the order of topk is undefined.
     best = torch.sort(log_p, dim=1, descending=True, stable=True)
-    label_log_p = log_p.gather(1, batch.labels.to(logits.device)[:, None])[:, 0]
+    label_log_p = log_p.gather(1, labels)[:, 0]
+    after_label = (labels + 1 + torch.arange(logits.shape[1], device=logits.device)) % len(log_p[0])
+    ranked = torch.where(label_log_p[:, None].isnan(), after_label, best.indices)
     # Copies: tensors of a loader process keep a file of shared memory open.
     columns = {"row": batch.indices.numpy().copy(), "label": batch.labels.numpy().copy()}
     ranks = range(min(top, logits.shape[1]))
-    columns |= {f"class{i + 1}": best.indices[:, i].int().cpu().numpy() for i in ranks}
+    columns |= {f"class{i + 1}": ranked[:, i].int().cpu().numpy() for i in ranks}
     columns |= {f"p{i + 1}": best.values[:, i].exp().cpu().numpy() for i in ranks}
     return columns | {
         "p_label": label_log_p.exp().cpu().numpy(),

@@ -134,9 +134,9 @@ def reliability(predictions: pd.DataFrame) -> pd.DataFrame:
     """images, confidence (mean p1) and top1 (both 0 to 1) by BINS bins of p1 of equal width.
 
     Guo et al., arXiv 1706.04599, section 2. The index is the upper edge of the bin; empty bins
-    have no row.
+    have no row. A probability of nan counts as 0.
     """
-    p = predictions.p1.to_numpy(float)
+    p = predictions.p1.fillna(0).to_numpy(float)
     correct = (predictions.class1 == predictions.label).to_numpy(float)
     edge = np.clip(np.ceil(p * BINS).astype(int), 1, BINS) / BINS
     bins = pd.DataFrame({"images": 1, "confidence": p, "top1": correct}).groupby(edge)

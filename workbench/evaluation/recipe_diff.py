@@ -9,12 +9,14 @@ from workbench.recipe import defaults, inactive_options, runtime_only
 def identity(recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     """Equal for runs that differ only in the seed and in `runtime_only` options.
 
-    The weights of teachers and those a run starts from are compared too: a file may be replaced.
+    The images, the weights of teachers and those a run starts from are compared too: data_dir may
+    be another, or a file be replaced.
     """
     ignored = {*runtime_only, "seed"}
     options = sorted((k, v) for k, v in (defaults() | dict(recipe)).items() if k not in ignored)
     teachers = [teacher.get("digest") for teacher in environment.get("teachers", ())]
-    return repr((options, teachers, environment.get("initial_weights", "")))
+    facts = [environment.get(key, "") for key in ("initial_weights", "data")]
+    return repr((options, teachers, *facts))
 
 
 def recipe_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:

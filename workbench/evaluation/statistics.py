@@ -42,7 +42,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def wilson(count: int, n: int) -> tuple[float, float]:
+def wilson(count: float, n: int) -> tuple[float, float]:
     """The score interval of a proportion, 0 to 1 (Wilson 1927)."""
     z, share = QUANTILE((1 + LEVEL) / 2), count / n
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
@@ -248,14 +248,15 @@ def difference(
 def top1_interval(correct: np.ndarray) -> tuple[float, float]:
     """The interval of a recipe's top-1 in percent.
 
-    Wilson's for one run; of several as in VarianceComponents, for other seeds and images.
+    Wilson's for one run; of several as in VarianceComponents, for other seeds and images, but never
+    narrower than Wilson's: a variance estimated from few images, or few errors, is too small.
     """
     n, k = correct.shape[1], len(correct)
+    wilson_low, wilson_high = (100 * end for end in wilson(correct.sum() / k, n))
     if k == 1:
-        low, high = wilson(int(correct.sum()), n)
-        return 100 * low, 100 * high
+        return wilson_low, wilson_high
     top1, counts = 100 * correct.mean(1), np.ones(n, int)
     fixed, mean = _variance_of_mean(correct.mean(0), counts, 0.25), float(top1.mean())
     per_image, between = _per_image_variance(correct, counts), float(top1.var(ddof=1))
     half = NormalMixture.of_seeds(fixed, 1 / k, per_image, between, k - 1).half_width(1 - LEVEL)
-    return max(0.0, mean - half), min(100.0, mean + half)
+    return max(0.0, min(wilson_low, mean - half)), min(100.0, max(wilson_high, mean + half))

@@ -136,9 +136,12 @@ def compare_script(
             lines = [line.rsplit("\t", 2)[1:] for line in done.stdout.split("\n")[:-1]]
             if len(lines) != len(paths):
                 raise ExportError(f"predict.py of the package crashes: {done.stderr}")
-            score = torch.from_numpy(runners[name](inputs)).softmax(1).numpy()
-            differences = [  # of the printed class: ties may be ranked differently
-                abs(float(p) - float(row[classes.index(label)])) if label else 1.0
+            score = torch.from_numpy(runners[name](inputs)).softmax(1).tolist()
+            # Of the printed class: ties may be ranked differently; two classes may have one name.
+            differences = [
+                min(abs(float(p) - q) for q, n in zip(row, classes, strict=True) if n == label)
+                if label
+                else 1.0
                 for row, (label, p) in zip(score, lines, strict=True)
             ]
             report[name] = {"images": len(paths), "max_abs_diff": max(differences, default=0.0)}

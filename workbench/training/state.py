@@ -230,8 +230,9 @@ class TrainState:
             if scaler := checkpoint.get("scaler"):
                 self._scaler.load_state_dict(scaler)
             progress = checkpoint["progress"]
-            self.step, self.best = progress["step"], progress["best"]
-            self.worse = progress.get("worse", 0) if same_recipe else 0
+            self.step = progress["step"]
+            if same_recipe:  # else of another folder, maybe of other images
+                self.best, self.worse = progress["best"], progress.get("worse", 0)
             self.pending = same_recipe and progress.get("pending", False)
             self.lr = self.lr_at(max(0, self.step - 1))  # for the row of a pending epoch
             self.meter.load_state_dict(progress)
