@@ -105,6 +105,16 @@ def test_leaving_the_loop_saves_the_step_and_the_next_loop_resumes(tmp_path, und
     assert_same_run(undisturbed, train(recipe))
 
 
+def test_a_resume_warns_of_epochs_that_metrics_csv_has_lost(tmp_path):
+    """As on storage that uploads each file by itself, where last.pt may be newer."""
+    recipe = small(tmp_path)
+    run = left_after(recipe, 24)
+    lines = run.text("metrics.csv").splitlines(keepends=True)
+    run.file("metrics.csv").write_text("".join(lines[:-1]))
+    with pytest.warns(UserWarning, match=r"metrics.csv has 1 of 2 epochs: last.pt is newer"):
+        next(iter(training.fit(recipe, run)))
+
+
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tmp_path):
     """A resume compiles the same kernels again, for the same shapes."""

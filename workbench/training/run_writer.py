@@ -1,6 +1,7 @@
 """What a training writes into its run folder; rank 0 alone writes."""
 
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -23,6 +24,10 @@ class RunWriter:
         self.saved_at, self.saved_step = time.monotonic(), -1
         known = run.quarantine().reindex(columns=["side", "file"])
         self._quarantined = set(known.itertuples(index=False, name=None))  # here (side, row)
+        found, trained = len(run.metrics()), state.step // state.steps_per_epoch - state.pending
+        if self.is_main and found < trained and not state.recipe.resume_from:
+            text = f"has {found} of {trained} epochs: last.pt is newer, as on storage that uploads"
+            warnings.warn(f"{run.file('metrics.csv')} {text} each file by itself", stacklevel=2)
 
     def step_row(self) -> Row:
         """Writes and returns a row of steps.csv."""
