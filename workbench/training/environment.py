@@ -58,6 +58,7 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
         "steps_per_epoch": state.steps_per_epoch,
         "downscaled": downscaled,
         "train_val_duplicates": duplicates,
+        "val_repeats": int(val.get("digest", val.path).duplicated().sum()),
         "failed_metrics": state.metrics.failed,  # the dict itself, which validation fills
         "skipped_files": data.describe_skipped(dataset.skipped),
         "empty_classes": [c for c, n in zip(dataset.classes, dataset.counts, strict=True) if not n],
