@@ -454,6 +454,15 @@ def test_a_run_says_how_many_validation_lines_repeat_an_image(world, verify_data
     assert any(text in caution for caution in compare([run.path]).cautions)
 
 
+@pytest.mark.parametrize("verify_data", [True, False])
+def test_a_run_says_how_many_validation_images_it_trains_on(world, verify_data):
+    roots = {"train_root": ["train", "val"], "train_list": ["train.txt", "val.txt"]}
+    run = train_run(small(world, **roots, val_root="val", epochs=1, verify_data=verify_data))
+    n = run.environment()["val_images"]
+    text = f"{n} of the {n} validation images are in training too, so top-1 is too high"
+    assert text in evaluation.headline(run) and text in start_text(run, 3)
+
+
 def test_the_doctor_refuses_one_class():
     with pytest.raises(DataError, match="found 1 class"):
         doctor.examine(Recipe(), images=10, classes=1)
