@@ -449,6 +449,17 @@ def test_a_custom_metric_with_the_name_of_another_column_replaces_nothing(tmp_pa
     assert (table[[f"{name}_" for name in own]] == 77).all(axis=None)
 
 
+@pytest.mark.parametrize("missing", [2, 100], ids=["repeated", "not repeated"])
+def test_repeated_images_are_compared_unless_a_run_lacks_an_image(tmp_path, missing):
+    folders = [run_folder(tmp_path, name, lr=lr) for name, lr in (("plain", 0.1), ("new", 0.2))]
+    for folder in folders:
+        edit_predictions(folder, lambda frame: pd.concat([frame, frame.head(5)]))
+    assert compare(folders).groups[0].correct.shape == (1, IMAGES + 5)
+    edit_predictions(folders[1], lambda frame: frame.reset_index(drop=True).drop(index=missing))
+    with pytest.raises(ComparisonError, match="other images than .*list each image once"):
+        compare(folders)
+
+
 def test_validation_images_that_are_there_twice_are_a_caution_said_once(tmp_path):
     folders = [run_folder(tmp_path, "plain", seed) for seed in (0, 1)]
     assert not compare(folders).cautions

@@ -284,6 +284,9 @@ def _common_images(first: EvaluatedRun, common: pd.DataFrame, other: EvaluatedRu
     frame = other.predictions[common.columns]
     if frame.equals(common):
         return common
+    if any(part.duplicated(LIST_KEY).any() for part in (common, frame)):
+        text = "and those that its list repeats cannot be told apart; list each image once"
+        raise ComparisonError(f"{problem}, {text}")
     both = common.merge(frame, on=LIST_KEY, suffixes=("", "_other"))
     equal, most = int((both.label == both.label_other).sum()), max(len(common), len(frame))
     if equal < max(len(both), 0.99 * most):
