@@ -18,13 +18,15 @@ from helpers import train as train_run
 from PIL import Image
 from torch.nn import functional as F
 
-from workbench import data, doctor, models, runs, training
+from workbench import data, doctor, evaluation, models, runs, training
 from workbench.data import DataError
+from workbench.evaluation.comparison import compare
 from workbench.models import ModelError
 from workbench.recipe import Recipe, RecipeError, runtime_only
 from workbench.runs import RunError
 from workbench.training import TrainingError
 from workbench.ui import widgets
+from workbench.ui.training_text import start_text
 
 TRAIN = [f"{name}/{i}.png" for name in CLASSES for i in range(6)]
 VAL = [f"{name}/{i}.png" for name in CLASSES for i in range(2)]
@@ -438,6 +440,27 @@ def test_training_and_doctor_name_skipped_files_and_empty_classes(world, command
     done = command("doctor", world / "recipe.yaml")
     assert "a/notes.txt (no image)" in done.stdout
     assert "1 of 4 classes has no training image" in done.stdout
+
+
+@pytest.mark.parametrize("verify_data", [True, False])
+def test_a_run_says_how_many_validation_lines_repeat_an_image(world, verify_data):
+    lines = (world / "images" / "val.txt").read_text().splitlines()
+    write_list(world / "images" / "twice.txt", *lines, *lines[:2])
+    run = train_run(small(world, val_list=["twice.txt"], epochs=1, verify_data=verify_data))
+    n = len(lines) + 2
+    assert run.environment()["val_repeats"] == 2 and run.metrics().val_images.tolist() == [n]
+    text = f"2 of the {n} validation images are repeated, so intervals are too narrow"
+    assert text in evaluation.headline(run) and text in start_text(run, 3)
+    assert any(text in caution for caution in compare([run.path]).cautions)
+
+
+@pytest.mark.parametrize("verify_data", [True, False])
+def test_a_run_says_how_many_validation_images_it_trains_on(world, verify_data):
+    roots = {"train_root": ["train", "val"], "train_list": ["train.txt", "val.txt"]}
+    run = train_run(small(world, **roots, val_root="val", epochs=1, verify_data=verify_data))
+    n = run.environment()["val_images"]
+    text = f"{n} of the {n} validation images are in training too, so top-1 is too high"
+    assert text in evaluation.headline(run) and text in start_text(run, 3)
 
 
 def test_the_doctor_refuses_one_class():

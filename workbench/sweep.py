@@ -69,7 +69,8 @@ def sweep(
             return
     if "fold" in axes and states == {"finished"} and not missing_folds(values):
         with runs.atomic_write(folder / "out_of_fold.parquet") as temporary:
-            evaluation.out_of_fold(finished(folder)).to_parquet(temporary, index=False)
+            table = evaluation.out_of_fold(finished(folder), compared_weights(axes))
+            table.to_parquet(temporary, index=False)
     elif "fold" not in axes and "stopped" not in states:
         _write_report(folder)
 
@@ -203,7 +204,8 @@ def fold_report(folder: Path, axes: Mapping[str, Iterable]) -> str:
     """Top-1 of the out-of-fold predictions of a sweep by recipe, or why there are none."""
     if text := missing_folds(axes):
         return text
-    table = evaluation.by_column(evaluation.out_of_fold(finished(folder)), "recipe")
+    table = evaluation.out_of_fold(finished(folder), compared_weights(axes))
+    table = evaluation.by_column(table, "recipe")
     return f"out of fold:\n{table.to_string(float_format='{:.2f}'.format)}"
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import IMAGES, JUDGED, run_folder
 from sklearn.metrics import confusion_matrix
 
-from workbench import training
+from workbench import evaluation, training
 from workbench.evaluation import comparison, metrics
 from workbench.evaluation.comparison import ComparisonError, compare
 from workbench.evaluation.recipe_diff import recipe_difference
@@ -437,6 +437,41 @@ def test_custom_metrics_are_columns_with_the_mean_over_seeds_empty_without(tmp_p
     table = comparison.compare(folders).table
     assert table.worst.isna().tolist() == [True, False] and table.worst[1] == 3.5
     assert "ema_worst" not in table and " | 3.50 |" in comparison.markdown(table)
+
+
+def test_a_custom_metric_with_the_name_of_another_column_replaces_nothing(tmp_path):
+    folder = run_folder(tmp_path, "own")
+    plain = comparison.compare([folder]).table
+    file, own = folder / "metrics.csv", ["low", "ece", "minutes"]
+    pd.read_csv(file).assign(**dict.fromkeys(own, 77.0)).to_csv(file, index=False)
+    table = comparison.compare([folder]).table
+    pd.testing.assert_frame_equal(table[plain.columns], plain)
+    assert (table[[f"{name}_" for name in own]] == 77).all(axis=None)
+
+
+@pytest.mark.parametrize("missing", [2, 100], ids=["repeated", "not repeated"])
+def test_repeated_images_are_compared_unless_a_run_lacks_an_image(tmp_path, missing):
+    folders = [run_folder(tmp_path, name, lr=lr) for name, lr in (("plain", 0.1), ("new", 0.2))]
+    for folder in folders:
+        edit_predictions(folder, lambda frame: pd.concat([frame, frame.head(5)]))
+    assert compare(folders).groups[0].correct.shape == (1, IMAGES + 5)
+    edit_predictions(folders[1], lambda frame: frame.reset_index(drop=True).drop(index=missing))
+    with pytest.raises(ComparisonError, match="other images than .*list each image once"):
+        compare(folders)
+
+
+def test_validation_images_that_are_there_twice_are_a_caution_said_once(tmp_path):
+    folders = [run_folder(tmp_path, "plain", seed) for seed in (0, 1)]
+    assert not compare(folders).cautions
+    for folder in folders:
+        edit_json(folder, "environment.json", val_images=1200, val_repeats=40)
+    edit_json(folders[0], "environment.json", train_val_duplicates=3)
+    of = "of the 1,200 validation images are"
+    assert [text.partition(";")[0] for text in compare(folders).cautions] == [
+        f"3 {of} in training too, so top-1 is too high",
+        f"40 {of} repeated, so intervals are too narrow",
+    ]
+    assert evaluation.headline(Run(folders[1])).count("are repeated, so intervals are") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Out-of-fold predictions: every image once, by the run that did not train on it."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from helpers import train
 from workbench import data, evaluation, runs, training
 from workbench.evaluation.comparison import ComparisonError
 from workbench.recipe import Recipe, RecipeError
-from workbench.sweep import folder_of, sweep
+from workbench.sweep import fold_report, folder_of, sweep
 from workbench.ui import widgets
 
 FOLDS = [f"{i}/3" for i in (1, 2, 3)]
@@ -45,6 +46,20 @@ def test_a_sweep_over_folds_ends_with_all_predictions_in_one_table(recipe):
     assert shares.images.tolist() == [9, 9] and shares.index.tolist() == ["cam0", "cam1"]
     one = evaluation.out_of_fold(folder / row["run"] for row in rows if row["seed"] == 1)
     assert set(one.recipe) == {"all"} and len(one) == 18
+
+
+def test_a_sweep_over_folds_and_ema_decay_joins_the_ema_weights_which_alone_differ(recipe):
+    axes = {"fold": FOLDS, "ema_decay": [0.01, 0.999]}
+    recipe = recipe.replace(lr=0.1)
+    assert {row["state"] for row in sweep(recipe, axes)} == {"finished"}
+    folder = folder_of(recipe, axes)
+    table = pd.read_parquet(folder / "out_of_fold.parquet")
+    assert set(table.weights) == {"ema"}
+    losses = [rows.loss.to_numpy() for _, rows in table.groupby("recipe")]
+    assert len(losses) == 2 and not np.allclose(*losses)
+    top1 = table.assign(right=table.class1 == table.label).groupby("recipe").right.mean()
+    for name, share in top1.items():
+        assert re.search(rf"{name} +18 +{100 * share:.2f} ", fold_report(folder, axes))
 
 
 def test_weights_and_teachers_of_another_fold_are_warned_of(recipe, tmp_path, command):

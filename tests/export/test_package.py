@@ -400,10 +400,11 @@ def test_the_card_reports_what_was_measured(files, trained):
     assert "1,297 images" in body and "python predict.py model_int8.onnx" in body
     assert "model_with_preprocessing.onnx" in body and "model.pt2" in body
     meta, recipe = metadata.Meta(**json.loads(files["meta.json"])), Recipe(**trained.recipe())
-    found = environment | {"train_val_duplicates": 2, "empty_classes": ["4", "7"]}
+    found = environment | {"train_val_duplicates": 2, "val_repeats": 5, "empty_classes": ["4", "7"]}
     found |= {"trained_on_validation": ["runs/first was trained on 6 of the 6"]}
     card = metadata.model_card(meta, report, recipe, found)
-    assert "2 of the validation images were in training too" in card
+    assert "2 of the 500 validation images are in training too, so top-1 is too high." in card
+    assert "5 of the 500 validation images are repeated, so intervals are too narrow." in card
     assert "a teacher, were trained on validation images" in card and "runs/first" not in card
     assert "Without a training image: 4, 7." in card and "in training too" not in body
 

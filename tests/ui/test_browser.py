@@ -23,6 +23,7 @@ from playwright.sync_api import Locator, Page, sync_playwright
 
 from workbench import ROOT, runs, training
 from workbench.recipe import Recipe
+from workbench.ui import run_table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = [
@@ -278,6 +279,34 @@ def test_the_run_table_is_sorted_filtered_grouped_and_pinned_by_clicks(page, lab
     colour = "e => getComputedStyle(e).backgroundColor"
     marks = [row(table, f"plain-seed{i}").locator(".mark").evaluate(colour) for i in range(2)]
     assert marks == ["rgb(0, 114, 178)"] * 2
+
+
+def test_numbers_and_texts_of_a_column_are_sorted_apart_and_a_bound_is_of_numbers(page):
+    texts = ["0.9999", "None", "0.99", "unused", "0.00001", "0.995", "None"]
+    rows = [
+        {"key": f"{i}", "live": False, "cells": [[text, float(text) if text[0] == "0" else text]]}
+        for i, text in enumerate(texts)
+    ]
+    traits = {"columns": [{"title": "ema", "option": True}], "rows": rows, "order": ["ema", 1]}
+    traits |= {"selected": [], "pinned": [], "colours": {}, "search": "", "group": ""}
+    script = Path(run_table.__file__).with_suffix(".js").read_text()
+    page.evaluate(
+        """async ([script, traits]) => {
+          const module = await import("data:text/javascript," + encodeURIComponent(script));
+          const set = values => Object.assign(traits, values), nothing = () => {};
+          const model = { get: name => traits[name], set, save_changes: nothing, on: nothing };
+          module.default.render({ model, el: document.body });
+        }""",
+        [script, traits | {"filters": {"ema": ""}}],
+    )
+    shown = lambda: page.locator("tbody td:nth-child(2)").all_inner_texts()
+    numbers, words = ["0.00001", "0.99", "0.995", "0.9999"], ["None", "None", "unused"]
+    assert shown() == numbers + words
+    page.get_by_role("button", name="ema").click()
+    assert shown() == words[::-1] + numbers[::-1]
+    for bound, expected in ((">0.99", ["0.9999", "0.995"]), ("< 1e-3", ["0.00001"])):
+        page.get_by_label("filter ema").fill(bound)
+        assert shown() == expected
 
 
 def test_a_run_of_another_process_is_on_top_from_its_first_step_and_followed(page, lab, root):

@@ -108,7 +108,8 @@ def test_top1_curves_show_the_last_value_and_skip_epochs_without_one():
     [ax] = plots.top1_curves({"mine": metrics, "other": METRICS, "new": EMPTY}).axes
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[1, 10], [3, 30]])
     assert legend(ax) == ["mine: 30.00 %", "other: 60.00 %", "new: no epoch yet"]
-    assert legend(plots.top1_curves({"mine": metrics}, "ema").axes[0]) == ["mine: 70.00 %"]
+    [ax] = plots.top1_curves({"mine": metrics, "other": METRICS}, "ema").axes
+    assert legend(ax) == ["mine: 70.00 %, EMA", "other: 60.00 %"]
 
 
 def test_of_twenty_runs_the_first_the_best_and_the_worst_have_names_and_colours():
@@ -209,6 +210,12 @@ def test_intervals_show_mean_runs_and_interval_in_the_colours_of_the_curves(tmp_
     curves = plots.overlay(comparison.curves(result.groups), "epoch", "top-1 (%)").axes[0]
     colours = [line.get_color() for line in curves.lines if line.get_label()[0] != "_"]
     assert colours == [line.get_color() for line in ax.lines[::3]] == plots.COLOURS[:2]
+
+
+def test_a_recipe_has_its_colour_also_where_the_one_before_it_lacks_the_measure():
+    lines = [("b", np.arange(3.0), np.arange(3.0))]
+    [ax] = plots.overlay(lines, "epoch", "top-1 (%)", order=["a", "b"]).axes
+    assert legend(ax) == ["b"] and {line.get_color() for line in ax.lines} == {plots.COLOURS[1]}
 
 
 def test_seeds_share_a_legend_entry_and_smoothing_is_an_exponential_mean():

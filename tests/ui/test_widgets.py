@@ -165,7 +165,7 @@ def test_a_training_view_shows_step_speed_memory_and_what_was_left_out(tmp_path)
     start, line = view.start.value, view.line.value
     assert ">9 training and 3 validation images, 2 classes" in start
     assert "<br>1 image left out, named in quarantine.csv" in start
-    assert "<br>in training too: 1 validation image;" in start
+    assert "<br>1 of the 3 validation images are in training too, so top-1 is too high;" in start
     assert "step 10 of 40: loss 1.250, 320 img/s, 25% waiting for data" in line
     assert "GB of memory" in line
     assert view.time.value == "25%, 0:01:40 elapsed, 0:05:00 left"

@@ -7,6 +7,7 @@ from workbench.evaluation.metrics import (
     calibration_error,
     confusion,
     custom_metrics,
+    image_cautions,
     mistakes,
     per_class,
     reliability,

@@ -44,6 +44,7 @@ MEASURES = {  # of curves: (table, column, label of the axis)
     "speed": ("steps", "images_per_second", "images per second"),
     "waiting": ("steps", "data_wait", "share of the time waiting for data"),
 }
+COLUMNS = "recipe sd low high interval seeds ece epochs minutes img/s device differs".split()
 AXES = {"epoch": "epoch", "step": "step", "minutes": "minutes of training"}
 
 
@@ -283,6 +284,9 @@ def _common_images(first: EvaluatedRun, common: pd.DataFrame, other: EvaluatedRu
     frame = other.predictions[common.columns]
     if frame.equals(common):
         return common
+    if any(part.duplicated(LIST_KEY).any() for part in (common, frame)):
+        text = "and those that its list repeats cannot be told apart; list each image once"
+        raise ComparisonError(f"{problem}, {text}")
     both = common.merge(frame, on=LIST_KEY, suffixes=("", "_other"))
     equal, most = int((both.label == both.label_other).sum()), max(len(common), len(frame))
     if equal < max(len(both), 0.99 * most):
@@ -337,6 +341,7 @@ def _inequalities(runs: list[EvaluatedRun], groups: list[SeedGroup], weights: st
             yield f"{run.name} is {run.state}, evaluated at epoch {epochs}"
         for text in run.environment.get("trained_on_validation", ()):
             yield f"{run.name}: {text}"
+    yield from {t: None for run in runs for t in metrics.image_cautions(run.environment)}
     first, *others = groups
     for group in others:
         for option in CAUTIONED:
@@ -365,6 +370,7 @@ def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
         epochs = f"{trained} of {epochs}"
     speeds = [run.steps.get("images_per_second", pd.Series(dtype=float)).median() for run in runs]
     minutes = [run.environment.get("seconds", math.nan) / 60 for run in runs]
+    custom = pd.DataFrame([run.custom for run in runs]).mean(skipna=False)
     return {
         "recipe": group.name,
         "top1": float(top1.mean()),
@@ -376,7 +382,7 @@ def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
         "images": group.correct.shape[1],
         "top5": float(np.mean([metrics.top_k(frame) for frame in group.predictions])),
         "ece": float(np.mean([metrics.calibration_error(frame) for frame in group.predictions])),
-        **pd.DataFrame([run.custom for run in runs]).mean(skipna=False),
+        **{k + "_" * (k in COLUMNS): v for k, v in custom.items()},
         "epochs": epochs,
         "minutes": float(np.mean(minutes)),
         "img/s": float(np.mean(speeds)),

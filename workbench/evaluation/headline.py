@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.evaluation.comparison import ComparisonError, EvaluatedRun, compare
-from workbench.evaluation.metrics import per_class
+from workbench.evaluation.metrics import image_cautions, per_class
 from workbench.evaluation.statistics import LEVEL, difference, top1_interval
 from workbench.evaluation.verdict import p_text
 from workbench.runs import Run, RunError, finished
@@ -27,11 +27,12 @@ def headline(run: Run, against: Run | None = None) -> str:
     result = EvaluatedRun(run, run.choose_weights()[0])
     parts = [_top1(result), *_classes(per_class(result.predictions, result.classes))]
     parts += result.environment.get("trained_on_validation", [])
+    parts += image_cautions(result.environment)
     if result.state == "finished":
         others = [against] if against else _other_seeds(run, result)
         others = [other for other in others if other.status()["state"] == "finished"]
         parts += _compared(run, result, others)
-    return "; ".join(parts) + "."
+    return "; ".join(dict.fromkeys(parts)) + "."
 
 
 def _top1(result: EvaluatedRun) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,10 @@ import pandas as pd
 from workbench.evaluation.statistics import wilson
 
 BINS = 15  # of the reliability diagram
+_TWICE = {  # facts of environment.json
+    "train_val_duplicates": "in training too, so top-1 is too high",
+    "val_repeats": "repeated, so intervals are too narrow",
+}
 _OURS = re.compile("kind|epoch|steps?|lr|(val_)?images|top[15]|val_loss|train_.*|ema_.*")
 
 
@@ -122,6 +127,13 @@ def shared_teacher_errors(student: pd.DataFrame, teacher: pd.DataFrame) -> dict[
     correct = predicted == teacher.label[wrong].to_numpy()
     shares = pd.DataFrame({"same": same, "other": ~same & ~correct, "correct": correct}).mean()
     return {"wrong": int(wrong.sum()), **(100 * shares).to_dict()}
+
+
+def image_cautions(environment: Mapping[str, Any]) -> list[str]:
+    """Sentences on validation images that are there twice, by a run's environment.json."""
+    of = f"of the {environment.get('val_images', 0):,} validation images are"
+    found = [(environment.get(key), text) for key, text in _TWICE.items()]
+    return [f"{n:,} {of} {text}; see workbench check-data" for n, text in found if n]
 
 
 def mistakes(predictions: pd.DataFrame, count: int = 12) -> pd.DataFrame:

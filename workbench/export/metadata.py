@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from workbench import training
-from workbench.evaluation import statistics
+from workbench.evaluation import metrics, statistics
 from workbench.export.archive import FORMATS, ExportError
 from workbench.recipe import Recipe
 
@@ -136,9 +136,7 @@ def model_card(
     formats, left_out, n = report["formats"], report["left_out"], report["images"]
     top1, preprocess = formats["torch"]["top1"], meta.preprocess
     low, high = statistics.wilson_percent(top1, n)
-    warnings = []
-    if leaks := environment.get("train_val_duplicates"):
-        warnings.append(f"{leaks:,} of the validation images were in training too.")
+    warnings = [f"{t.partition(';')[0]}." for t in metrics.image_cautions(environment)]
     if environment.get("trained_on_validation"):
         warnings.append("Weights it started from, or a teacher, were trained on validation images.")
     if empty := environment.get("empty_classes"):

@@ -16,6 +16,7 @@ import torch
 import torchvision
 
 from workbench import ROOT, __version__, data, models
+from workbench.data.shards import versions
 from workbench.training.distributed import pick_precision
 from workbench.training.state import TrainState
 
@@ -24,11 +25,11 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
     """environment.json, but for start, teachers, seconds and memory; nothing that names a user."""
     recipe, dist, train, val = state.recipe, state.dist, dataset.train, dataset.val
     cuda = dist.device.type == "cuda"
-    downscaled = duplicates = None
-    if "digest" in train and "digest" in val:
-        duplicates = int(val.digest.isin(train.digest).sum())
-        if recipe.train_resize:
-            downscaled = int((train[["width", "height"]].min(axis=1) > recipe.train_resize).sum())
+    downscaled, key = None, "digest" if "digest" in train and "digest" in val else "path"
+    if key == "digest" and recipe.train_resize:
+        downscaled = int((train[["width", "height"]].min(axis=1) > recipe.train_resize).sum())
+    # Of an index with millions of rows no path is looked up where the shards are others.
+    apart = "index" in train.attrs and {*versions(train)}.isdisjoint(versions(val))
     return {
         "workbench": __version__,
         "commit": _commit(),
@@ -57,7 +58,8 @@ def environment(state: TrainState, dataset: data.Dataset) -> dict[str, Any]:
         "recipe": recipe.fingerprint,
         "steps_per_epoch": state.steps_per_epoch,
         "downscaled": downscaled,
-        "train_val_duplicates": duplicates,
+        "train_val_duplicates": 0 if apart else int(val[key].isin(train[key]).sum()),
+        "val_repeats": int(val[key].duplicated().sum()),
         "failed_metrics": state.metrics.failed,  # the dict itself, which validation fills
         "skipped_files": data.describe_skipped(dataset.skipped),
         "empty_classes": [c for c, n in zip(dataset.classes, dataset.counts, strict=True) if not n],

@@ -148,6 +148,7 @@ def top1_curves(metrics: Mapping[str, pd.DataFrame], weights: str = "raw") -> Fi
         column = "ema_top1" if weights == "ema" and "ema_top1" in table else "top1"
         rows = table.reindex(columns=["epoch", column]).dropna()
         last = f"{rows[column].iloc[-1]:.2f} %" if len(rows) else "no epoch yet"
+        last += ", EMA" * (column == "ema_top1")
         lines.append((f"{name}: {last}", rows.epoch.to_numpy(), rows[column].to_numpy()))
     return overlay(lines, "epoch", "validation top-1 (%)")
 
@@ -161,15 +162,16 @@ def overlay(
     xlabel: str,
     ylabel: str,
     smoothing: float = 0.0,
+    order: Sequence[str] = (),
 ) -> Figure:
     """Lines (name, x, y), one colour and legend entry per name: the seeds of a recipe share one.
 
     `smoothing` is the weight of the past in an exponential mean; the raw line stays, pale, unless
     there are more than axes.MOST lines. Of more than axes.MOST names only the first one and those
-    that end highest and lowest have a colour.
+    that end highest and lowest have a colour. Names of `order`, with or without a line, are first.
     """
     runs = [name for name, _, _ in lines]
-    names = list(dict.fromkeys(runs))
+    names, place = list(dict.fromkeys(runs)), [*dict.fromkeys([*order, *runs])].index
     labels = {name: axes.short(name) for name in _foremost(lines, names)}
     labels |= {
         name: f"{labels[name]} ({k} seeds)" for name in labels if (k := runs.count(name)) > 1
@@ -181,7 +183,7 @@ def overlay(
     ax = figure.subplots()
     grey = {"color": "#bbbbbb", "zorder": 1}
     for name, x, y in lines:
-        style = axes.style(names.index(name)) if name in labels else grey
+        style = axes.style(place(name)) if name in labels else grey
         x, y, most = np.asarray(x), np.asarray(y), max(100, 3000 // len(lines))
         if smoothing > 0 and len(lines) <= axes.MOST:
             ax.plot(*axes.thinned(x, y, most), lw=0.8, alpha=0.3, **style)
@@ -189,7 +191,7 @@ def overlay(
             y = pd.Series(y).ewm(alpha=1 - smoothing).mean().to_numpy()
         ax.plot(*axes.thinned(x, y, most), marker="." if len(x) < 60 else None, **style)
     for name, label in labels.items():
-        ax.plot([], [], label=label, **axes.style(names.index(name)))
+        ax.plot([], [], label=label, **axes.style(place(name)))
     if len(labels) < len(names):
         ax.plot([], [], label=others, **grey)
     axes.label(ax, xlabel, ylabel)

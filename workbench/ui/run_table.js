@@ -8,13 +8,15 @@ const node = (tag, properties = {}, ...children) => {
 
 // A filter of a column: >0.9 or <0.9 of a number, else a part of the text.
 const matches = ([text, value], filter) => {
-  const [, sign, bound] = filter.match(/^\s*([<>])\s*(-?[\d.]+)\s*$/) || [];
-  if (sign) return value !== null && (sign === ">" ? value > bound : value < bound);
+  const [, sign, bound] = filter.match(/^\s*([<>])\s*(-?[\d.]+(?:e-?\d+)?)\s*$/i) || [];
+  if (sign) return typeof value === "number" && (sign === ">" ? value > bound : value < bound);
   return text.toLowerCase().includes(filter.trim().toLowerCase());
 };
 
-const compare = (a, b) =>
-  a === null || b === null ? (a === null) - (b === null) : a < b ? -1 : a > b ? 1 : 0;
+const isText = (value) => typeof value === "string";
+const compare = (a, b) =>  // numbers before texts: neither is less than the other in JavaScript
+  a === null || b === null ? (a === null) - (b === null)
+    : isText(a) - isText(b) || (a < b ? -1 : a > b ? 1 : 0);
 
 function render({ model, el }) {
   const get = (name) => model.get(name);

@@ -54,10 +54,7 @@ def start_text(run: Run, steps: int) -> str:
     lines += [e[key] for key in ("teacher_cache", "skipped_files") if e.get(key)]
     if left_out := len(run.quarantine()):
         lines.append(f"{counted(left_out, 'image')} left out, named in quarantine.csv")
-    if shared := e.get("train_val_duplicates"):
-        text = counted(shared, "validation image")
-        lines.append(f"in training too: {text}; see workbench check-data")
-    lines += e.get("trained_on_validation", [])
+    lines += [*evaluation.image_cautions(e), *e.get("trained_on_validation", [])]
     if e.get("empty_classes"):
         lines.append(f"classes without a training image: {e['empty_classes'][:8]}")
     return "\n".join(lines)
