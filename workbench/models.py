@@ -150,7 +150,7 @@ def parameters(model: nn.Module) -> int:
 
 def heads(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the names of the classifier's tensors: ("fc.",), or two for a DeiT."""
-    names = getattr(model, "default_cfg", {}).get("classifier", "fc")
+    names = getattr(model, "default_cfg", {}).get("classifier") or "fc"
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
