@@ -123,13 +123,14 @@ def test_an_error_of_the_package_is_a_message_without_a_traceback(
 def test_check_data_lists_findings_and_writes_them_all(params, image_folder, tmp_path):
     done = invoke("check-data", params)
     assert done.exit_code == 0 and "every image can be read" in done.output
-    (image_folder / "train" / "a" / "0.png").write_bytes(b"no image")
+    for name in ("0.png", "c\r.png"):
+        (image_folder / "train" / "a" / name).write_bytes(b"no image")
     path, out = tmp_path / "mine.yaml", tmp_path / "findings.csv"
     path.write_text(json.dumps({"dataset": "files", "data_dir": str(image_folder)}))
     done = invoke("check-data", path, "--out", out)
     assert done.exit_code == 1
-    assert "undecodable, train: 1" in done.output and "a/0.png" in done.output
-    assert pd.read_csv(out).file.tolist() == ["a/0.png"]
+    assert "undecodable, train: 2" in done.output and "a/0.png" in done.output
+    assert pd.read_csv(out).file.tolist() == ["a/0.png", "a/c\r.png"]
 
 
 def test_compare_prints_table_and_verdict_and_writes_them(params, tmp_path):

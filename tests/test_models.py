@@ -194,6 +194,9 @@ FORMATS = {
     "up.pth.tar": lambda t: {"model": below("module.", united_perception(t)), "ema": {}},
     "up_ema.pth.tar": lambda t: {
         "model": zeros(t), "ema": {"ema_state_dict": united_perception(t), "ema_steps": 5}},
+    "nested_ema.pt": lambda t: {"model": zeros(t), "ema": {"module": t, "updates": 5}},
+    "averaged.pt": lambda t: {"state_dict": zeros(t), "ema_model": below("module.", t)},
+    "deepspeed.pt": lambda t: {"module": t, "global_steps": 5},
     "compiled_ddp.pt": lambda t: {"model": below("module._orig_mod.", t)},
     "lightning.ckpt": lambda t: {"state_dict": below("model.", t)},
     "timm_train.pth.tar": lambda t: {"state_dict": t, "args": argparse.Namespace(lr=0.1)},

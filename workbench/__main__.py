@@ -206,7 +206,7 @@ def check_data(
     counts = f"{len(content.train):,} training, {counted(len(content.val), 'validation image')}"
     print(f"{counts}, {len(content.classes)} classes")
     if out:
-        findings.to_csv(out, index=False)
+        findings.to_csv(out, index=False, lineterminator="\r\n")
     if findings.empty:
         print("every image can be read; no duplicates, nothing in both lists")
         return

@@ -150,7 +150,7 @@ def parameters(model: nn.Module) -> int:
 
 def heads(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the names of the classifier's tensors: ("fc.",), or two for a DeiT."""
-    names = getattr(model, "default_cfg", {}).get("classifier", "fc")
+    names = getattr(model, "default_cfg", {}).get("classifier") or "fc"
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
@@ -334,8 +334,8 @@ def _resample(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 _SCALAR = np.float64().__reduce__()[0]
 _SAFE = [argparse.Namespace, np.dtype, *{type(np.dtype(c)) for c in "?bBhHiIlLqQefd"}]
 _SAFE += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-_EMA_KEYS = ("ema", "state_dict_ema", "model_ema", "ema_state_dict")  # the last is UP's
-_MODEL_KEYS = ("model", "state_dict", "model_state_dict")
+_EMA_KEYS = ("ema", "state_dict_ema", "model_ema", "ema_model", "ema_state_dict")  # last: UP's
+_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 
 def read_weights(path: Path) -> tuple[str, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import in_float64
 from distillation_helpers import (
@@ -35,6 +36,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from workbench import distillation, models, runs, training
+from workbench.distillation import DistillationError
 from workbench.distillation import losses as kd_losses
 from workbench.distillation.student import DistillPair, create_adapter
 from workbench.evaluation import inference
@@ -102,6 +104,22 @@ def test_timm_name_is_opened_with_the_published_weights(sources, tmp_path, monke
     assert requests == ["timm/resnet10t.c3_in1k"] and same_weights(teacher, published)
     assert teacher.image_size == 176  # as timm publishes it; the rest is ImageNet's
     assert (teacher.mean, teacher.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize("names", ["label_names", "label_descriptions"])
+def test_timm_teacher_is_refused_for_imagenets_classes_in_another_order(
+    sources, tmp_path, monkeypatch, names
+):
+    """Such as that of the numbers of the challenge's development kit, or of the alphabet."""
+    published = models.create("resnet10t", 1000)
+    monkeypatch.setattr(
+        _builder, "load_state_dict_from_hf", lambda *_, **__: published.state_dict()
+    )
+    recipe = student_recipe(sources, tmp_path, teacher=["resnet10t.c3_in1k"])
+    classes = getattr(timm.data.ImageNetInfo("imagenet-1k"), names)()
+    distillation.open_teachers(recipe, classes)
+    with pytest.raises(DistillationError, match=f"another order, from '{classes[7]}' on"):
+        distillation.open_teachers(recipe, classes[7:] + classes[:7])
 
 
 def test_each_teacher_has_its_weight_size_and_normalisation(sources, tmp_path):

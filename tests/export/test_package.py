@@ -31,7 +31,15 @@ from workbench import data, export, image_files, runs, training
 from workbench.__main__ import app
 from workbench.augmentation import EvalTransform
 from workbench.data import images
-from workbench.export import ExportError, PackageError, archive, metadata, packaging, parity
+from workbench.export import (
+    ExportError,
+    PackageError,
+    archive,
+    metadata,
+    packaging,
+    parity,
+    prediction,
+)
 from workbench.export import onnx as networks
 from workbench.recipe import Recipe
 
@@ -653,3 +661,29 @@ def test_predictions_of_a_package_are_those_of_its_run(built, trained, tmp_path)
     assert str(package) == "small 1.0.0, test_resnet, ema weights"
     with pytest.raises(export.PredictionError, match="leave out weights"):
         export.predict(built, inputs, weights="raw")
+
+
+@pytest.mark.parametrize("key", ["resize", "interpolation"])
+def test_a_table_of_one_package_is_not_continued_with_another_preprocessing(
+    files, built, tmp_path, monkeypatch, key
+):
+    """Runs of one seed whose validation differs have the same weights."""
+    meta = json.loads(files["meta.json"])
+    meta["preprocess"] |= {key: {"resize": 40, "interpolation": "bicubic"}[key]}
+    content = json.dumps(meta).encode()
+    other = archive.write_tar(tmp_path / "other.tar", {**files, "meta.json": content})
+    (photos := tmp_path / "photos").mkdir()
+    for i in range(4):
+        save_noise(photos / f"{i}.png", seed=i)
+    out = tmp_path / "out.csv"
+
+    def killed(entries, targets, rows):
+        if rows[0]["file"] == "2.png":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prediction, "annotate_batch", killed)
+        export.predict_to_file(built, [photos], out, batch_size=2)
+    with pytest.raises(export.PredictionError, match="with other weights"):
+        export.predict_to_file(other, [photos], out, batch_size=2)
+    assert export.predict_to_file(built, [photos], out, batch_size=2) == {"": 4}

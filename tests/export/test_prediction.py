@@ -260,7 +260,7 @@ def test_every_file_format_has_the_same_names_and_values(wild, tmp_path, suffix)
     table = predict(Colours(), [wild], batch_size=5)
     assert counts == table.error.str.partition(":")[0].value_counts().to_dict()
     if suffix == ".csv":
-        found = pd.read_csv(out, dtype=str, keep_default_na=False, lineterminator="\n")
+        found = pd.read_csv(out, dtype=str, keep_default_na=False)
         found = found.replace("", None).assign(error=found.error)
     elif suffix == ".jsonl":
         found = pd.DataFrame([json.loads(x) for x in out.read_text().splitlines()])

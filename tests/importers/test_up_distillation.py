@@ -171,3 +171,10 @@ def test_mimic_needs_its_runner():
     words = "only with runtime.runner.type kd"
     assert words in said(loads(config(extra=KD_NEW)), "mimic", DEFECT)
     assert said(read("kd"), "mimic") == said(read("plain"), "mimic") == ""
+
+
+def test_a_warmup_in_steps_is_as_long_where_the_last_batch_is_dropped():
+    text = config(extra=KD_NEW).replace("num_workers: 4", "num_workers: 4\n        drop_last: true")
+    for images, steps in ((2040, 31), (2048, 32)):
+        recipe = loads(text, gpus=1, train_images=images).recipe
+        assert recipe.drop_last and recipe.kd_warmup_epochs * steps == pytest.approx(1000)

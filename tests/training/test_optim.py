@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from helpers import train
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from training_helpers import STRIKES, left_after, small
 
-from workbench import models, training
+from workbench import data, models, training
 from workbench.recipe import Recipe
+from workbench.training import TrainingError
 
 
 @pytest.mark.parametrize("decay_norm_and_bias", [True, False])
@@ -37,6 +39,23 @@ def test_learning_rates_and_decay_are_timms(name, layer_decay, decay_norm_and_bi
     ]
     assert by_parameter[0] == by_parameter[1]
     assert len(by_parameter[0]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["caformer_s18", "poolformer_s12", "pit_ti_224", "csatv2"])
+def test_layer_decay_is_refused_for_a_model_whose_layers_timm_does_not_name(name):
+    with torch.device("meta"):
+        model = models.create(name, 10)
+    kind = type(model).__name__
+    with pytest.raises(TrainingError, match=f"^layer_decay: timm does not name the .*{kind}; leav"):
+        training.lr_scales(model, 0.7)
+    assert training.lr_scales(model, None) == {}
+
+
+def test_layer_decay_is_refused_before_an_image_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "verify_images", None)
+    recipe = small(tmp_path, model="poolformer_s12", image_size=32, val_resize=32, layer_decay=0.7)
+    with pytest.raises(TrainingError, match="layer_decay"):
+        train(recipe)
 
 
 def test_frozen_layers_do_not_change_the_learning_rates_of_the_others():

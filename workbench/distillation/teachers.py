@@ -171,6 +171,13 @@ def _published(source: str, classes: list[str]) -> dict[str, Any]:
             f"teacher {source} has {config.num_classes} classes and the data have {len(classes)}; "
             "fine-tune it on them (pretrained: true) and name that run"
         )
+    imagenet = timm.data.ImageNetInfo("imagenet-1k")
+    for names in (imagenet.label_names(), imagenet.label_descriptions()):
+        if classes != names and sorted(classes) == sorted(names):
+            raise DistillationError(
+                f"teacher {source} has ImageNet's classes from {names[0]!r} on, and the data have "
+                f"them in another order, from {classes[0]!r} on; sort them as synsets are"
+            )
     size = config.input_size[-1]
     return {"mean": list(config.mean), "std": list(config.std), "image_size": size}
 

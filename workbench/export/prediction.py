@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -341,7 +342,9 @@ def _finish(out: Path, partial: Path, columns: list[str]) -> None:
                 file.writelines(map(_line, rows))
         else:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                # It quotes a carriage return in a name only where one is in its line ends.
+                lines = SimpleNamespace(write=lambda line: file.write(f"{line[:-2]}\n"))
+                writer = csv.DictWriter(lines, columns, lineterminator="\r\n")
                 writer.writeheader()
                 writer.writerows(rows)
         # After a kill between this and the removal of the partial file the table is there.

@@ -32,7 +32,9 @@ class Package(nn.Module):
         self.meta = Meta.model_validate_json(files["meta.json"])
         self.classes, preprocess = self.meta.classes, self.meta.preprocess
         self.transform = EvalTransform(preprocess.size, preprocess.resize, preprocess.interpolation)
-        self.fingerprint = hashlib.sha256(files[FORMATS["onnx"]]).hexdigest()[:12]
+        # Networks of one name may differ in their preprocessing alone.
+        settings = repr((self.classes, preprocess)).encode()
+        self.fingerprint = hashlib.sha256(settings + files[FORMATS["onnx"]]).hexdigest()[:12]
         self.run = onnx.onnx_runner(files[FORMATS["onnx"]])
         self.to_input = Network(nn.Identity(), preprocess).to_input
 

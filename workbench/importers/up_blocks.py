@@ -140,6 +140,8 @@ def read_trainer(up: Reader) -> None:
         up.put("trainer", {"test_freq": "eval_every"})
     if up.get("ema.enable", bool, True):
         up.put("ema.kwargs", {"decay": "ema_decay"})
+        if "ema" in up.values and "ema_decay" not in up.options:
+            up.say(MISSING, "ema", "no kwargs.decay: no average of weights here; set ema_decay")
     for path in up.entries("hooks"):
         most, mode = f"{path}.kwargs.max_norm", up.known(f"{path}.kwargs.mode", ["pre_defined"])
         name = up.known(f"{path}.type", ["grad_clipper"])

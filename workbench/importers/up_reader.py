@@ -1,7 +1,6 @@
 """Reads values of a YAML text, collects options of a recipe, and keeps a note on every place."""
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice, takewhile
@@ -11,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, get_origin
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from workbench import schedule
 from workbench.recipe import Recipe, RecipeError
 
 TAKEN, NOTHING = "taken", "has no effect on the recipe"
@@ -198,7 +198,8 @@ class Reader:
     def steps(self) -> int | None:
         """Steps per epoch; None without a batch size."""
         images = int((self.images or IMAGENET) * self.options.get("train_fraction", 1.0))
-        return self.batch and max(1, math.ceil(images / self.batch))
+        drop_last = self.options.get("drop_last", False)
+        return self.batch and max(1, schedule.steps_per_epoch(images, self.batch, drop_last))
 
     def get(self, path: str, kind: Any, default: Any = None) -> Any:
         """The value at a dotted path, converted to a type; the default where there is none."""

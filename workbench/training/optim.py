@@ -192,9 +192,13 @@ def lr_scales(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
     """The share of lr by parameter: layer_decay to the power of the layers above it.
 
     Layers are timm's; the classifier is the last. Bao et al., BEiT, arXiv 2106.08254, appendix.
+    Raises TrainingError for a model whose layers timm does not name.
     """
     if layer_decay is None:
         return {}
+    if not hasattr(model, "group_matcher"):
+        name = type(model).__name__
+        raise TrainingError(f"layer_decay: timm does not name the layers of {name}; leave it out")
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     top = max(layers.values())
     return {name: layer_decay ** (top - layer) for name, layer in layers.items()}

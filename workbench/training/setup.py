@@ -17,7 +17,7 @@ from workbench.training.distributed import DistContext, is_main
 from workbench.training.dry_run import dry_run
 from workbench.training.environment import code_digest, environment
 from workbench.training.inputs import open_shard_cache
-from workbench.training.optim import check_optimizer
+from workbench.training.optim import check_optimizer, lr_scales
 from workbench.training.run_writer import RunWriter
 from workbench.training.state import TrainState
 
@@ -48,6 +48,7 @@ def set_up(
         _check_classes(source, dataset)
         model, report = create_model(recipe, len(dataset.classes)), None
     models.checkpoint_gradients(model, recipe.grad_checkpointing)
+    lr_scales(model, recipe.layer_decay)  # refuses a model without layers
     with dist.main_first():  # the others find what rank 0 cached
         dataset, quarantined = verified(recipe, dataset)
     state = TrainState(recipe, model, dataset, dist)
