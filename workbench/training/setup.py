@@ -52,8 +52,7 @@ def set_up(
     with dist.main_first():  # the others find what rank 0 cached
         dataset, quarantined = verified(recipe, dataset)
     state = TrainState(recipe, model, dataset, dist)
-    if state.has_batch_norm:
-        _check_batch_norm(recipe, len(dataset.train), dist.world)
+    _check_batch_norm(state, len(dataset.train))
     state.metrics = dry_run(state, dataset).resumed(run)
     start = f"initialised from seed {recipe.seed}" if report is None else str(report)
     if checkpoint is not None:
@@ -154,8 +153,11 @@ def verified(recipe: Recipe, dataset: data.Dataset) -> tuple[data.Dataset, pd.Da
     return replace(dataset, **sides), pd.concat(bad[1:] or bad)
 
 
-def _check_batch_norm(recipe: Recipe, images: int, world: int) -> None:
+def _check_batch_norm(state: TrainState, images: int) -> None:
     """Raises TrainingError if any forward of an epoch would have one image, or would wait."""
+    recipe, world = state.recipe, state.dist.world
+    if not state.has_batch_norm:
+        return
     full = min(images, recipe.batch_size)
     last = full if recipe.drop_last else images % recipe.batch_size or full
     parts = [[len(data.own_places(n, rank, world)) for rank in range(world)] for n in (full, last)]
