@@ -155,7 +155,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _class_names(schema: pa.Schema, column: str) -> dict[str, str]:
-    """The names of a ClassLabel by their numbers; one of several classes is followed by those."""
+    """The names of a ClassLabel by their numbers; the number follows a name of several classes."""
     about = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
     names = about.get("info", {}).get("features", {}).get(column, {}).get("names") or []
     names = [normalize("NFC", name) for name in names]

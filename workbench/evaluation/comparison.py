@@ -44,7 +44,6 @@ MEASURES = {  # of curves: (table, column, label of the axis)
     "speed": ("steps", "images_per_second", "images per second"),
     "waiting": ("steps", "data_wait", "share of the time waiting for data"),
 }
-COLUMNS = "recipe sd low high interval seeds ece epochs minutes img/s device differs".split()
 AXES = {"epoch": "epoch", "step": "step", "minutes": "minutes of training"}
 
 
@@ -371,7 +370,7 @@ def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
     speeds = [run.steps.get("images_per_second", pd.Series(dtype=float)).median() for run in runs]
     minutes = [run.environment.get("seconds", math.nan) / 60 for run in runs]
     custom = pd.DataFrame([run.custom for run in runs]).mean(skipna=False)
-    return {
+    scores = {
         "recipe": group.name,
         "top1": float(top1.mean()),
         "sd": float(top1.std(ddof=1)) if several else math.nan,
@@ -382,13 +381,16 @@ def _row(group: SeedGroup, first: SeedGroup) -> dict[str, Any]:
         "images": group.correct.shape[1],
         "top5": float(np.mean([metrics.top_k(frame) for frame in group.predictions])),
         "ece": float(np.mean([metrics.calibration_error(frame) for frame in group.predictions])),
-        **{k + "_" * (k in COLUMNS): v for k, v in custom.items()},
+    }
+    training = {
         "epochs": epochs,
         "minutes": float(np.mean(minutes)),
         "img/s": float(np.mean(speeds)),
         "device": " / ".join(sorted({run.environment.get("device", "") for run in runs})),
         "differs": ", ".join(recipe_difference(first.recipe, group.recipe).values()),
     }
+    ours = scores.keys() | training.keys()
+    return scores | {k + "_" * (k in ours): v for k, v in custom.items()} | training
 
 
 def options(groups: Sequence[SeedGroup]) -> pd.DataFrame:

@@ -54,7 +54,9 @@ def _columns(batch: Batch, logits: Tensor, top: int) -> dict[str, np.ndarray]:
     # A stable sort ranks equal logits by class number; the order of topk is undefined.
     best = torch.sort(log_p, dim=1, descending=True, stable=True)
     label_log_p = log_p.gather(1, labels)[:, 0]
-    after_label = (labels + 1 + torch.arange(logits.shape[1], device=logits.device)) % len(log_p[0])
+    after_label = (labels + 1 + torch.arange(logits.shape[1], device=logits.device)) % logits.shape[
+        1
+    ]
     ranked = torch.where(label_log_p[:, None].isnan(), after_label, best.indices)
     # Copies: tensors of a loader process keep a file of shared memory open.
     columns = {"row": batch.indices.numpy().copy(), "label": batch.labels.numpy().copy()}

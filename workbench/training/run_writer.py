@@ -24,10 +24,17 @@ class RunWriter:
         self.saved_at, self.saved_step = time.monotonic(), -1
         known = run.quarantine().reindex(columns=["side", "file"])
         self._quarantined = set(known.itertuples(index=False, name=None))  # here (side, row)
-        found, trained = len(run.metrics()), state.step // state.steps_per_epoch - state.pending
-        if self.is_main and found < trained and not state.recipe.resume_from:
+        if self.is_main and not state.recipe.resume_from:
+            self._warn_of_lost_epochs()
+
+    def _warn_of_lost_epochs(self) -> None:
+        state = self.state
+        trained = state.step // state.steps_per_epoch - state.pending
+        if (found := len(self.run.metrics())) < trained:
             text = f"has {found} of {trained} epochs: last.pt is newer, as on storage that uploads"
-            warnings.warn(f"{run.file('metrics.csv')} {text} each file by itself", stacklevel=2)
+            warnings.warn(
+                f"{self.run.file('metrics.csv')} {text} each file by itself", stacklevel=3
+            )
 
     def step_row(self) -> Row:
         """Writes and returns a row of steps.csv."""
